@@ -1,0 +1,87 @@
+"""What flows through the trainer, one type per arrow.
+
+    Problem -> rollout -> Rollout -> grade -> reward_PG -> advantage_PG -> pack -> Batch -> update -> weights -> sync
+
+Shape suffixes, the same in every file:
+
+    P  prompts of a step                 D  model width
+    G  samples per prompt (the group)    V  vocabulary
+    B  rollouts, B = P * G               T  packed tokens of a micro-batch
+    L  length of one padded row          N  response tokens of a micro-batch (rows of the LM head), N < T
+    S  sequences of a micro-batch        H, K  attention heads, key-value heads
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+Answer = str | float | int | list[str]
+"""A ground truth. A list means that any one of its members is right (Minerva, OlympiadBench)."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for. The message names the value and the way out; `train.py` and `eval.py` print
+    it without a traceback and exit with status 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question with its ground truth. `id` is its row in the data set and part of every sampling seed."""
+
+    id: int
+    question: str
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample to draw: a tokenized prompt and the seed of its random numbers, so that the sample does not depend on
+    what else is in the batch or on the number of processes."""
+
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one `Request`.
+
+    token_ids: the sampled tokens, the stop token (EOS) included.
+    logprobs:  log-probability of each under the distribution that it was drawn from (after temperature).
+    finished:  True if a stop rule ended it, False if it ran into the length limit.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A sampled response to a problem, with its text as the grader sees it (special tokens left out)."""
+
+    problem: Problem
+    prompt_ids: list[int]
+    completion: Completion
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A packed micro-batch: S sequences end to end, no padding. Only response tokens reach the LM head.
+
+    token_T, position_T:  ids and positions; positions restart at 0 with every sequence.
+    cu_seqlens:           int32 [S + 1], where the sequences start; `max_seqlen` is the longest of them.
+    row_N:                index into T of the hidden state that predicts each response token.
+    target_N:             the response tokens.
+    advantage_N, sampler_logprob_N:  fp32, per response token.
+    """
+
+    token_T: torch.Tensor
+    position_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    row_N: torch.Tensor
+    target_N: torch.Tensor
+    advantage_N: torch.Tensor
+    sampler_logprob_N: torch.Tensor
