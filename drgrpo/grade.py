@@ -1,0 +1,385 @@
+"""Grades: is the answer in a response the ground truth?
+
+    text --extract--> answer --quick--> equal or unequal as strings or integers?   in this process, microseconds
+                             --else---> math-verify: equal as mathematics?         in a `Grader`'s workers, milliseconds
+
+A response is hostile input: reinforcement learning finds every string that hangs, floods or crashes a grader. So
+nothing here evaluates text as code, what reaches the parser is bounded, and the parser runs in processes that the kernel
+kills at a limit of time or memory. Such an answer scores 0 and is counted; the others never wait for it.
+
+This file imports nothing of the project at run time, so that a worker starts without torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import logging
+import os
+import queue
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from drgrpo.types import Answer
+
+RULES = ("boxed", "tag", "hash")
+MODES = ("correct", "paper")
+
+MAX_CHARS = 1000  # of an answer; the longest ground truth of MATH and the five benchmarks has 204
+MAX_NESTING = 20  # brackets; they have 3
+TASKS_PER_WORKER = 5000  # then a fresh one, since ANTLR's tables grow with every new input
+WORKER_MEMORY = 2 << 30  # bytes of address space; a worker needs 0.2 GB
+
+
+@dataclass(frozen=True, slots=True)
+class Grade:
+    """score: 1.0 or 0.0. parsed: whether the response holds an answer in the form that its template asks for."""
+
+    score: float
+    parsed: bool
+
+
+# The answer in a response.
+
+
+def extract(text: str, rule: str) -> str | None:
+    r"""The answer in a response, or None if there is none.
+
+    boxed: what the last `\boxed{...}` holds.
+    tag:   what follows the last `<answer>`, if the response closes its thought by `</think> <answer>` (one space) and
+           has an `</answer>`; a box in it is unwrapped.
+    hash:  what follows the only `#`.
+    """
+    if rule == "hash":
+        return text.partition("#")[2].strip() if text.count("#") == 1 else None
+    if rule == "boxed":
+        return _last_box(text)
+    if rule != "tag":
+        raise ValueError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
+    if "</think> <answer>" not in text or "</answer>" not in text:
+        return None
+    answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
+    return _last_box(answer) if "\\boxed" in answer else answer
+
+
+def _last_box(text: str) -> str | None:
+    start = text.rfind("\\boxed")
+    if not text.startswith("\\boxed{", start):
+        return None
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start + len("\\boxed")):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : match.start()]
+    return None
+
+
+# Equal as strings.
+
+_LEAD_IN = re.compile(r"^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?: is|:)[: ]*", re.I)
+_PROSE = re.compile(r"\$[^$]*\$|\b(?:and|or)\b")
+_INTEGER = re.compile(r"-?\d+")
+_NUMBER = re.compile(r"([+-]?)0*(\d+|\d{1,3}(?:,\d{3})+)?(?:\.(\d*?)0*)?")
+_SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|\s")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox|mathbf)\s*\{([^{}]*)\}")
+
+
+def _clean(text: str) -> str:
+    """An answer without its dress: boxes, "the answer is", dollar signs, thin spaces, a final full stop."""
+    text = " ".join(text.split())
+    if "\\boxed" in text:
+        text = _last_box(text) or ""
+    text = _LEAD_IN.sub("", text).replace("\\$", "").replace("\\!", "").replace("°", "^\\circ")
+    if not re.search("[a-zA-Z]", _PROSE.sub("", text)):  # "$1$, $2$" is one list; in "so $x$ is $2$" they delimit
+        text = text.replace("$", "")
+    return text.strip().rstrip(".\\ ")
+
+
+@functools.lru_cache(maxsize=8192)
+def _key(text: str) -> str:
+    """Equal keys, equal answers. The converse needs math-verify."""
+    text = _TEXT.sub(r"\1", _clean(text))
+    text = _SPACING.sub("", text).replace("dfrac", "frac").replace("tfrac", "frac")
+    if "\\" not in text:
+        text = text.lower()
+    number = _NUMBER.fullmatch(text)
+    if number and (number[2] or number[3]):
+        sign, whole, decimals = number[1], (number[2] or "0").replace(",", ""), number[3]
+        text = whole + ("." + decimals if decimals else "")
+        return "-" + text if sign == "-" and text != "0" else text
+    return text
+
+
+def _too_much(text: str) -> bool:
+    """Whether a parser should not see this: brackets nested too deep, or numbers that explode when worked out."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[({\[\])}]", text):
+        depth += 1 if bracket in "({[" else -1
+        deepest = max(deepest, depth)
+    huge = r"\d{100}|(?:\^|\*\*)[\s{(+-]*\d{5}|(?:\^[\s{(+-]*\w+[\s)}]*){3}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^"
+    return deepest > MAX_NESTING or re.search(huge, text) is not None
+
+
+def _quick(given: str, truths: tuple[str, ...], rule: str) -> float | None:
+    """The score, where strings and integers decide it; None where it takes mathematics."""
+    if rule == "hash":
+        return float(given in (truth.strip() for truth in truths))
+    if len(given) > max(MAX_CHARS, *map(len, truths)):
+        return 0.0
+    key, keys = _key(given), [_key(truth) for truth in truths]
+    if not key or key in keys:
+        return float(key in keys and key != "")
+    integers = all(_INTEGER.fullmatch(k) for k in (key, *keys))
+    return 0.0 if integers or _too_much(given) else None
+
+
+def _truths(answer: Answer) -> tuple[str, ...]:
+    return tuple(map(str, answer)) if isinstance(answer, list | tuple) else (str(answer),)
+
+
+# Equal as mathematics.
+
+
+@functools.cache
+def _math_verify():
+    """(parse, verify), without their own time limits: those are alarms, which need the main thread and do not stop a
+    long multiplication. Numbers in prose are left alone: math-verify would send them through Python's eval."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no limit
+    latex, prose = LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()
+
+    def parse_latex(text: str, reference: bool = False) -> list:
+        targets = (latex, prose) if reference else (latex,)
+        wrapped = text if "$" in text else f"${text}$"
+        parsed = parse(wrapped, extraction_config=targets, fallback_mode="no_fallback", parsing_timeout=None)
+        return parsed if all(map(_harmless, parsed)) else []
+
+    return parse_latex, functools.partial(verify, timeout_seconds=None)
+
+
+def _harmless(expression) -> bool:
+    r"""Whether every name in an expression is no more than a name. `x_{(a)if(exit(7))else(b)}` parses as one symbol, and
+    sympy would paste it into a function to sum a series."""
+    from sympy.core.function import AppliedUndef
+
+    names = [node.name for node in expression.atoms() if hasattr(node, "name")]
+    names += [node.func.__name__ for node in expression.atoms(AppliedUndef)]
+    return all(re.fullmatch(r"[\w\\{}, ]*", str(name)) for name in names)
+
+
+def _equal(given: str, truths: tuple[str, ...], mode: str) -> bool:
+    parse, verify = _math_verify()
+    answer = parse(_clean(given))
+    if mode == "correct":
+        return bool(answer) and any(verify(parse(_clean(truth)), answer) for truth in truths)
+    raise NotImplementedError
+
+
+def grade(text: str, answer: Answer, rule: str, mode: str = "correct") -> Grade:
+    """The grade of one response, in this process and without protection: for trusted text. `Grader` is for models'."""
+    given = extract(text, rule)
+    if given is None:
+        return Grade(0.0, parsed=False)
+    score = _quick(given, _truths(answer), rule)
+    return Grade(float(_equal(given, _truths(answer), mode)) if score is None else score, parsed=True)
+
+
+# The workers.
+
+
+class Grader:
+    """Grades in worker processes, while the caller goes on sampling.
+
+        with Grader("boxed", workers=4) as grader:
+            for text, problem in ...:
+                grader.submit(text, problem.answer)
+            grades = grader.collect()
+
+    A worker that reaches `timeout_s` seconds of CPU time on one answer (so that a busy machine changes no score; at most
+    4 times that by the clock) or its memory limit dies, and that answer scores 0. `timeouts` and `errors` count them.
+    The workers start at the first answer that needs one. UserError if math-verify is missing and `rule` may need it.
+    """
+
+    def __init__(self, rule: str, mode: str = "correct", workers: int = 2, timeout_s: float = 5.0):
+        if rule not in RULES or mode not in MODES:
+            raise ValueError(f"rule {rule!r} must be one of {RULES} and mode {mode!r} one of {MODES}")
+        if rule != "hash" and importlib.util.find_spec("math_verify") is None:
+            from drgrpo.types import UserError
+
+            raise UserError("grading needs math-verify: pip install 'math-verify[antlr4_13_2]'")
+        self.rule, self.mode = rule, mode
+        self.timeouts = self.errors = 0
+        self._workers = [_Worker(timeout_s) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")  # each waits on one worker
+        self._pending: list[Future[Grade]] = []
+        self._asked: dict[tuple, Future[Grade]] = {}
+
+    def submit(self, text: str, answer: Answer) -> Future[Grade]:
+        """Starts grading a response; `collect` returns its grade."""
+        truths, given = _truths(answer), extract(text, self.rule)
+        score = 0.0 if given is None else _quick(given, truths, self.rule)
+        if score is not None:
+            future: Future[Grade] = Future()
+            future.set_result(Grade(score, parsed=given is not None))
+        elif (given, truths) in self._asked:
+            future = self._asked[given, truths]
+        else:
+            future = self._asked[given, truths] = self._threads.submit(self._ask, given, truths)
+        self._pending.append(future)
+        return future
+
+    def collect(self) -> list[Grade]:
+        """Waits for every response submitted since the last call; their grades in that order."""
+        grades = [self._result(future) for future in self._pending]
+        self._pending, self._asked = [], {}
+        return grades
+
+    def __call__(self, texts: Sequence[str], answers: Sequence[Answer]) -> list[Grade]:
+        for text, answer in zip(texts, answers, strict=True):
+            self.submit(text, answer)
+        return self.collect()
+
+    def __enter__(self) -> Grader:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.stop()
+        self._threads.shutdown()
+
+    def _ask(self, given: str, truths: tuple[str, ...]) -> Grade:
+        worker = self._idle.get()
+        try:
+            return Grade(float(worker.ask({"given": given, "truths": truths, "mode": self.mode})), parsed=True)
+        finally:
+            self._idle.put(worker)
+
+    def _result(self, future: Future[Grade]) -> Grade:
+        try:
+            return future.result()
+        except TimeoutError:
+            self.timeouts += 1
+        except ChildProcessError:
+            self.errors += 1
+        return Grade(0.0, parsed=True)
+
+
+class _Worker:
+    """A child process that grades what it is sent, one line of JSON each way.
+
+    A plain subprocess and not `multiprocessing`: that imports the caller's `__main__` in every worker, here train.py and
+    with it torch; its forks are unsafe beside torch's threads; and it unpickles what the worker returns.
+    """
+
+    def __init__(self, timeout_s: float):
+        self.timeout_s, self.process, self.asked = timeout_s, None, 0
+
+    def ask(self, task: dict) -> bool:
+        """TimeoutError or ChildProcessError if the worker did not survive the task; the next one gets a new worker."""
+        if self.process is None or self.asked >= TASKS_PER_WORKER:
+            self.stop()
+            self._start()
+        self.asked += 1
+        reply = self._exchange(json.dumps(task) + "\n")
+        if reply:
+            equal = json.loads(reply)
+            if equal is None:
+                raise ChildProcessError("the grader ran out of memory or stack")
+            return equal
+        signal_number = -self.process.wait()
+        self.process = None
+        if signal_number in (signal.SIGPROF, signal.SIGALRM):
+            raise TimeoutError
+        raise ChildProcessError(f"grader worker died by signal {signal_number}")
+
+    def _start(self) -> None:
+        root = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        command = [sys.executable, "-W", "ignore", "-m", "drgrpo.grade", str(self.timeout_s)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        self.asked = 0
+        if self._exchange("") != "ready\n":
+            raise RuntimeError(f"a grader worker did not start (its error is above): {' '.join(command)}")
+
+    def _exchange(self, line: str) -> str:
+        try:
+            self.process.stdin.write(line)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return ""
+        return self.process.stdout.readline()
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def _work(timeout_s: float) -> None:
+    """The worker process: reads tasks from stdin until it closes, so no worker outlives the trainer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no reply
+    _forbid_code()
+    if not _equal(r"\frac{1}{2}", ("2/4",), "correct"):  # pays for imports and tables ahead of the first answer
+        raise RuntimeError("math-verify does not find 1/2 equal to 2/4")
+    replies.write("ready\n")
+    replies.flush()
+    for line in sys.stdin:
+        # Nobody handles these signals, so the kernel ends the process, inside a long multiplication too.
+        signal.setitimer(signal.ITIMER_PROF, timeout_s)
+        signal.setitimer(signal.ITIMER_REAL, 4 * timeout_s)
+        try:
+            equal = _equal(**json.loads(line))
+        except (MemoryError, RecursionError):
+            equal = None
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        replies.write(json.dumps(equal) + "\n")
+        replies.flush()
+
+
+def _forbid_code() -> None:
+    """Closes the two ways in which sympy turns text into code: `sympify` of a string, by which it also reads numbers, and
+    `lambdify`, which pastes the names of symbols into the source of a function. math-verify 0.9.0 reaches both."""
+    from sympy.parsing import sympy_parser
+
+    evaluate = sympy_parser.eval_expr
+
+    def evaluate_numeral(code, local_dict, global_dict):
+        if not isinstance(code, str) or not _NUMERAL.fullmatch(code):
+            raise PermissionError("a grader evaluates numerals only")
+        return evaluate(code, local_dict, global_dict)
+
+    def refuse_lambdify(event, args):
+        if event == "compile" and str(args[1]).startswith("<lambdify"):
+            raise PermissionError("a grader compiles no functions")
+
+    sympy_parser.eval_expr = evaluate_numeral
+    sys.addaudithook(refuse_lambdify)
+
+
+_NUMERAL = re.compile(r"\s*(?:Integer|Float|Rational)\s*\(\s*'?[\d.]+(?:[eE][+-]?\d+)?'?\s*\)\s*")
+
+
+if __name__ == "__main__":
+    _work(float(sys.argv[1]))
