@@ -11,7 +11,7 @@ Shape suffixes, the same in every file:
     S  sequences of a micro-batch        H, K  attention heads, key-value heads
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,11 +26,13 @@ class UserError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question with its ground truth. `id` is its row in the data set and part of every sampling seed."""
+    """One question with its ground truth. `id` is its row in the data set and part of every sampling seed; `prompt_ids`
+    is the question in its template, tokenized, once that has been done."""
 
     id: int
     question: str
     answer: Answer
+    prompt_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,13 @@ class Rollout:
     """A sampled response to a problem, with its text as the grader sees it (special tokens left out)."""
 
     problem: Problem
-    prompt_ids: list[int]
     completion: Completion
     text: str
+
+    @property
+    def length(self) -> int:
+        """response tokens, the stop token included"""
+        return len(self.completion.token_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,295 @@
+"""Every knob of the trainer, the recipes, and the command line made from them.
+
+A field is one line here and one flag of `train.py`; its docstring is its `--help`. A recipe is a function that returns a
+`Config`; `--field value` overrides it. The object that is printed, saved and compared on resume is the object that is used.
+"""
+
+import argparse
+import ast
+import difflib
+import inspect
+import math
+from dataclasses import MISSING, dataclass, fields, replace
+from itertools import pairwise
+from typing import get_type_hints
+
+from drgrpo.types import UserError
+
+CHOICES = {
+    "algo": ("drgrpo", "grpo", "rloo", "dapo"),
+    "engine": ("auto", "torch", "vllm"),
+    "old_logprob": ("sampler", "recompute", "none"),
+    "dtype": ("float32", "bfloat16"),
+    "attention": ("auto", "flash_attn", "varlen", "sdpa"),
+    "kernel": ("auto", "triton", "torch"),
+}
+
+MAY_CHANGE_ON_RESUME = {"out", "steps", "eval_every", "save_every", "keep", "samples_logged", "budget_hours", "cache_dir"}
+"""Fields that a resumed run may set anew: they change when things happen, not what is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    recipe: str
+    """name of the recipe that the other values start from"""
+    out: str = ""
+    """folder of the run (default: runs/RECIPE)"""
+    seed: int = 0
+    """seeds the warm-up, the order of the data and, with step, problem and sample, every rollout"""
+
+    # model
+    model: str = ""
+    """Hugging Face folder or hub name of the policy to start from; `tiny` builds and warms up a 0.1 M parameter one"""
+    dtype: str = "bfloat16"
+    """compute type of the policy and of the sampler; master weights and optimizer state are float32"""
+    attention: str = "auto"
+    """attention over packed sequences: flash_attn (package), varlen (PyTorch's FlashAttention-2), sdpa (padded, exact)"""
+    kernel: str = "auto"
+    """backend of the fused LM head and loss: triton on CUDA, torch elsewhere, unless named"""
+    checkpoint_activations: bool = True
+    """recompute each block in the backward pass instead of keeping its activations"""
+
+    # data
+    train_data: str = ""
+    """.jsonl, .json or .parquet file, `save_to_disk` folder, hub name `name[:split]`, or a named set"""
+    eval_data: str = ""
+    """comma-separated sources of the in-loop evaluation, each as for train_data; empty: none"""
+    problem_field: str = "problem"
+    """column of the question"""
+    answer_field: str = "answer"
+    """column of the ground truth"""
+    template: str = "qwen_math"
+    """how a question becomes a prompt and where the answer is looked for: see drgrpo/templates.py"""
+    max_prompt_tokens: int = 1024
+    """longer prompts are dropped, and counted"""
+
+    # rollout
+    engine: str = "auto"
+    """sampler: vllm, or torch (KV-cache sampler in plain PyTorch); auto is vllm on CUDA, torch elsewhere"""
+    prompts_per_step: int = 128
+    """P, prompts per rollout phase, over all processes"""
+    group_size: int = 8
+    """G, samples per prompt"""
+    max_new_tokens: int = 3000
+    """generation budget of a response, and the constant C that Dr. GRPO divides by"""
+    temperature: float = 1.0
+    """sampling temperature of the rollouts; the trainer's log-probs use the same"""
+    sampler_batch: int = 256
+    """sequences that a sampler runs at once, per process"""
+    kv_cache_gb: float = 0.0
+    """vLLM's key-value cache per process; 0: a third of the GPU, or 0.25 without one"""
+
+    # algorithm
+    algo: str = "drgrpo"
+    """drgrpo, or for comparison grpo, rloo, dapo: the same kernel with rescaled advantages"""
+    minibatches: int = 8
+    """optimizer steps per rollout phase"""
+    clip_low: float = 0.2
+    """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
+    clip_high: float = 0.2
+    """see clip_low"""
+    old_logprob: str = "recompute"
+    """denominator of the ratio: the sampler's log-probs, a no-grad pass of the trainer (the paper), or none (ratio = 1)"""
+    tis_cap: float = 0.0
+    """truncated importance sampling: weight min(old / sampler, tis_cap) on every token; 0: off"""
+    drop_zero_advantage: bool = True
+    """leave responses out of the training pass whose advantage is zero: exact, they have no gradient"""
+
+    # optimizer (AdamW)
+    lr: float = 1e-6
+    """learning rate, constant after warmup_steps"""
+    warmup_steps: int = 0
+    """optimizer steps of linear warm-up"""
+    beta1: float = 0.9
+    """AdamW's first moment"""
+    beta2: float = 0.95
+    """AdamW's second moment"""
+    weight_decay: float = 0.0
+    """decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """global gradient-norm clip"""
+    tokens_per_microbatch: int = 16384
+    """packed tokens of one forward and backward pass, per process; a longer sequence goes alone"""
+
+    # run
+    steps: int = 500
+    """rollout phases"""
+    eval_every: int = 16
+    """steps between evaluations; also before the first step and after the last. 0: only those two"""
+    eval_samples: int = 0
+    """evaluate also with this many samples per problem at the training temperature, next to the greedy answer"""
+    save_every: int = 50
+    """steps between checkpoints; also after the last step. 0: only then"""
+    keep: int = 2
+    """newest checkpoints that are kept"""
+    samples_logged: int = 4
+    """responses per step written to samples.jsonl"""
+    parity_mean: float = 0.0
+    """stop when trainer and sampler disagree by more than this many nats on average (0: by dtype, see drgrpo/parity.py)"""
+    parity_max: float = 0.0
+    """stop when they disagree by more than this on one token (0: by dtype)"""
+    budget_hours: float = 27.0
+    """the step line shows the hours used of this budget"""
+    cache_dir: str = "runs/warmup"
+    """where warmed-up tiny models are kept, by their inputs"""
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            check_name(f"--{flag(name)}", getattr(self, name), choices)
+        for name in ("prompts_per_step", "group_size", "max_new_tokens", "minibatches", "sampler_batch", "steps",
+                     "max_prompt_tokens", "tokens_per_microbatch", "keep", "temperature", "lr"):  # fmt: skip
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{flag(name)} {getattr(self, name)} must be a positive number")
+        if self.group_size < 2:
+            raise UserError("--group-size 1 leaves no group to compare with: every advantage would be 0; use 2 or more")
+        if self.rollouts_per_step % self.minibatches:
+            nearest = nearest_divisors(self.rollouts_per_step, self.minibatches)
+            raise UserError(
+                f"{self.rollouts_per_step} rollouts per step (--prompts-per-step {self.prompts_per_step} x --group-size "
+                f"{self.group_size}) do not divide into --minibatches {self.minibatches}; "
+                f"try --minibatches {' or '.join(map(str, nearest))}"
+            )
+        if self.old_logprob == "none" and self.minibatches > 1:
+            raise UserError(
+                f"--old-logprob none is exact only with one update per rollout, not with --minibatches {self.minibatches}; "
+                "use --minibatches 1, or --old-logprob sampler or recompute"
+            )
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """B = P * G"""
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def minibatch_size(self) -> int:
+        """responses of one optimizer step, over all processes"""
+        return self.rollouts_per_step // self.minibatches
+
+    def derived(self) -> str:
+        """The numbers that follow from the config, each with its formula."""
+        return (
+            f"{self.rollouts_per_step} rollouts/step = {self.prompts_per_step} prompts x {self.group_size} samples; "
+            f"{self.minibatches} optimizer steps of {self.minibatch_size} responses each; "
+            f"loss / ({self.minibatch_size} x {self.max_new_tokens})"
+        )
+
+
+# ---- recipes: paper section 3.4 and the scripts of its reference implementation; `tiny` for a laptop
+
+
+def tiny() -> Config:
+    """Minutes on two CPU cores: arithmetic, a 0.1 M parameter Qwen2 that a short supervised phase made half-competent."""
+    return Config(
+        recipe="tiny", model="tiny", dtype="float32", checkpoint_activations=False,
+        train_data="arithmetic", eval_data="arithmetic_heldout", template="arithmetic",
+        prompts_per_step=32, group_size=8, max_new_tokens=96, minibatches=4, old_logprob="sampler",
+        lr=3e-4, warmup_steps=5, tokens_per_microbatch=8192,
+        steps=100, eval_every=10, eval_samples=3, save_every=50, kv_cache_gb=0.25,
+    )  # fmt: skip
+
+
+def oat_zero_7b() -> Config:
+    """The paper's 7B run: MATH level 3-5 with the Qwen-Math template, 27 hours on 8 A100-80GB."""
+    return Config(
+        recipe="oat_zero_7b", model="Qwen/Qwen2.5-Math-7B", train_data="math_lvl3to5", template="qwen_math",
+        eval_data="aime24,amc,math500,minerva,olympiad_bench",
+    )  # fmt: skip
+
+
+def oat_zero_1_5b() -> Config:
+    """The paper's 1.5B run, on MATH-12K; fits 40 GB cards."""
+    return replace(
+        oat_zero_7b(), recipe="oat_zero_1_5b", model="Qwen/Qwen2.5-Math-1.5B", train_data="math_12k",
+    )  # fmt: skip
+
+
+def oat_zero_3b() -> Config:
+    """The paper's Llama run: Llama-3.2-3B continually pretrained on NuminaQA, R1 template."""
+    return replace(
+        oat_zero_7b(), recipe="oat_zero_3b", model="lkevinzc/Llama-3.2-3B-NuminaQA", train_data="math_12k", template="r1",
+    )  # fmt: skip
+
+
+RECIPES = {recipe.__name__: recipe for recipe in (tiny, oat_zero_1_5b, oat_zero_3b, oat_zero_7b)}
+
+
+# ---- command line
+
+
+def check_name(what: str, value: str, valid) -> None:
+    """UserError unless `value` is one of `valid`; the message offers the nearest."""
+    valid = list(valid)
+    if value not in valid:
+        near = difflib.get_close_matches(value, valid, n=1, cutoff=0.3)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown {what} {value!r}; {hint}there are {', '.join(valid)}")
+
+
+def nearest_divisors(n: int, k: int) -> list[int]:
+    """The divisors of n just below and just above k."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    below, above = [d for d in divisors if d < k][-1:], [d for d in divisors if d > k][:1]
+    return below + above
+
+
+def flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def field_docs(cls) -> dict[str, str]:
+    """Field name -> the string literal under it: a dataclass field has no docstring at run time."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    return {
+        field.target.id: doc.value.value
+        for field, doc in pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+    }
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+class Parser(argparse.ArgumentParser):
+    """One flag per field of a dataclass, its docstring as help. Errors are `UserError`s, with the nearest flag for an unknown
+    one."""
+
+    def __init__(self, cls, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+        docs, types = field_docs(cls), get_type_hints(cls)
+        for f in fields(cls):
+            kind = parse_bool if types[f.name] is bool else types[f.name]
+            required = f.default is MISSING
+            shown = docs[f.name].replace("%", "%%") + ("" if required or f.default == "" else f" ({f.default})")
+            metavar = "{" + ",".join(CHOICES[f.name]) + "}" if f.name in CHOICES else types[f.name].__name__.upper()
+            self.add_argument(
+                f"--{flag(f.name)}", type=kind, help=shown, metavar=metavar, required=required, default=argparse.SUPPRESS
+            )
+
+    def error(self, message):
+        raise UserError(message)
+
+    def parse(self, argv: list[str] | None = None) -> dict:
+        """The fields that were given on the command line."""
+        given, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            if not name.startswith("-"):
+                raise UserError(f"unexpected argument {name!r}; options are written --name value")
+            check_name("option", name, [o for a in self._actions for o in a.option_strings if o.startswith("--")])
+        return vars(given)
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """The recipe named by --recipe with the other flags on top. UserError names what is wrong and the nearest right thing."""
+    recipes = "; ".join(f"{name}: {inspect.getdoc(recipe)}" for name, recipe in RECIPES.items())
+    given = Parser(
+        Config, prog="train.py", description="Train a language model with Dr. GRPO.", epilog=f"recipes: {recipes}"
+    ).parse(argv)
+    check_name("recipe", given["recipe"], RECIPES)
+    config = replace(RECIPES[given["recipe"]](), **given)
+    return replace(config, out=config.out or f"runs/{config.recipe}")

@@ -1,0 +1,55 @@
+"""The process group: one process per GPU (or per core), started by torchrun or by hand."""
+
+import os
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def start() -> tuple[int, int, torch.device]:
+    """(rank, world size, device). Without torchrun: a group of one. Must come before vLLM, which would otherwise make a
+    default group of its own, of size one."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def stop() -> None:
+    """vLLM's shutdown may already have destroyed the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(items: list) -> list:
+    """This process's items: every world-size-th, so that long and short spread evenly."""
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def gather(items: list) -> list:
+    """The inverse of `share`, on every process."""
+    world = dist.get_world_size()
+    if world == 1:
+        return items
+    shares = [None] * world
+    dist.all_gather_object(shares, items)
+    whole = [None] * sum(map(len, shares))
+    for rank, part in enumerate(shares):
+        whole[rank::world] = part
+    return whole
+
+
+@contextmanager
+def rank_zero_first():
+    """Rank 0 runs the block before the others enter it: it fills a cache that they read."""
+    if dist.get_rank() > 0:
+        dist.barrier()
+    yield
+    if dist.get_rank() == 0:
+        dist.barrier()
