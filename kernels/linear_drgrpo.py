@@ -119,7 +119,7 @@ def _online_softmax(z, m_i, l_i, t_i, k):
     either the old sums or the new term keep their scale, so 2^(-|z-m|k) serves both. A NaN stays in l and t."""
     z = tl.where(z < -1e30, -1e30, z)
     d = z - m_i
-    e = tl.exp2(-tl.abs(d) * k)
+    e = tl.exp2(tl.abs(d) * -k)
     rises = d > 0
     t_i = tl.where(rises, (t_i - d * l_i) * e, t_i + d * e)
     l_i = tl.where(rises, l_i * e + 1.0, l_i + e)
@@ -128,9 +128,9 @@ def _online_softmax(z, m_i, l_i, t_i, k):
 
 @_jit
 def _dlogits(z, hit, m, log2_l, k, g):
-    """g (e - p). The target's entry is 1 - p in fp32, in place of a sum that rounds."""
+    """g (e - p), in fp32 until it is stored."""
     p = tl.exp2((z - m) * k - log2_l)
-    return tl.where(hit, 1.0 - p, -p) * g
+    return tl.where(hit, p - 1.0, p) * -g
 
 
 @_jit
@@ -173,11 +173,11 @@ def _drgrpo_row_kernel(
     in_tail = tail < V
     z_target = tl.load(z_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
 
-    # First sweep, ascending.
+    # First sweep, ascending. Unrolled, the running values change registers by name: 13 instructions an element, not 16.
     m_i = tl.full([BLOCK_V], -1e30, tl.float32)
     l_i = tl.zeros([BLOCK_V], tl.float32)
     t_i = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, full, BLOCK_V):
+    for start in tl.range(0, full, BLOCK_V, loop_unroll_factor=2):
         z = tl.load(z_ptr + start + lanes, eviction_policy="evict_last").to(tl.float32)
         m_i, l_i, t_i = _online_softmax(z, m_i, l_i, t_i, k)
     z = tl.load(z_ptr + tail, mask=in_tail, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
@@ -231,6 +231,7 @@ def _drgrpo_row_kernel(
             # Second sweep, descending: the logits read last are the likeliest to be in the cache still.
             g *= grad_scale
             dz_ptr += row * stride_dz
+            target = target.to(tl.int32)  # compared with every element; one that does not fit has made g NaN already
             full = V // BLOCK_V * BLOCK_V
             tail = full + lanes
             in_tail = tail < V
