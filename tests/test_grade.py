@@ -1,0 +1,474 @@
+"""What this proves: the grader finds the answer that each template asks for, agrees with the listed behaviour of the
+paper's grader (and with its Minerva bug only in `paper` mode), gives every ground truth 1.0, and survives hostile text:
+an answer that hangs, floods, crashes or tries to run code costs its own score and nothing else.
+
+    pytest tests/test_grade.py
+    DRGRPO_FUZZ=100000 pytest tests/test_grade.py -k fuzz       # the full fuzz run, about an hour on two cores
+    DRGRPO_ALL_TRUTHS=1 pytest tests/test_grade.py -k truth     # all of MATH-12K, not every tenth
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drgrpo import grade as grade_module
+from drgrpo.grade import Grade, Grader, equal, extract, grade
+from drgrpo.types import UserError
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "../shared/data"
+HUNG = "9^{9^9}"  # parses at once, and would take years to work out
+
+
+def boxed(answer: str) -> str:
+    return f"Hence \\boxed{{{answer}}}."
+
+
+def tagged(answer: str) -> str:
+    return f"so it is</think> <answer>{answer}</answer>"
+
+
+# Finding the answer.
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{1} then \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{2}} and more {text}", "\\frac{1}{2}"),
+        ("\\boxed{\\boxed{12}}", "12"),
+        ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed{\\left\\{ 1 \\right.}.", "\\left\\{ 1 \\right."),
+        ("\\boxed{90{square}", "90{square"),
+        ("\\boxed{5} and an empty \\boxed{}", ""),
+        ("\\boxed{5} but \\boxed12", None),
+        ("\\boxed{5} but \\boxed {12}", None),
+        ("\\fbox{12}", None),
+        ("\\boxed{12", None),
+        ("12", None),
+        ("", None),
+    ],
+)
+def test_extract_boxed(text, answer):
+    assert extract(text, "boxed") == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (tagged("12"), "12"),
+        (tagged("12") + " and so on", "12"),
+        (tagged("12") + "<answer>13</answer>", "13"),
+        (tagged("it is \\boxed{12}, of course"), "12"),
+        (tagged("it is \\boxed12"), None),
+        ("x</think><answer>12</answer>", None),
+        ("x</think>\n<answer>12</answer>", None),
+        ("x</think>  <answer>12</answer>", None),
+        ("x</think> <answer>12", None),
+        ("<answer>12</answer>", None),
+        ("\\boxed{12}", None),
+    ],
+)
+def test_extract_tag(text, answer):
+    assert extract(text, "tag") == answer
+
+
+@pytest.mark.parametrize(("text", "answer"), [("1+1#2 ", "2"), ("#", ""), ("2", None), ("1#2#3", None)])
+def test_extract_hash(text, answer):
+    assert extract(text, "hash") == answer
+
+
+def test_an_unknown_rule_or_mode_is_refused():
+    with pytest.raises(ValueError, match="boxed, tag, hash"):
+        extract("1", "latex")
+    with pytest.raises(ValueError, match="paper"):
+        Grader("boxed", mode="Paper")
+
+
+# Equal or not: what the paper's grader accepts and rejects, found by running it.
+
+ACCEPTED = [
+    ("142", "142.0"),
+    (142.0, "142"),
+    (7, "007"),
+    ("025", "25"),
+    ("10,000", "10000"),
+    ("335{,}670", "335670"),
+    ("\\frac12", "1/2"),
+    ("0.5", "\\dfrac{1}{2}"),
+    ("5", "x=5"),
+    ("5", "5\\text{ cm}"),
+    ("5", "5 cm"),
+    ("50", "50\\%"),
+    ("90^\\circ", "90"),
+    ("90", "90°"),
+    ("\\text{(A)}", "A"),
+    ("Monday", "\\text{monday}"),
+    ("\\$32,\\!348", "32348"),
+    ("32348", "\\$32,\\!348"),
+    ("\\frac{5}{2}", "2\\frac{1}{2}"),
+    ("3\\sqrt{13}", "\\sqrt{117}"),
+    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
+    ("\\begin{pmatrix}6\\-17\\end{pmatrix}", "\\begin{pmatrix} 6 \\\\ -17 \\end{pmatrix}"),
+    ("1 or 2", "1, 2"),
+    ("12", "12\\\\"),
+    ("12", "\\boxed{12}"),
+    ("6", "6.0e+00"),
+    ("1/2", "2/4"),
+    ("\\frac{1}{3}", "0.33333333"),
+    ("(1,2)", "1,2"),
+    ("1,2", "2,1"),
+    ("\\{1,2\\}", "\\{2, 1\\}"),
+    ("0.5", "50\\%"),
+    ("2x", "f(x)=2x"),
+    ("5", "abc=5"),
+    ("[-2,7]", "x\\in[-2,7]"),
+    ("1/2", "1:2"),
+    ("-5", "−5"),
+    ("2,-2", "\\pm 2"),
+    ("2516_8", "2516"),
+    ("12", "The answer is 12"),
+    ("12", "the final answer is: $12$."),
+    ("$\\frac{1}{2}$,$8$", "8, 0.5"),
+    (["$221,$8$"], "$221,$8$"),
+    (["7.0 \\times 10^{37}\n", "3\n"], "7 \\cdot 10^{37}"),
+    (["3\n", "-3/2\n"], "-\\frac{3}{2}"),
+]
+
+REJECTED = [
+    ("\\frac{1}{3}", "0.333"),
+    ("50", "49.99"),
+    ("8.7\\times10^{8}", "8.7e8"),
+    ("(1,2)", "[1,2]"),
+    ("[1,2]", "(1,2)"),
+    ("6", "six"),
+    ("10", "1010_2"),
+    ("12", ""),
+    ("12", "   "),
+    ("12", "13"),
+    ("12", "-12"),
+    ("1" * 40, "1" * 39 + "2"),
+    ("12", "12, 13"),
+    ("\\frac{3}{4}", "-$\\frac{3}{4}$"),
+    (["7 \\times 10^{37}\n"], "10"),
+    (["-3/2\n"], "-3"),
+    (["4.5e33\n"], "4.5"),
+]
+
+
+@pytest.mark.parametrize(("truth", "answer"), ACCEPTED, ids=lambda value: str(value)[:40])
+def test_accepted(truth, answer):
+    assert equal(answer, truth)
+
+
+@pytest.mark.parametrize(("truth", "answer"), REJECTED, ids=lambda value: str(value)[:40])
+def test_rejected(truth, answer):
+    assert not equal(answer, truth)
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "right"),
+    [
+        ("7 \\times 10^{37}\n", "10", True),
+        ("-3/2\n", "-3", True),
+        ("4.5e33\n", "4.5", True),
+        ("7 \\times 10^{37}\n", "7.0 \\times 10^{37}", False),
+        ("-3/2\n", "-\\frac{3}{2}", False),
+        ("7 \\times 10^{37}\n", "7 \\times 10^{37}", True),
+        ("9.6\n", "9.6", True),
+        ("3 \\times 10^{8}\n", "3.0 \\cdot 10^8", True),
+        ("-3/2", "-\\frac{3}{2}", True),
+    ],
+)
+def test_paper_mode_has_the_newline_bug_of_the_papers_grader(truth, answer, right):
+    assert equal(answer, [truth], mode="paper") == right
+
+
+def test_grade_says_whether_there_was_an_answer():
+    assert grade(boxed("12"), "12", "boxed") == Grade(1.0, parsed=True)
+    assert grade(boxed("13"), "12", "boxed") == Grade(0.0, parsed=True)
+    assert grade("12", "12", "boxed") == Grade(0.0, parsed=False)
+    assert grade("1+1#2", "2", "hash") == Grade(1.0, parsed=True)
+    assert grade("1+1#02", "2", "hash") == Grade(0.0, parsed=True)  # a string, not a number
+
+
+# Every ground truth is right.
+
+
+@pytest.mark.parametrize("mode", ["correct", "paper"])
+@pytest.mark.parametrize(
+    "name", ["eval/aime24", "eval/amc", "eval/math500", "eval/minerva", "eval/olympiad_bench", "train/math_12k"]
+)
+def test_truths_score_one(name, mode):
+    path = DATA / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    every = 1 if name != "train/math_12k" or os.environ.get("DRGRPO_ALL_TRUTHS") else 10
+    answers = [json.loads(line)["answer"] for line in path.read_text().splitlines()[::every]]
+    wrong = []
+    for answer in answers:
+        for truth in answer if isinstance(answer, list) else [str(answer)]:
+            if truth:  # five rows of this copy of MATH have none
+                right = equal(truth, answer, mode)
+                right &= grade(boxed(truth), answer, "boxed", mode).score == 1.0
+                right &= grade(tagged(truth), answer, "tag", mode).score == 1.0
+                right &= grade(tagged(boxed(truth)), answer, "tag", mode).score == 1.0
+                wrong += [] if right else [truth]
+    assert not wrong
+
+
+# The pool.
+
+
+def test_pool_grades_in_order_as_in_process():
+    with Grader("boxed") as grader:
+        for i, (truth, answer) in enumerate([*ACCEPTED, *REJECTED]):
+            future = grader.submit(boxed(answer), truth)
+            if i == 0:
+                assert future.result() == Grade(1.0, parsed=True)
+        got = grader.collect()
+    assert got == [grade(boxed(answer), truth, "boxed") for truth, answer in [*ACCEPTED, *REJECTED]]
+    assert {grade.score for grade in got} == {0.0, 1.0}
+
+
+def test_a_hanging_answer_is_killed_counted_and_stalls_nobody():
+    answers = [HUNG, "2/4", HUNG, "3/4", *["\\sqrt{117}"] * 3]
+    with Grader("boxed", workers=2, timeout_s=1.0) as grader:
+        start = time.monotonic()
+        scores = [grade.score for grade in grader([boxed(a) for a in answers], [*["1/2"] * 4, *["3\\sqrt{13}"] * 3])]
+        seconds = time.monotonic() - start
+        assert scores == [0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+        assert (grader.timeouts, grader.errors) == (2, 0)
+        assert seconds < 12  # one second for both, that are one question; the rest is starting workers
+        assert grader([boxed("4/8")], ["1/2"])[0].score == 1.0  # the pool lives on
+
+
+def test_equal_pairs_are_graded_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(grade_module._Worker, "ask", lambda self, task: bool(asked.append(task["given"])) or True)
+    with Grader("boxed") as grader:
+        grader([boxed("2/4")] * 50 + [boxed("3/6")], ["1/2"] * 51)
+        assert sorted(asked) == ["2/4", "3/6"]
+        grader([boxed("2/4")], ["1/2"])
+        assert len(asked) == 3  # a batch at a time: nothing is kept for ever
+
+
+def test_cheap_decisions_start_no_worker():
+    texts = ["no answer", boxed("12"), boxed("13"), boxed("\\dfrac 12"), boxed("7" * 5000), boxed("{" * 50 + "}" * 50)]
+    with Grader("boxed") as grader:
+        scores = [grade.score for grade in grader(texts, ["12", "12", "12.0", "\\frac12", "x+1", "x+1"])]
+        assert all(worker.process is None for worker in grader._workers)
+    assert scores == [0.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+
+
+def test_hash_needs_no_library():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['math_verify', 'sympy', 'torch', 'pebble', 'datasets'])); "
+        "from drgrpo.grade import Grader; print(Grader('hash')(['1+1#2', '1#3', '2'], ['2', '2', '2']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "score=1.0, parsed=True), Grade(score=0.0, parsed=True), Grade(score=0.0, parsed=False" in run.stdout, run
+
+
+def test_missing_math_verify_is_said_before_any_work(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        Grader("boxed")
+
+
+def worker_that_runs(monkeypatch, code: str) -> None:
+    """Replaces the worker's comparison of 2/4 and 1/2 by `code`."""
+    fake = (
+        "import os, sys, time; from drgrpo import grade; real = grade._equal\n"
+        f"def _equal(given, truths, mode):\n    if given == '2/4' and truths != ('2/4',): {code}\n"
+        "    return real(given, truths, mode)\n"
+        "grade._equal = _equal; grade._work(float(sys.argv[1]))"
+    )
+    monkeypatch.setattr(grade_module, "WORKER", (sys.executable, "-W", "ignore", "-c", fake))
+
+
+@pytest.mark.parametrize(
+    ("code", "timeouts", "errors"),
+    [
+        ("os._exit(3)", 0, 1),
+        ("os.kill(os.getpid(), 9)", 0, 1),
+        ("bytearray(4 << 30)", 0, 1),
+        ("_equal(given, truths, mode)", 0, 1),
+        ("time.sleep(60)", 1, 0),
+        ("exec('while True: pass')", 1, 0),
+        ("print('garbage')", 0, 0),
+    ],
+    ids=["exit", "killed", "memory", "recursion", "sleep", "loop", "prints"],
+)
+def test_a_worker_may_die_in_any_way(monkeypatch, code, timeouts, errors):
+    worker_that_runs(monkeypatch, code)
+    with Grader("boxed", workers=1, timeout_s=0.5) as grader:
+        scores = [grade.score for grade in grader([boxed("2/4"), boxed("3/6")], ["1/2", "1/2"])]
+        assert (grader.timeouts, grader.errors) == (timeouts, errors)
+    assert scores == [float(timeouts + errors == 0), 1.0]
+
+
+def test_a_worker_that_cannot_start_is_fatal(monkeypatch):
+    monkeypatch.setattr(grade_module, "WORKER", (sys.executable, "-c", "raise SystemExit(1)"))
+    with Grader("boxed") as grader, pytest.raises(RuntimeError, match="did not start"):
+        grader([boxed("2/4")], ["1/2"])
+
+
+def test_workers_do_not_outlive_the_trainer():
+    code = (
+        "import os, time; from drgrpo.grade import Grader; grader = Grader('boxed', workers=2, timeout_s=2)\n"
+        f"grader([{boxed('2/4')!r}], ['1/2']); grader.submit({boxed(HUNG)!r}, 'x')\n"
+        "time.sleep(0.7); print(*[w.process.pid for w in grader._workers if w.process], flush=True); os._exit(1)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    pids = [int(pid) for pid in run.stdout.split()]
+    assert pids
+    deadline = time.monotonic() + 10
+    while any(map(running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(running, pids))
+
+
+def running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_leaving_the_pool_stops_its_workers_at_once():
+    with Grader("boxed", workers=2, timeout_s=30) as grader:
+        grader([boxed("2/4")], ["1/2"])
+        for _ in range(3):
+            grader.submit(boxed(HUNG), "x")
+        start = time.monotonic()
+        pids = [worker.process.pid for worker in grader._workers if worker.process]
+    assert time.monotonic() - start < 5
+    assert pids and not any(map(running, pids))
+
+
+def test_workers_are_replaced_after_a_while(monkeypatch):
+    monkeypatch.setattr(grade_module, "TASKS_PER_WORKER", 2)
+    pids = set()
+    with Grader("boxed", workers=1) as grader:
+        for i in range(2, 6):
+            assert grader([boxed(f"{i}/{2 * i}")], ["1/2"])[0].score == 1.0
+            pids.add(grader._workers[0].process.pid)
+    assert len(pids) == 2
+
+
+# Hostile text.
+
+CODE_IN_A_NAME = "\\sum_{n=0}^{\\infty} \\frac{1}{(1+n \\cdot x_{(a)if(exit(7))else(b)}) 2^n}"
+
+
+@pytest.mark.parametrize("guard", ["names", "functions", "strings"])
+def test_no_guard_against_code_is_alone(guard):
+    """sympy pastes the name of a symbol into the source of a function to sum a series. Each guard holds by itself."""
+    check = {
+        "names": f"assert grade._math_verify()[0]({CODE_IN_A_NAME!r}) == []",
+        "functions": "grade._harmless = lambda expression: True; grade._forbid_code(); "
+        f"assert grade._math_verify()[0]({CODE_IN_A_NAME!r}); grade._equal({CODE_IN_A_NAME!r}, ('\\\\pi',), 'correct')",
+        "strings": "grade._forbid_code(); import sympy; assert sympy.sympify('12') == 12; assert sympy.Number('1.5')\n"
+        "try: sympy.sympify('exit(7)')\n"
+        "except (PermissionError, sympy.SympifyError): pass\n"
+        "else: raise AssertionError",
+    }
+    code = "from drgrpo import grade; " + check[guard]
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run
+
+
+def test_the_attack_is_real():
+    """The unguarded library runs the code; if this fails, the guards above can go."""
+    code = (
+        "from drgrpo import grade; import sympy; grade._harmless = lambda expression: True; "
+        f"parse, verify = grade._math_verify(); verify([sympy.pi], parse({CODE_IN_A_NAME!r}))"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 7, run
+
+
+FRAGMENTS = [
+    *("9**9**9**9", "9^{9^{9^{9}}}", HUNG, "99999999!", "((((9!)!)!)!)!", "\\binom{10^9}{10^8}", "10^{-10^{9}}", "1e999999"),
+    *("\\frac{", "\\sqrt{" * 30, "{" * 500, "}" * 500, "(" * 300, "[" * 99 + "]" * 99, "\\left(" * 40, "^{9999}"),
+    *("__import__('os').system('touch PWNED')", "__class__.__mro__", "lambda: 0", "eval(1)", "exec(exit(7))", "x.__dict__"),
+    *(CODE_IN_A_NAME, "x_{(a)if(exit(7))else(b)}", "\\text{__import__}", "\\operatorname{exit}(7)", "f_{\\text{exit(7)}}(x)"),
+    *("\x00", "\x07\x1b[2J", "\ud800", "\udfff\ud800", "\u202e", "\u2028", "\ufeff", "٣", "½", "∞", "𝟙", "\n", "\r\n"),
+    *("\\sum_{n=1}^{\\infty} \\frac{1}{n^{n}}", "\\int_0^1 x^{x} dx", "\\prod_{k=1}^{999999999} k", "\\lim_{x\\to 0} x^x"),
+    *("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\sin(\\cos(", "x+y", "=", "<", "\\in", "\\cup", ",", ";", "\\pm"),
+    *("$", "$$", "\\$", "%", "\\%", "^\\circ", "\\boxed{", "\\boxed", "#", "~", "</think> <answer>", "</answer>", "\\\\"),
+    *("1", "12", "-3.5", "1/2", "x", "\\pi", "e", "i", "0", "\\frac{1}{2}", "1,234", "(1,2]", "\\{1,2\\}", "\\text{ cm}", "&"),
+    *("\\begin{pmatrix}", "\t", " or ", "\\text{", "_{", "^", "!", "|", ":", "\\dot", "\\overline{", "\\log_", "\\cdot"),
+]
+
+
+def hostile(rng: random.Random) -> str:
+    return "".join(rng.choice(FRAGMENTS) * rng.choice((1, 1, 1, 1, 2, 5)) for _ in range(rng.randint(1, 6)))
+
+
+def test_fuzz_pool(tmp_path, monkeypatch):
+    """No crash, no hang, no leak, no code run. An answer may be right (fragments hold "1/2"); then it says so in process."""
+    count = int(os.environ.get("DRGRPO_FUZZ", 150))
+    monkeypatch.chdir(tmp_path)  # where PWNED would appear
+    rng = random.Random(count)
+    truths = ["\\frac{1}{2}", "x+y", "(1,2]", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\frac{\\pi^2}{6}", "5\n", "2^{2017}"]
+    right = done = 0
+    with Grader("boxed", timeout_s=0.5) as grader:
+        while done < count:
+            batch = [(boxed(hostile(rng)), rng.choice(truths)) for _ in range(min(500, count - done))]
+            grades = grader(*zip(*batch, strict=True))
+            done += len(grades)
+            right += sum(grade.score for grade in grades)
+        print(f"{done} inputs, {right:.0f} right, {grader.timeouts} timeouts, {grader.errors} errors")
+        assert grader([boxed("2/4")], ["1/2"])[0].score == 1.0
+        pids = [worker.process.pid for worker in grader._workers if worker.process]
+    assert not any(map(running, pids))
+    assert grader.errors == 0  # a worker may time out; nothing here may kill it otherwise
+    assert right < done / 10
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["{" * 2_000_000, "\\boxed{" + "{" * 2_000_000, "\\boxed{" + "1" * 2_000_000 + "}"])
+def test_megabytes_are_no_work(text):
+    start = time.monotonic()
+    with Grader("boxed") as grader:
+        assert grader([text], ["12"])[0].score == 0.0
+    assert time.monotonic() - start < 3
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text() | st.text("\\{}$^_#%,.0123456789abx=()[] -+<>/\n") | st.lists(st.sampled_from(FRAGMENTS)).map("".join)
+)
+def test_fuzz_strings(text):
+    for rule in ("boxed", "tag", "hash"):
+        extract(text, rule)
+        extract(boxed(text), rule)
+        extract(tagged(text), rule)
+    key = grade_module._key(text)
+    assert grade_module._quick(text, (text,), "boxed") == float(key != "") or len(text) > grade_module.MAX_CHARS
+    grade_module._too_much(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(-(10**30), 10**30), st.integers(-(10**30), 10**30))
+def test_fuzz_integers(a, b):
+    assert equal(f"{a:,}", str(b)) == (a == b)
+    assert equal(f"{a}.0", f"{a}")
+    assert equal(f"\\text{{{a}}}", a)
+
+
+def test_interrupts_are_the_trainers(monkeypatch):
+    with Grader("boxed", workers=1) as grader:
+        grader([boxed("2/4")], ["1/2"])
+        grader._workers[0].process.send_signal(signal.SIGINT)
+        assert grader([boxed("3/6")], ["1/2"])[0].score == 1.0
+        assert grader.errors == 0
