@@ -80,7 +80,7 @@ def linear_drgrpo_loss_ref(
     """What `linear_drgrpo_loss` means, with autograd's gradients. fp64 in, fp64 out."""
     if main_grad is not None:
         weight = weight.detach().requires_grad_()
-        weight.register_hook(lambda dweight: main_grad.add_(dweight) and None)
+        weight.register_hook(lambda dweight: main_grad.add_(dweight))
     logprob, entropy = linear_logprob_ref(hidden, weight, target, temperature=temperature)
     old = logprob.detach() if old_logprob is None else old_logprob
     active = (advantage != 0) & (target != IGNORE)  # where A = 0 the loss is 0, also if the ratio overflows
@@ -93,7 +93,7 @@ def linear_drgrpo_loss_ref(
     if ref_logprob is not None:
         delta = ref_logprob - logprob
         penalty = {"k1": -delta, "k3": delta.exp() - 1 - delta}[kl].masked_fill(target == IGNORE, 0.0)
-        token_loss = token_loss + kl_coef * penalty
+        token_loss = token_loss + (kl_coef * penalty if kl_coef else 0.0)
         stats["kl"] = penalty
     stats["token_loss"] = token_loss
     stats["clipped"] = torch.where(active & (surrogate > bounded), advantage.sign(), 0).to(torch.int8)
@@ -219,8 +219,9 @@ def _drgrpo_row_kernel(
                 penalty += tl.exp2(delta * 1.4426950408889634) - 1.0
                 slope -= tl.exp2(delta * 1.4426950408889634)
             penalty = tl.where(ignored, 0.0, penalty)
-            loss += kl_coef * penalty
-            g += tl.where(ignored, 0.0, kl_coef * slope)
+            penalized = (kl_coef != 0) & (ignored == 0)  # kl_coef = 0 watches the KL, also where it overflows
+            loss += tl.where(penalized, kl_coef * penalty, 0.0)
+            g += tl.where(penalized, kl_coef * slope, 0.0)
             tl.store(stat_ptr + 5 * stride_stat + row, penalty)
         tl.store(stat_ptr + 2 * stride_stat + row, log_ratio)
         tl.store(stat_ptr + 3 * stride_stat + row, tis_weight)
@@ -311,8 +312,9 @@ def _token_loss(logprob, ignored, tokens, o, stat, clipped):
         delta = ref - logprob
         penalty, slope = (-delta, torch.ones_like(delta)) if o.kl == "k1" else (delta.expm1() - delta, -delta.expm1())
         stat[5] = penalty.masked_fill_(ignored, 0.0)
-        loss += o.kl_coef * penalty
-        g += (o.kl_coef * slope).masked_fill_(ignored, 0.0)
+        if o.kl_coef != 0:
+            loss += o.kl_coef * penalty
+            g += (o.kl_coef * slope).masked_fill_(ignored, 0.0)
     stat[2], stat[3], stat[4] = log_ratio, tis_weight, loss
     clipped.copy_(torch.where(cut, advantage.sign(), 0.0))
     return g
@@ -343,6 +345,7 @@ class _Objective(NamedTuple):
 def _head(hidden, weight, target, tokens, o, stat, clipped, dhidden, dweight, accumulate, alpha, chunk, dtype, backend):
     """Fills every tensor after `o`; gradients that are None are not computed."""
     T, V = len(hidden), len(weight)
+    target, tokens = target.contiguous(), [x if x is None else x.contiguous() for x in tokens]
     stride = V if backend == "torch" else (V + 15) // 16 * 16  # rows aligned for 128-bit loads, whatever V is
     buffer_CV = hidden.new_empty(min(chunk, T), stride, dtype=dtype)
     grad_dtype = None if dhidden is None and dweight is None else hidden.dtype
