@@ -1,4 +1,4 @@
-"""Score a model on math benchmarks: `python eval.py --model DIR|HUB_NAME --benchmarks aime24,amc,math500,minerva,olympiad_bench`
+"""Score a model on math benchmarks: `python eval.py --model DIR|HUB_NAME [--benchmarks aime24,amc,...]`
 
 The paper's protocol is the default: the Qwen-Math template, greedy, at most 3000 new tokens, one answer per problem, and the
 plain mean of the five accuracies (paper, Table 4). Training evaluates with the same code. Under torchrun every process
@@ -115,7 +115,6 @@ def main(config: EvalConfig) -> None:
         log.say(f"wrote {out}/eval.json and {out}/responses.jsonl")
     dist.barrier()
     engine.close()
-    distributed.stop()
 
 
 def source(name: str, data_dir: str) -> str:
@@ -137,10 +136,14 @@ def table(config: EvalConfig, results: dict[str, dict], average: float) -> Table
     for name, r in results.items():
         error = math.sqrt(r["accuracy"] * (1 - r["accuracy"]) / r["n"])
         table.add_row(name, f"{100 * r['accuracy']:.1f}", f"{100 * error:.1f}", str(r["n"]), number(r["len_correct"]),
-                      number(r["len_incorrect"]), f"{100 * r['truncated_frac']:.1f}", f"{100 * r['unparsed_frac']:.1f}")  # fmt: skip
+                      number(r["len_incorrect"]), percent(r["truncated_frac"]), percent(r["unparsed_frac"]))  # fmt: skip
     table.add_section()
     table.add_row("average", f"{100 * average:.1f}", "", str(sum(r["n"] for r in results.values())))
     return table
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def versions(engine: str) -> dict[str, str]:
@@ -153,9 +156,15 @@ def versions(engine: str) -> dict[str, str]:
     return found
 
 
-if __name__ == "__main__":
+def cli(argv: list[str] | None = None) -> None:
     try:
-        main(EvalConfig(**Parser(EvalConfig, prog="eval.py", description="Score a model on math benchmarks.").parse()))
+        main(EvalConfig(**Parser(EvalConfig, prog="eval.py", description="Score a model on math benchmarks.").parse(argv)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    cli()

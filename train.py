@@ -36,6 +36,7 @@ from drgrpo.log import Log, Stopwatch, read_jsonl
 from drgrpo.model import Objective, Policy, load_policy, max_positions, resolve_attention
 from drgrpo.rollout import rollout, tokenize
 from drgrpo.templates import get_template
+from drgrpo.tokenizer import byte_tokenizer
 from drgrpo.types import Batch, Rollout, UserError
 from drgrpo.warmup import Warmup, cached_tiny_model
 
@@ -59,12 +60,9 @@ def main(config: Config) -> None:
     log.say(f"config: {asdict(config)}")
     log.say(f"derived: {config.derived()}")
 
-    model_path = config.model
-    if config.model == "tiny":
-        with distributed.rank_zero_first():
-            model_path = str(cached_tiny_model(Warmup(seed=config.seed), config.cache_dir, log.say))
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    positions = max_positions(model_path)
+    tiny, warmup = config.model == "tiny", Warmup(seed=config.seed)
+    tokenizer = byte_tokenizer() if tiny else AutoTokenizer.from_pretrained(config.model)
+    positions = warmup.max_position_embeddings if tiny else max_positions(config.model)
     longest = min(config.max_prompt_tokens, positions - config.max_new_tokens)
     problems, dropped = tokenize(problems, template, tokenizer, longest)
     log.say(f"data: {len(problems)} training problems, {dropped} dropped for a prompt of more than {longest} tokens")
@@ -74,7 +72,11 @@ def main(config: Config) -> None:
         log.say(f"data: {name}, {len(eval_sets[name])} problems, {eval_dropped[name]} too long (they count as wrong); "
                 f"{len(data.overlap(problems, eval_sets[name]))} of them among the training problems")  # fmt: skip
 
-    # ---- setup: policy, optimizer, sampler, grader. The process group exists before vLLM does.
+    # ---- setup: policy, optimizer, sampler. The process group exists before vLLM does.
+    model_path = config.model
+    if tiny:
+        with distributed.rank_zero_first():
+            model_path = str(cached_tiny_model(warmup, config.cache_dir, log.say))
     policy = load_policy(model_path, dtype=dtype, device=device, attention=config.attention, kernel=config.kernel,
                          checkpoint_activations=config.checkpoint_activations)  # fmt: skip
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(config.beta1, config.beta2),
@@ -85,7 +87,7 @@ def main(config: Config) -> None:
     if rank == 0:
         checkpoint.open_run(config, done["step"])
     engine = make_engine(engine_name, model_path, tokenizer, dtype=dtype, device=device, batch=config.sampler_batch,
-                         max_tokens=min(positions, longest + config.max_new_tokens), kv_cache_gb=config.kv_cache_gb)  # fmt: skip
+                         max_tokens=longest + config.max_new_tokens, kv_cache_gb=config.kv_cache_gb)  # fmt: skip
     engine.sync(policy.named_weights(dtype))
 
     sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop=template.stop,
@@ -180,7 +182,6 @@ def main(config: Config) -> None:
                 f"and {log.out}/hf for transformers, vLLM and eval.py")  # fmt: skip
     dist.barrier()
     engine.close()
-    distributed.stop()
 
 
 def plan_updates(config: Config, rollouts: list[Rollout], advantage_PG: torch.Tensor, step: int, rank: int, world: int,
@@ -290,9 +291,15 @@ def sample_rows(config: Config, step: int, rollouts: list[Rollout], reward_PG) -
     ]  # fmt: skip
 
 
-if __name__ == "__main__":
+def cli(argv: list[str] | None = None) -> None:
     try:
-        main(parse_args())
+        main(parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    cli()

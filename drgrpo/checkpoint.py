@@ -53,11 +53,10 @@ def open_run(config: Config, resumed_step: int) -> None:
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_atomically(out / "config.json", json.dumps(asdict(config), indent=2) + "\n")
     for name in RECORDS:
-        if (out / name).exists():
-            lines = (out / name).read_text().splitlines(keepends=True)
-            # a line torn by a kill has no newline; step 0 is the evaluation before training, made anew without a checkpoint
-            kept = [l for l in lines if l.endswith("\n") and resumed_step and json.loads(l)["step"] <= resumed_step]
-            write_atomically(out / name, "".join(kept))
+        lines = (out / name).read_text().splitlines(keepends=True) if (out / name).exists() else []
+        # a line torn by a kill has no newline; step 0 is the evaluation before training, made anew without a checkpoint
+        kept = [l for l in lines if l.endswith("\n") and resumed_step and json.loads(l)["step"] <= resumed_step]
+        write_atomically(out / name, "".join(kept))
 
 
 def write_atomically(path: Path, text: str) -> None:

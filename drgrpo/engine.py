@@ -208,7 +208,8 @@ def resolve_engine(name: str, device: torch.device) -> str:
 def stop_token_ids(path: str, tokenizer) -> tuple[int, ...]:
     """The model's own end tokens: those of its generation config and its tokenizer's."""
     eos = GenerationConfig.from_pretrained(path).eos_token_id
-    return tuple(dict.fromkeys(i for i in [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id] if i is not None))
+    ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 def make_engine(name: str, path: str, tokenizer, *, dtype: torch.dtype, device: torch.device, batch: int,

@@ -27,8 +27,8 @@ class Warmup:
     seed: int = 0
     hidden_size: int = 64
     num_hidden_layers: int = 2
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
+    num_attention_heads: int = 2
+    num_key_value_heads: int = 1
     intermediate_size: int = 192
     max_position_embeddings: int = 1024
     initializer_range: float = 0.08

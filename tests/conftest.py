@@ -1,0 +1,61 @@
+"""One process, one thread, no network, no GPU needed: what every test runs under."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from drgrpo.tokenizer import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory) -> str:
+    """Hugging Face folder of a tiny Qwen2 with tied embeddings and random weights."""
+    from drgrpo.warmup import Warmup, build_tiny_model
+
+    path = tmp_path_factory.mktemp("models") / "random"
+    build_tiny_model(Warmup(seed=3), path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def warm_model() -> str:
+    """The tiny recipe's model after its warm-up (a minute, once: `make train` fills and reads the same cache)."""
+    from drgrpo.warmup import Warmup, cached_tiny_model
+
+    return str(cached_tiny_model(Warmup(), ROOT / "runs" / "warmup"))
+
+
+@pytest.fixture
+def group_of_one():
+    """A process group of this process alone, for what calls collectives."""
+    from drgrpo import distributed
+
+    distributed.start()
+    yield
+    distributed.stop()

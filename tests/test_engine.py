@@ -1,0 +1,129 @@
+"""The PyTorch sampler: what it reports is what the model computes, and a sample depends on its own seed alone."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from drgrpo.engine import Sampling, TorchEngine, draw, resolve_engine, stop_token_ids, uniforms
+from drgrpo.types import Request
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def engine(random_model, tokenizer):
+    return TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16)
+
+
+@pytest.fixture(scope="module")
+def model(random_model):
+    return AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32).eval()
+
+
+def requests(count: int, lengths=(3, 11, 40)) -> list[Request]:
+    """Prompts of different lengths, three samples of each."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, lengths[i % len(lengths)]).tolist() for i in range(count)]
+    return [Request(prompts[i // 3], seed=1000 + i) for i in range(count)]
+
+
+def sampling(**changes) -> Sampling:
+    return Sampling(**{"max_new_tokens": 24, "stop_token_ids": (256,)} | changes)
+
+
+def forward_logprobs(model, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_those_of_a_plain_forward_pass(engine, model, temperature):
+    asked = requests(24)  # two batches, padded prompts, rows that stop early
+    for request, completion in zip(asked, engine.generate(asked, sampling(temperature=temperature)), strict=True):
+        expected = forward_logprobs(model, request.prompt_ids, completion.token_ids, temperature)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
+
+
+def test_a_sample_does_not_depend_on_the_batch(engine):
+    asked = requests(24)
+    together = engine.generate(asked, sampling())
+    alone = [engine.generate([r], sampling())[0].token_ids for r in asked[::5]]
+    assert alone == [c.token_ids for c in together[::5]]
+    assert together == engine.generate(asked, sampling())
+    assert len({tuple(c.token_ids) for c in together[:3]}) == 3, "samples of one prompt must differ"
+
+
+def test_greedy_takes_the_likeliest_token(engine, model):
+    (request,) = requests(1)
+    (completion,) = engine.generate([request], sampling(temperature=0.0, max_new_tokens=8))
+    ids = list(request.prompt_ids)
+    for token in completion.token_ids:
+        with torch.no_grad():
+            assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
+        ids.append(token)
+
+
+def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine):
+    completions = engine.generate(requests(48), sampling(stop_token_ids=tuple(range(0, 256, 8)), max_new_tokens=20))
+    stopped = [c for c in completions if c.finished]
+    assert 0 < len(stopped) < 48
+    for c in completions:
+        assert len(c.token_ids) == len(c.logprobs)
+        assert [t % 8 == 0 and t < 256 for t in c.token_ids] == [False] * (len(c.token_ids) - 1) + [c.finished]
+        assert c.finished or len(c.token_ids) == 20
+
+
+def test_a_stop_string_ends_a_response_and_stays_in_it(engine, tokenizer):
+    texts = [tokenizer.decode(c.token_ids) for c in engine.generate(requests(48), sampling())]
+    needle = next(text[10:12] for text in texts if text[10:12].isascii() and len(text) > 14)
+    for free, c in zip(texts, engine.generate(requests(48), sampling(stop=(needle,))), strict=True):
+        text = tokenizer.decode(c.token_ids)
+        assert text == (free[: free.index(needle) + len(needle)] if needle in free else free)
+        assert c.finished == (needle in text or c.token_ids[-1] == 256)
+
+
+def test_sync_takes_over_every_weight_and_notices_a_missing_one(random_model, engine, tokenizer):
+    fresh = TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU)
+    changed = {name: weight + 0.01 for name, weight in engine.lm.state_dict().items()}
+    fresh.sync(changed.items())
+    assert all(torch.equal(weight, changed[name]) for name, weight in fresh.lm.state_dict().items())
+    changed.pop("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(RuntimeError, match="up_proj"):
+        fresh.sync(changed.items())
+
+
+def test_draw_follows_the_distribution():
+    logits_BV = torch.tensor([[0.0, 1.0, 2.0, -1e9]]).repeat(20000, 1)
+    uniform_B = torch.from_numpy(uniforms(list(range(20000)), 1))[:, 0]
+    for temperature in (1.0, 0.5):
+        token_B, logprob_B = draw(logits_BV, uniform_B, temperature)
+        expected = torch.softmax(logits_BV[0] / temperature, -1)
+        counts = torch.bincount(token_B, minlength=4) / 20000
+        assert (counts - expected).abs().max() < 0.015  # four standard deviations
+        torch.testing.assert_close(logprob_B, expected.log()[token_B])
+
+
+def test_uniforms_are_stateless_uniform_and_uncorrelated():
+    u = uniforms(list(range(400)), 250)
+    assert (u >= 0).all() and (u < 1).all()
+    assert np.array_equal(u[7:9], uniforms([7, 8], 250))
+    assert np.array_equal(u[:, :10], uniforms(list(range(400)), 10))
+    assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
+    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.02  # neighbouring seeds
+    assert abs(np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())[0, 1]) < 0.02  # neighbouring positions
+
+
+def test_no_request_gives_no_completion(engine):
+    assert engine.generate([], sampling()) == []
+
+
+def test_auto_is_torch_without_a_gpu_and_vllm_with_one():
+    assert resolve_engine("auto", CPU) == "torch"
+    assert resolve_engine("auto", torch.device("cuda", 0)) == "vllm"
+    assert resolve_engine("vllm", CPU) == "vllm"
+
+
+def test_stop_tokens_are_the_models_own(random_model, tokenizer):
+    assert stop_token_ids(random_model, tokenizer) == (256,)

@@ -1,0 +1,105 @@
+"""The policy on packed sequences is the model on each sequence alone, outputs and gradients."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from drgrpo.model import Objective, load_policy, max_positions, resolve_attention
+from drgrpo.pack import pack
+from drgrpo.types import UserError
+
+CPU = torch.device("cpu")
+
+
+def sequences(count=7, vocab=260, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(vocab, (n,), generator=generator).tolist()  # noqa: E731
+    return [
+        (draw(3 + i), response := draw(1 + 5 * i % 17), [-1.0] * len(response), 0.5 - i % 2) for i in range(count)
+    ]
+
+
+@pytest.fixture(params=["qwen2 tied", "llama untied"])
+def model_dir(request, random_model, tmp_path):
+    if request.param == "qwen2 tied":
+        return random_model
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.1, max_position_embeddings=128,
+        eos_token_id=256, bos_token_id=None,
+    )).save_pretrained(tmp_path)  # fmt: skip
+    return str(tmp_path)
+
+
+def separate(model_dir):
+    """log-probs, and gradients of the plain policy-gradient loss, one sequence at a time through transformers."""
+    lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    logprobs = []
+    for prompt, response, _, advantage in sequences():
+        logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logprobs.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0])
+        (-0.25 * advantage * logprobs[-1].sum()).backward()
+    return torch.cat(logprobs).detach(), {name: p.grad for name, p in lm.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_equals_one_sequence_at_a_time(model_dir, checkpointing):
+    logprob_N, grads = separate(model_dir)
+    policy = load_policy(model_dir, dtype=torch.float32, device=CPU, checkpoint_activations=checkpointing)
+    loss, stats = policy(pack(sequences()), Objective(), scale=0.25)  # on-policy: the gradient is that of -A logp
+    loss.backward()
+    torch.testing.assert_close(stats["logprob"], logprob_N, atol=1e-5, rtol=0)
+    for name, p in policy.lm.named_parameters():
+        torch.testing.assert_close(p.grad, grads[name], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_packed_sequences_do_not_see_each_other(random_model):
+    policy = load_policy(random_model, dtype=torch.float32, device=CPU)
+    one, *others = sequences()
+    alone, _ = policy(pack([one]), Objective())
+    for neighbours in (others, others[::-1]):
+        together, _ = policy(pack([one, *neighbours]), Objective())
+        torch.testing.assert_close(together[: len(alone)], alone, atol=1e-5, rtol=0)
+
+
+def test_gradients_do_not_depend_on_the_split_into_micro_batches(random_model):
+    grads = []
+    for parts in ([sequences()], [[s] for s in sequences()], [sequences()[:3], [], sequences()[3:]]):
+        policy = load_policy(random_model, dtype=torch.float32, device=CPU)
+        for part in parts:
+            batch = pack(part)
+            policy(batch, Objective(), batch.sampler_logprob_N, scale=1 / 100)[0].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0], atol=1e-6, rtol=1e-5)
+
+
+def test_an_empty_batch_has_exactly_zero_gradient_everywhere(random_model):
+    policy = load_policy(random_model, dtype=torch.float32, device=CPU)
+    loss, _ = policy(pack([]), Objective(), scale=1.0)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
+
+
+def test_weights_are_sent_under_their_own_names_the_tied_head_too(random_model):
+    policy = load_policy(random_model, dtype=torch.float32, device=CPU)
+    weights = dict(policy.named_weights(torch.bfloat16))
+    assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert all(w.dtype == torch.bfloat16 and not w.requires_grad for w in weights.values())
+    assert set(weights) == set(AutoModelForCausalLM.from_pretrained(random_model).state_dict())
+
+
+def test_attention_backends_are_chosen_or_refused_by_name():
+    cuda, bf16 = torch.device("cuda", 0), torch.bfloat16
+    assert resolve_attention("auto", CPU, torch.float32) == "sdpa"
+    assert resolve_attention("auto", cuda, torch.float32) == "sdpa"
+    assert resolve_attention("auto", cuda, bf16) in ("varlen", "flash_attn")
+    assert resolve_attention("varlen", cuda, bf16) == "varlen"
+    with pytest.raises(UserError, match="needs CUDA"):
+        resolve_attention("varlen", CPU, bf16)
+
+
+def test_max_positions(random_model):
+    assert max_positions(random_model) == 1024
