@@ -99,6 +99,9 @@ def save_hf(path: Path, policy: Policy, tokenizer, dtype: torch.dtype) -> None:
         if policy.lm.config.tie_word_embeddings:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # one storage again: saved once
         policy.lm.save_pretrained(path, state_dict=weights)
+        described = json.loads((path / "config.json").read_text())
+        described["dtype"] = str(dtype).removeprefix("torch.")  # it was written for the float32 master weights
+        (path / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         tokenizer.save_pretrained(path)
 
 

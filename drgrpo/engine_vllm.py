@@ -39,6 +39,7 @@ class VLLMEngine:
                 enable_sleep_mode=on_gpu,
                 enforce_eager=not on_gpu,
                 seed=0,  # every request brings its own
+                use_tqdm_on_load=False,
                 **(gpu_options(kv_cache_gb) if on_gpu else cpu_options(kv_cache_gb)),
             )
         self.on_gpu, self.asleep, self.names = on_gpu, False, None

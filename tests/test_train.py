@@ -69,8 +69,8 @@ def test_every_step_writes_the_documented_columns(base):
         assert {"rollout", "grade", "pack", "train", "sync", "eval", "save", "total"} <= row["seconds"].keys()
         assert sum(v for k, v in row["seconds"].items() if k != "total") <= row["seconds"]["total"] + 1e-3
         assert row["parity_max"] < 1e-4, "sampler and trainer disagree"
-        assert 0 < row["reward_mean"] < 1 and 0 < row["entropy"] and 0 < row["grad_norm"]
-    assert rows[0]["tokens_trained"] < rows[0]["tokens"], "nothing was dropped, although some groups must be all wrong"
+        assert 0 < row["reward_mean"] < 1 and row["entropy"] > 0 and row["grad_norm"] > 0
+    assert any(r["tokens_trained"] < r["tokens"] for r in rows), "no group was all right or all wrong: the test proves little"
     samples = read_jsonl(out / "samples.jsonl")
     assert len(samples) == 6 and {"step", "problem", "answer", "response", "reward"} <= samples[0].keys()
     evals = read_jsonl(out / "eval.jsonl")

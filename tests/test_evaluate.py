@@ -1,0 +1,52 @@
+"""Scores are means over what was asked, dropped problems included."""
+
+import pytest
+
+from drgrpo.engine import Sampling
+from drgrpo.evaluate import Scored, evaluate, summarize
+from drgrpo.grade import Grade, Grader
+from drgrpo.types import Completion, Problem, Request, Rollout
+
+
+def scored(problem_id: int, score: float, length: int, finished: bool = True, parsed: bool = True) -> Scored:
+    completion = Completion([1] * length, [0.0] * length, finished)
+    return Scored(Rollout(Problem(problem_id, "q", "1"), completion, ""), Grade(score, parsed))
+
+
+def test_columns():
+    row = summarize([scored(0, 1, 4), scored(1, 0, 10), scored(2, 0, 20, finished=False, parsed=False), scored(3, 1, 8)])
+    assert row == {"accuracy": 0.5, "n": 4, "dropped": 0, "len_correct": 6, "len_incorrect": 15, "truncated_frac": 0.25,
+                   "unparsed_frac": 0.25}  # fmt: skip
+
+
+def test_problems_too_long_for_the_model_count_as_wrong():
+    row = summarize([scored(0, 1, 4), scored(1, 1, 4)], dropped=2)
+    assert (row["accuracy"], row["n"], row["dropped"]) == (0.5, 4, 2)
+    several = [scored(i, 1, 4) for i in (0, 1) for _ in range(3)]
+    assert summarize(several, dropped=2)["accuracy"] == 0.5
+
+
+def test_lengths_without_answers_are_none():
+    assert summarize([scored(0, 0, 5)])["len_correct"] is None
+
+
+class Oracle:
+    """Knows the answer to every second problem."""
+
+    def generate(self, requests: list[Request], sampling: Sampling):
+        answers = [b"#%d" % (r.prompt_ids[0] - 15 if r.prompt_ids[0] % 2 else 0) for r in requests]
+        from drgrpo.tokenizer import byte_tokenizer
+
+        ids = [byte_tokenizer()(a.decode()).input_ids for a in answers]
+        return [Completion(i, [0.0] * len(i), True) for i in ids]
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_every_problem_is_answered_graded_and_returned_in_order(group_of_one, tokenizer, samples):
+    digits = {str(d): tokenizer(str(d)).input_ids for d in range(1, 9)}
+    problems = [Problem(int(d), d, str(ids[0] - 15), ids) for d, ids in digits.items()]
+    with Grader("hash") as grader:
+        result = evaluate(Oracle(), tokenizer, grader, problems, samples, Sampling(max_new_tokens=4, stop_token_ids=()), 0)
+    assert [s.rollout.problem.id for s in result] == [p.id for p in problems for _ in range(samples)]
+    assert summarize(result)["accuracy"] == 0.5
+    assert summarize(result)["n"] == 8

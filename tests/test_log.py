@@ -1,0 +1,67 @@
+"""Step lines, tables and records say what was measured."""
+
+import json
+import time
+
+import pytest
+
+from drgrpo.log import Log, Stopwatch, read_jsonl
+
+ROW = {
+    "step": 7, "reward_mean": 0.25, "response_len_mean": 20.0, "response_len_correct": None, "response_len_incorrect": 21.0,
+    "truncated_frac": 0.5, "entropy": 0.1, "clip_frac": None, "grad_norm": 0.125, "parity_max": 1e-6, "tokens_per_s": 12345.6,
+    "hours_used": 0.5, "seconds": {"rollout": 1.25, "grade": 0.001, "total": 2.5},
+}  # fmt: skip
+
+
+def test_the_stopwatch_adds_up_phases_and_total():
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch("rollout"):
+            time.sleep(0.01)
+    seconds = watch.read()
+    assert 0.02 <= seconds["rollout"] <= seconds["total"]
+
+
+def test_records_are_json_lines_and_refuse_nan(tmp_path):
+    log = Log(tmp_path, active=True)
+    log.record("metrics", {"a": 1}, {"a": None})
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"a": 1}, {"a": None}]
+    with pytest.raises(ValueError, match="JSON"):
+        log.record("metrics", {"a": float("nan")})
+
+
+def test_a_step_line_shows_phases_and_budget(tmp_path, capsys):
+    Log(tmp_path, active=True).step(ROW, steps=100, budget_hours=27.0)
+    line = capsys.readouterr().out
+    for part in ("step    7/100", "reward 0.250", "right - wrong 21.0 cut 50%", "2.50 s (rollout 1.25)", "12,346 tok/s", "0.500 of 27 h"):
+        assert part in line
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    log = Log(tmp_path, active=False)
+    log.say("hello")
+    log.record("metrics", {"a": 1})
+    with log.steps(1, 2) as steps:
+        assert list(steps) == [1, 2]
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_without_a_terminal_there_are_plain_lines_only(tmp_path, capsys):
+    log = Log(tmp_path, active=True)
+    with log.steps(3, 5) as steps:
+        for step in steps:
+            log.say(f"step {step}")
+    assert capsys.readouterr().out == "step 3\nstep 4\nstep 5\n"
+
+
+def test_the_table_shows_first_and_last_evaluation(tmp_path, capsys):
+    rows = [
+        {"step": s, "benchmark": "held_out", "temperature": 0.0, "samples": 1, "accuracy": a, "len_correct": 18.0,
+         "len_incorrect": None, "truncated_frac": 0.0}
+        for s, a in ((0, 0.25), (10, 0.5), (20, 0.75))
+    ]  # fmt: skip
+    Log(tmp_path, active=True).table(rows, "run")
+    shown = capsys.readouterr().out
+    assert "0.250" in shown and "0.750" in shown and "0.500" not in shown and "step 20" in shown
+    json.dumps(rows)
