@@ -106,19 +106,25 @@ _UNIT = re.compile(
 )
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox|mathbf)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 
+_HUGE = re.compile(  # a hundred digits, a five-digit power, a tower of three powers with braces and without
+    r"\d{100}|(?:\^|\*\*)[\s{(+-]*\d{5}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^|(?:\^[\s{(+-]*(?:\d+|[a-zA-Z])[\s)}]*){3}"
+)
+
 # Spellings of one thing. Row breaks are among them: some copies of MATH write a matrix with single backslashes.
 _SAME = {"dfrac": "frac", "tfrac": "frac", "bmatrix": "pmatrix", "\\cdot": "\\times", "\\\\": "\\", "{,}": ","}
 
 
 def _clean(text: str) -> str:
-    """An answer without its dress: boxes, "the answer is", dollar signs, thin spaces, a final full stop."""
+    """An answer without its dress: boxes, "the answer is", dollar signs, braces, a final full stop."""
     text = " ".join(text.split())
     if "\\boxed" in text:
         text = _last_box(text) or ""
     text = _LEAD_IN.sub("", text).replace("\\$", "").replace("\\!", "").replace("°", "^\\circ")
-    if not re.search("[a-zA-Z]", _PROSE.sub("", text)):  # "$1$, $2$" is one list; in "so $x$ is $2$" they delimit
+    if text.count("$") % 2 or not re.search("[a-zA-Z]", _PROSE.sub("", text)):
+        # "$1$, $2$" is one list, where in "so $x$ is $2$" the signs say what is mathematics.
         text = text.replace("$", "")
-    return text.strip().rstrip(".\\ ")
+    text = text.strip().rstrip(".\\ ")
+    return text[1:-1] if text.startswith("{") and _braced(text, 0) == text[1:-1] else text
 
 
 @functools.lru_cache(maxsize=8192)
@@ -132,8 +138,6 @@ def _key(text: str) -> str:
     for written, meant in _SAME.items():
         text = text.replace(written, meant)
     text = re.sub(r"^[a-zA-Z]{1,2}=(?=[^=]*$)", "", text)
-    if text.startswith("{") and _braced(text, 0) == text[1:-1]:
-        text = text[1:-1]
     if "\\" not in text:
         text = text.lower()
     if _NUMBER.fullmatch(text):
@@ -148,8 +152,7 @@ def _too_much(text: str) -> bool:
     for bracket in re.findall(r"[({\[\])}]", text):
         depth += 1 if bracket in "({[" else -1
         deepest = max(deepest, depth)
-    huge = r"\d{100}|(?:\^|\*\*)[\s{(+-]*\d{5}|(?:\^[\s{(+-]*\w+[\s)}]*){3}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^"
-    return deepest > MAX_NESTING or re.search(huge, text) is not None
+    return deepest > MAX_NESTING or _HUGE.search(text) is not None
 
 
 def _quick(given: str, truths: tuple[str, ...], rule: str) -> float | None:
@@ -306,9 +309,13 @@ class Grader:
 
     def __exit__(self, *exc) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._stop()  # what they are at is no longer wanted
+        self._threads.shutdown()
+        self._stop()  # a thread may have started another in between
+
+    def _stop(self) -> None:
         for worker in self._workers:
             worker.stop()
-        self._threads.shutdown()
 
     def _ask(self, given: str, truths: tuple[str, ...]) -> Grade:
         worker = self._idle.get()
@@ -382,7 +389,9 @@ class _Worker:
 
 def _work(timeout_s: float) -> None:
     """The worker process: reads tasks from stdin until it closes, so no worker outlives the trainer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole job, they are the trainer's to handle
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads the reply: end without a traceback
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(1), "w")

@@ -138,6 +138,11 @@ ACCEPTED = [
     ("2516_8", "2516"),
     ("12", "The answer is 12"),
     ("12", "the final answer is: $12$."),
+    ("2", "so the length of $x$ is $2$"),
+    ("\\sqrt{2}", "\\sqrt{2}$"),
+    ("x^2y^3z^4", "y^3 x^2 z^4"),
+    ("{(-\\frac{3}{2}, 6)}", "(-\\frac32, 6)"),
+    ("5", "5 \\text{ sq. units}"),
     ("$\\frac{1}{2}$,$8$", "8, 0.5"),
     (["$221,$8$"], "$221,$8$"),
     (["7.0 \\times 10^{37}\n", "3\n"], "7 \\cdot 10^{37}"),
@@ -162,6 +167,8 @@ REJECTED = [
     (["7 \\times 10^{37}\n"], "10"),
     (["-3/2\n"], "-3"),
     (["4.5e33\n"], "4.5"),
+    ("\\text{Ann}", "\\text{Ann}\\text{ and Bob}"),
+    ("\\text{Ann}", "\\text{Ann}\\text{ Bob}"),
 ]
 
 
@@ -396,13 +403,14 @@ def test_the_attack_is_real():
     assert run.returncode == 7, run
 
 
+ENDLESS = (HUNG, "99999999!", "((((9!)!)!)!)!", "10^{-10^{9}}", "(x+y+z)^{999}", "\\int_0^1 x^{x} dx")
 FRAGMENTS = [
-    *("9**9**9**9", "9^{9^{9^{9}}}", HUNG, "99999999!", "((((9!)!)!)!)!", "\\binom{10^9}{10^8}", "10^{-10^{9}}", "1e999999"),
+    *("9**9**9**9", "9^{9^{9^{9}}}", "\\binom{10^9}{10^8}", "1e999999"),
     *("\\frac{", "\\sqrt{" * 30, "{" * 500, "}" * 500, "(" * 300, "[" * 99 + "]" * 99, "\\left(" * 40, "^{9999}"),
     *("__import__('os').system('touch PWNED')", "__class__.__mro__", "lambda: 0", "eval(1)", "exec(exit(7))", "x.__dict__"),
     *(CODE_IN_A_NAME, "x_{(a)if(exit(7))else(b)}", "\\text{__import__}", "\\operatorname{exit}(7)", "f_{\\text{exit(7)}}(x)"),
     *("\x00", "\x07\x1b[2J", "\ud800", "\udfff\ud800", "\u202e", "\u2028", "\ufeff", "٣", "½", "∞", "𝟙", "\n", "\r\n"),
-    *("\\sum_{n=1}^{\\infty} \\frac{1}{n^{n}}", "\\int_0^1 x^{x} dx", "\\prod_{k=1}^{999999999} k", "\\lim_{x\\to 0} x^x"),
+    *("\\sum_{n=1}^{\\infty} \\frac{1}{n^{n}}", "\\prod_{k=1}^{999999999} k", "\\lim_{x\\to 0} x^x"),
     *("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\sin(\\cos(", "x+y", "=", "<", "\\in", "\\cup", ",", ";", "\\pm"),
     *("$", "$$", "\\$", "%", "\\%", "^\\circ", "\\boxed{", "\\boxed", "#", "~", "</think> <answer>", "</answer>", "\\\\"),
     *("1", "12", "-3.5", "1/2", "x", "\\pi", "e", "i", "0", "\\frac{1}{2}", "1,234", "(1,2]", "\\{1,2\\}", "\\text{ cm}", "&"),
@@ -410,8 +418,16 @@ FRAGMENTS = [
 ]
 
 
+NOISE = "\\\\{}{}()^_$#%,.0123456789abcdefxyz=+-*/<>!|[] \n'\"é½∞"
+
+
 def hostile(rng: random.Random) -> str:
-    return "".join(rng.choice(FRAGMENTS) * rng.choice((1, 1, 1, 1, 2, 5)) for _ in range(rng.randint(1, 6)))
+    if rng.random() < 0.6:
+        return "".join(rng.choices(NOISE, k=rng.randint(0, 30)))
+    pieces = [rng.choice(FRAGMENTS) * rng.choice((1, 1, 1, 1, 2, 5)) for _ in range(rng.randint(1, 6))]
+    if rng.random() < 0.005:
+        pieces.insert(rng.randint(0, len(pieces)), rng.choice(ENDLESS))
+    return "".join(pieces)
 
 
 def test_fuzz_pool(tmp_path, monkeypatch):
@@ -421,13 +437,13 @@ def test_fuzz_pool(tmp_path, monkeypatch):
     rng = random.Random(count)
     truths = ["\\frac{1}{2}", "x+y", "(1,2]", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\frac{\\pi^2}{6}", "5\n", "2^{2017}"]
     right = done = 0
-    with Grader("boxed", timeout_s=0.5) as grader:
+    with Grader("boxed", timeout_s=0.25) as grader:
         while done < count:
-            batch = [(boxed(hostile(rng)), rng.choice(truths)) for _ in range(min(500, count - done))]
+            batch = [(boxed(hostile(rng)), rng.choice(truths)) for _ in range(min(1000, count - done))]
             grades = grader(*zip(*batch, strict=True))
             done += len(grades)
             right += sum(grade.score for grade in grades)
-        print(f"{done} inputs, {right:.0f} right, {grader.timeouts} timeouts, {grader.errors} errors")
+            print(f"{done} inputs, {right:.0f} right, {grader.timeouts} timeouts, {grader.errors} errors", flush=True)
         assert grader([boxed("2/4")], ["1/2"])[0].score == 1.0
         pids = [worker.process.pid for worker in grader._workers if worker.process]
     assert not any(map(running, pids))
@@ -466,9 +482,10 @@ def test_fuzz_integers(a, b):
     assert equal(f"\\text{{{a}}}", a)
 
 
-def test_interrupts_are_the_trainers(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+def test_a_signal_to_the_whole_job_is_the_trainers(number):
     with Grader("boxed", workers=1) as grader:
         grader([boxed("2/4")], ["1/2"])
-        grader._workers[0].process.send_signal(signal.SIGINT)
+        grader._workers[0].process.send_signal(number)
         assert grader([boxed("3/6")], ["1/2"])[0].score == 1.0
         assert grader.errors == 0
