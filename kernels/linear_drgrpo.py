@@ -321,7 +321,8 @@ def _token_loss(logprob, ignored, tokens, o, stat, clipped):
 
 
 def _matmul(a, b, out, accumulate=False, alpha=1.0):
-    """out (+)= alpha a b, accumulated in fp32 and rounded once to out's dtype; never a copy of out."""
+    """out (+)= alpha a b, accumulated in fp32 and rounded once to out's dtype; never a copy of out. Calls with out= take no
+    part in autocast, which has done its work before they come."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, beta=float(accumulate), alpha=alpha, out=out)
     elif a.is_cuda:
@@ -350,19 +351,18 @@ def _head(hidden, weight, target, tokens, o, stat, clipped, dhidden, dweight, ac
     buffer_CV = hidden.new_empty(min(chunk, T), stride, dtype=dtype)
     grad_dtype = None if dhidden is None and dweight is None else hidden.dtype
     rows = _rows_triton if backend == "triton" else _rows_torch
-    with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, T, chunk):
-            part = slice(start, min(start + chunk, T))
-            z = buffer_CV[: part.stop - start]
-            _matmul(hidden[part], weight.t(), out=z[:, :V])
-            tokens_C = [x if x is None else x[part] for x in tokens]
-            dz = rows(z, V, target[part], tokens_C, o, stat[:, part], clipped[part], grad_dtype)
-            if dhidden is not None:
-                _matmul(dz, weight, out=dhidden[part])
-            if dweight is not None:
-                _matmul(dz.t(), hidden[part], dweight, accumulate or start > 0, alpha)
-        if dweight is not None and T == 0 and not accumulate:
-            dweight.zero_()
+    for start in range(0, T, chunk):
+        part = slice(start, min(start + chunk, T))
+        z = buffer_CV[: part.stop - start]
+        _matmul(hidden[part], weight.t(), out=z[:, :V])
+        tokens_C = [x if x is None else x[part] for x in tokens]
+        dz = rows(z, V, target[part], tokens_C, o, stat[:, part], clipped[part], grad_dtype)
+        if dhidden is not None:
+            _matmul(dz, weight, out=dhidden[part])
+        if dweight is not None:
+            _matmul(dz.t(), hidden[part], dweight, accumulate or start > 0, alpha)
+    if dweight is not None and T == 0 and not accumulate:
+        dweight.zero_()
 
 
 @torch.library.custom_op("drgrpo::linear_logprob", mutates_args=())
@@ -441,7 +441,8 @@ class _LinearDrGRPO(torch.autograd.Function):
             upstream = torch.where(dloss == 1, upstream, math.nan)
             ctx.main_grad[:1].mul_(torch.where(dloss == 1, 1.0, math.nan))
         elif ctx.needs_input_grad[1]:  # scaled and rounded in one pass, without a second fp32 [V, D]
-            dparam = torch.mul(dweight, upstream, out=torch.empty_like(dweight, dtype=ctx.dtype))
+            out = dweight if ctx.dtype == dweight.dtype else torch.empty_like(dweight, dtype=ctx.dtype)
+            dparam = torch.mul(dweight, upstream, out=out)
         if ctx.needs_input_grad[0]:
             dinput = dhidden.mul_(upstream)
         return dinput, dparam, *[None] * (len(ctx.needs_input_grad) - 2)
@@ -528,7 +529,7 @@ class LinearDrGRPO(torch.nn.Module):
 
 
 def _autocast(hidden, weight):
-    """What autocast would do to the inputs of a linear layer. Inside, the dtypes are chosen, and it is off."""
+    """What autocast would do to the inputs of a linear layer."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device):
         return hidden, weight

@@ -1,0 +1,135 @@
+"""The compiled row kernel keeps its promises on sm_80, sm_90 and sm_100, on any machine; and the report can tell when not.
+
+    pytest tests/test_static_report.py
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.static_report import (
+    DEVICES,
+    SHAPES,
+    VARIANTS,
+    Compiled,
+    Sweep,
+    bits,
+    cost,
+    disassemble,
+    loops,
+    predict,
+    sweeps,
+)
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """One run of the command, under the interpreter's variable, which it must drop for itself."""
+    path = tmp_path_factory.mktemp("report") / "report.json"
+    command = [sys.executable, "-m", "bench.static_report", "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert path.exists(), done.stderr
+    result = json.loads(path.read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == result
+    return done, result
+
+
+def test_every_variant_compiles_and_breaks_no_rule(report):
+    done, result = report
+    assert done.returncode == 0 and result["broken"] == []
+    seen = {(c["variant"], c["arch"]) for c in result["compiled"]}
+    assert seen == {(variant, arch) for variant in VARIANTS for arch in (80, 90, 100)}
+
+
+def test_the_sweeps_are_seen(report):
+    """A report that finds no loop would break no rule. One sweep reads; with a gradient a second one writes, and a third
+    writes zeros. The unrolled loop's remainder counts as a loop."""
+    for c in report[1]["compiled"]:
+        kinds = {s["kind"] for s in c["sweeps"]}
+        gradient = VARIANTS[c["variant"]].get("GRAD", True)
+        assert kinds == ({"read", "read+write", "write"} if gradient else {"read"})
+        for s in c["sweeps"]:
+            assert s["ex2_per_element"] == (0 if s["kind"] == "write" else 1)
+            assert s["elements"] >= 4 and s["instructions_per_element"] < 25
+
+
+def test_predictions_are_within_the_targets(report):
+    """Predictions from assumed rates, so a guard against a change of the kernel, not a measurement."""
+    for p in report[1]["predictions"]:
+        limit = {("A100", "7B"): 1.10, ("A100", "1.5B"): 1.15, ("H200", "7B"): 1.12, ("H200", "1.5B"): 1.20}
+        assert 1 < p["best_ratio"] <= limit[p["device"], p["model"]]
+        assert p["best_ms"] < p["worst_ms"]
+
+
+def test_memory_is_within_the_targets():
+    for T, model, limit in [(16_384, "7B", 3.6e9), (65_536, "7B", 4.0e9), (16_384, "1.5B", 2.3e9), (65_536, "1.5B", 2.5e9)]:
+        assert cost(T, *SHAPES[model], 4096)["peak_memory"] <= limit
+        assert cost(T, *SHAPES[model], 4096)["naive_memory"] >= 4 * cost(T, *SHAPES[model], 4096)["peak_memory"]
+
+
+def test_costs_by_hand():
+    c = cost(T=8, D=4, V=100, chunk=4)
+    assert c["flops"] == 3 * 2 * 8 * 4 * 100
+    assert c["logits_bytes_best"] == 8 * 100 * 4 and c["logits_bytes_worst"] == 8 * 100 * 6
+    assert c["dweight_bytes"] == 8 * 400 + 6 * 400  # one read-modify-write, one first write, one cast
+    p = predict(DEVICES[0], 8, 4, 100, 4, (0, 0))
+    assert p["best_ms"] == pytest.approx(p["three_gemms_ms"] + 1e3 * (8 * 100 * 4 + 14 * 400 + 4 * 32) / 1.7e12)
+
+
+def test_bad_binaries_are_noticed():
+    good = Compiled("x", 90, 50, 0, 0, (Sweep("read", 16, 13.0, 1.0, 128, 0),))
+    assert good.broken_rules(32) == []
+    for bad in (
+        replace(good, spill_bytes=8),
+        replace(good, registers=65),
+        replace(good, sweeps=()),
+        replace(good, sweeps=(replace(good.sweeps[0], load_bits=64),)),
+        replace(good, sweeps=(replace(good.sweeps[0], kind="read+write", store_bits=16),)),
+        replace(good, sweeps=(replace(good.sweeps[0], ex2_per_element=1.125),)),
+    ):
+        assert len(bad.broken_rules(32)) == 1
+
+
+SASS = """
+.L_x_1:
+        /*0100*/                   LDG.E.EL.128 R4, desc[UR10][R18.64] ;
+        /*0110*/                   MUFU.EX2 R39, R36 ;
+        /*0120*/              @!P1 LDG.E.EL.64 R4, desc[UR10][R18.64] ;
+.L_x_2:
+        /*0130*/                   STG.E.U16 desc[UR10][R18.64], R4 ;
+        /*0140*/              @!P1 BRA `(.L_x_2) ;
+        /*0150*/                   MUFU.EX2 R39, R36 ;
+        /*0160*/              @!P1 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0170*/                   LDG.E R4, desc[UR10][R18.64] ;
+        /*0180*/                   MUFU.EX2 R39, R36 ;
+        /*0190*/                   BRA `(.L_x_4) ;
+.L_x_4:
+        /*01a0*/                   LDG.E.128 R4, desc[UR10][R18.64] ;
+        /*01b0*/                   MUFU.EX2 R39, R36 ;
+        /*01c0*/           @P0 BRA `(.L_x_4) ;
+"""
+
+
+def test_reading_sass():
+    """Loops end in a backward branch; an outer loop is not a sweep; a forward branch is no loop."""
+    assert [len(loop) for loop in loops(SASS)] == [2, 3]
+    store, load = sweeps(SASS, (16, 16))
+    assert (store.kind, store.elements, store.store_bits) == ("write", 1, 16)
+    assert (load.kind, load.elements, load.load_bits, load.ex2_per_element) == ("read", 8, 128, 1 / 8)
+    widths = {"LDG.E": 32, "LDG.E.U16": 16, "LDG.E.EL.U8": 8, "STG.E.64": 64, "LDG.E.ENL2.256": 256}
+    assert {op: bits(op) for op in widths} == widths
+
+
+def test_disassembler_refuses_what_is_no_cubin():
+    with pytest.raises(subprocess.CalledProcessError):
+        disassemble(b"not a cubin")
