@@ -50,7 +50,7 @@ class EvalConfig:
     samples: int = 1
     """answers per problem: accuracy is their mean (avg@k)"""
     max_new_tokens: int = 3000
-    """generation budget; less where the model has fewer positions"""
+    """generation budget; prompt and answer together also end at the model's positions"""
     seed: int = 0
     """of the samples"""
     sampler_batch: int = 256
@@ -84,21 +84,18 @@ def main(config: EvalConfig) -> None:
     log = Log(out, active=rank == 0)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     positions = max_positions(config.model)
-    # half of the positions are the prompt's at least, where the budget does not fit beside it
-    longest = max(positions - config.max_new_tokens, positions // 2)
-    budget = min(config.max_new_tokens, positions - longest)
     engine = make_engine(resolve_engine(config.engine, device), config.model, tokenizer, dtype=dtype, device=device,
-                         batch=config.sampler_batch, max_tokens=longest + budget, kv_cache_gb=config.kv_cache_gb)  # fmt: skip
-    sampling = Sampling(max_new_tokens=budget, temperature=config.temperature, stop=template.stop,
+                         batch=config.sampler_batch, max_tokens=positions, kv_cache_gb=config.kv_cache_gb)  # fmt: skip
+    sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, stop=template.stop,
                         stop_token_ids=stop_token_ids(config.model, tokenizer))  # fmt: skip
     log.say(f"{config.model}: engine {engine.name}, {dtype}, template {config.template}, temperature {config.temperature:g}, "
-            f"prompts of up to {longest} tokens, answers of up to {budget}")  # fmt: skip
+            f"answers of up to {config.max_new_tokens} tokens, {positions} with the prompt")  # fmt: skip
 
     # ---- one pass per benchmark
     results, responses = {}, []
     with Grader(template.answer, mode=config.grader) as grader:
         for name, problems in sets.items():
-            kept, dropped = tokenize(problems, template, tokenizer, longest)
+            kept, dropped = tokenize(problems, template, tokenizer, positions - 1)
             scored = evaluate(engine, tokenizer, grader, kept, config.samples, sampling, config.seed)
             results[name] = summarize(scored, dropped)
             responses += [response_row(name, s) for s in scored]
@@ -108,7 +105,7 @@ def main(config: EvalConfig) -> None:
     average = fmean(r["accuracy"] for r in results.values())
     log.console.print(table(config, results, average))
     if rank == 0:
-        report = {"average": average, "benchmarks": results, "settings": asdict(config) | {"max_new_tokens": budget},
+        report = {"average": average, "benchmarks": results, "settings": asdict(config) | {"positions": positions},
                   "engine": engine.name, "dtype": str(dtype), "versions": versions(engine.name)}  # fmt: skip
         (out / "eval.json").write_text(json.dumps(report, indent=2) + "\n")
         (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in responses))

@@ -173,6 +173,12 @@ def main(config: Config) -> None:
             log.step(row, config.steps, config.budget_hours)
 
     # ---- what came of it
+    probe = rollout(engine, tokenizer, distributed.share(problems[: 8 * world]), 4, sampling, config.seed, config.steps + 1)
+    packed = pack.pack([(r.problem.prompt_ids, r.completion.token_ids, r.completion.logprobs, 0.0) for r in probe], device)
+    gap_sum, gap_max, tokens = parity.difference(recompute_logprob(policy, packed, objective), packed.sampler_logprob_N)
+    log.say(f"after the last sync: |trainer - sampler| is {gap_sum / tokens:.1e} nats on average, {gap_max:.1e} at most, "
+            f"over {tokens} tokens")  # fmt: skip
+    parity.check(gap_sum / tokens, gap_max, dtype, config.parity_mean, config.parity_max)
     if rank == 0:
         from drgrpo.plot import plot
 

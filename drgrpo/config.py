@@ -184,7 +184,7 @@ def tiny() -> Config:
         train_data="arithmetic", eval_data="arithmetic_heldout", template="arithmetic",
         prompts_per_step=32, group_size=8, max_new_tokens=96, minibatches=4, old_logprob="sampler",
         lr=3e-4, warmup_steps=5, tokens_per_microbatch=8192,
-        steps=100, eval_every=10, eval_samples=3, save_every=50, kv_cache_gb=0.25,
+        steps=200, eval_every=20, eval_samples=3, save_every=100, kv_cache_gb=0.25,
     )  # fmt: skip
 
 

@@ -86,13 +86,14 @@ def growing_cache(layers: int) -> DynamicCache:
 
 
 class TorchEngine:
-    """Samples from its own copy of the weights, `batch` sequences at a time."""
+    """Samples from its own copy of the weights, `batch` sequences at a time. A response ends where prompt and response
+    together reach `max_tokens`."""
 
     name = "torch"
 
-    def __init__(self, path: str, tokenizer, *, dtype: torch.dtype, device: torch.device, batch: int = 256):
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-        self.lm, self.tokenizer, self.device, self.batch = lm.to(device).eval(), tokenizer, device, batch
+    def __init__(self, path: str, tokenizer, *, dtype: torch.dtype, device: torch.device, batch: int, max_tokens: int):
+        self.lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+        self.tokenizer, self.device, self.batch, self.max_tokens = tokenizer, device, batch, max_tokens
 
     def sync(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """Take over the trainer's weights: every one of them, by name."""
@@ -123,11 +124,12 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        count, limit = len(requests), sampling.max_new_tokens
+        room = [min(sampling.max_new_tokens, self.max_tokens - len(r.prompt_ids)) for r in requests]
+        count, limit = len(requests), max(room)
         uniform_BL = torch.from_numpy(uniforms([r.seed for r in requests], limit)).to(self.device)
         token_BL = torch.zeros(count, limit, dtype=torch.long, device=self.device)
         logprob_BL = torch.zeros(count, limit, device=self.device)
-        length_B = torch.full((count,), limit, device=self.device)
+        length_B = torch.tensor(room, device=self.device)  # until a stop rule makes it shorter
         finished_B = torch.zeros(count, dtype=torch.bool, device=self.device)
         stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=self.device)
 
@@ -137,14 +139,14 @@ class TorchEngine:
             token_B, token_logprob_B = draw(logits_BV, uniform_BL[row_B, t], sampling.temperature)
             token_BL[row_B, t], logprob_BL[row_B, t] = token_B, token_logprob_B
             stopped_B = torch.isin(token_B, stop_ids) | self._ends_with_stop_string(token_BL[row_B, : t + 1], sampling.stop)
-            stopped_B &= ~finished_B[row_B]
+            stopped_B &= t < length_B[row_B]  # not the rows that ended before
             length_B[row_B[stopped_B]], finished_B[row_B[stopped_B]] = t + 1, True
 
-            live_B = ~finished_B[row_B]
+            live_B = t + 1 < length_B[row_B]
             alive = int(live_B.sum())
-            if alive == 0 or t + 1 == limit:
+            if alive == 0:
                 break
-            if alive < 0.7 * len(row_B):  # finished rows ride along until it pays to drop them
+            if alive < 0.7 * len(row_B):  # rows that ended ride along until it pays to drop them
                 keep = live_B.nonzero()[:, 0]
                 row_B, token_B, position_B = row_B[keep], token_B[keep], position_B[keep]
                 real_BL = None if real_BL is None else real_BL[keep]
@@ -216,7 +218,7 @@ def make_engine(name: str, path: str, tokenizer, *, dtype: torch.dtype, device: 
                 max_tokens: int, kv_cache_gb: float):  # fmt: skip
     """The engine called `name`, holding the weights at `path`. `max_tokens`: longest prompt and response together."""
     if name == "torch":
-        return TorchEngine(path, tokenizer, dtype=dtype, device=device, batch=batch)
+        return TorchEngine(path, tokenizer, dtype=dtype, device=device, batch=batch, max_tokens=max_tokens)
     from drgrpo.engine_vllm import VLLMEngine
 
     return VLLMEngine(path, tokenizer, dtype=dtype, device=device, batch=batch, max_tokens=max_tokens,

@@ -43,5 +43,5 @@ def test_the_seed_draws_the_solutions_and_not_the_task():
 
 
 def test_unknown_split_is_refused():
-    with pytest.raises(UserError, match="'test'.*'heldout'"):
+    with pytest.raises(UserError, match=r"'test'.*'heldout'"):
         problems("test")

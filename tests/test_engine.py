@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def engine(random_model, tokenizer):
-    return TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16)
+    return TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=1024)
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,18 @@ def test_a_stop_string_ends_a_response_and_stays_in_it(engine, tokenizer):
         assert c.finished == (needle in text or c.token_ids[-1] == 256)
 
 
+def test_prompt_and_response_together_end_at_max_tokens(random_model, engine, tokenizer):
+    short = TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=45)
+    asked = requests(9)  # prompts of 3, 11 and 40 tokens
+    completions = zip(asked, engine.generate(asked, sampling()), short.generate(asked, sampling()), strict=True)
+    for request, free, cut in completions:
+        room = 45 - len(request.prompt_ids)
+        assert cut.token_ids == free.token_ids[:room]
+        assert cut.finished == (free.finished and len(free.token_ids) <= room)
+
+
 def test_sync_takes_over_every_weight_and_notices_a_missing_one(random_model, engine, tokenizer):
-    fresh = TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU)
+    fresh = TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=1024)
     changed = {name: weight + 0.01 for name, weight in engine.lm.state_dict().items()}
     fresh.sync(changed.items())
     assert all(torch.equal(weight, changed[name]) for name, weight in fresh.lm.state_dict().items())

@@ -175,7 +175,9 @@ def test_truncated_responses_earn_nothing_whatever_they_say(warm_model, tmp_path
     original = train.rollout
 
     def cut(*args):
-        return [replace(r, completion=replace(r.completion, finished=False), text="#" + r.problem.answer) for r in original(*args)]
+        return [
+            replace(r, completion=replace(r.completion, finished=False), text="#" + r.problem.answer) for r in original(*args)
+        ]
 
     monkeypatch.setattr(train, "rollout", cut)
     (row,) = run(small(warm_model, tmp_path / "cut", steps=1))
@@ -188,9 +190,13 @@ def test_truncated_responses_earn_nothing_whatever_they_say(warm_model, tmp_path
 def test_a_sampler_that_missed_a_sync_stops_the_run(warm_model, tmp_path, monkeypatch):
     from drgrpo.engine import TorchEngine
 
-    syncs = []
-    original = TorchEngine.sync
-    monkeypatch.setattr(TorchEngine, "sync", lambda self, w: syncs.append(1) or (original(self, w) if len(syncs) == 1 else None))
+    original, synced = TorchEngine.sync, []
+
+    def only_once(self, named_weights):
+        if not synced:
+            synced.append(original(self, named_weights))
+
+    monkeypatch.setattr(TorchEngine, "sync", only_once)
     with pytest.raises(parity.ParityError, match="disagree on fresh samples"):
         run(small(warm_model, tmp_path / "stale"))
     assert len(read_jsonl(tmp_path / "stale" / "metrics.jsonl")) == 1, "the step on stale samples was trained on"
@@ -259,7 +265,8 @@ def test_the_command_line_says_error_and_shows_no_traceback():
 def test_overlong_prompts_are_dropped_and_counted(warm_model, tmp_path, capsys):
     rows = [{"problem": "What is 1 + 1?", "answer": "2"}] * 3 + [{"problem": "x" * 2000, "answer": "2"}]
     (tmp_path / "math.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run(small(warm_model, tmp_path / "run", train_data=str(tmp_path / "math.jsonl"), template="qwen_math", steps=1, eval_data=""))
+    data = {"train_data": str(tmp_path / "math.jsonl"), "template": "qwen_math", "eval_data": ""}
+    run(small(warm_model, tmp_path / "run", steps=1, **data))
     assert "3 training problems, 1 dropped for a prompt of more than 928 tokens" in capsys.readouterr().out
 
 
