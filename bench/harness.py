@@ -1,0 +1,117 @@
+"""How the benchmarks measure: contenders take turns in one process, on the same tensors; CUDA events or the wall clock.
+
+Nothing here knows what is measured. A contender is a function without arguments.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def provenance(device: str) -> dict:
+    """What a number needs beside it to mean something."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "device": name, "torch": torch.__version__, "triton": triton_version, "python": platform.python_version(),
+        "commit": commit, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def interleaved(contenders: dict[str, Callable], device: str, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of every contender, `repeats` times in turns A B C A B C, so that clocks and heat treat all alike. On
+    CUDA the L2 cache is overwritten before each turn."""
+    times = {name: [] for name in contenders}
+    flush = torch.empty(256 * 2**20 if device == "cuda" else 0, dtype=torch.int8, device=device)
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            flush.zero_()
+            times[name].append(_time_cuda(run) if device == "cuda" else _time_cpu(run))
+    return times
+
+
+def _time_cuda(run):
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _time_cpu(run):
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def quantiles(times: list[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    if len(times) == 1:
+        return dict.fromkeys(("p20", "p50", "p80"), times[0])
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return {"p20": cuts[1], "p50": statistics.median(times), "p80": cuts[7]}
+
+
+def peak_memory(run: Callable, device: str) -> int:
+    """Bytes that one call holds at its worst moment beyond what was there before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def host_syncs(run: Callable, device: str) -> int | None:
+    """How often one call makes the host wait for the GPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
+def table(rows: list[dict], columns: dict[str, Callable]) -> str:
+    """Text table; `columns` maps a heading to what a row shows there."""
+    cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    aligned = [[f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)] for row in cells]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def write_json(path: Path, result: dict) -> str:
+    """Writes the result and returns it as one line, the benchmark's last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return json.dumps(result)

@@ -1,0 +1,107 @@
+"""The benchmark measures what it says: same gradients from every contender, nothing timed that is wrong, skips that show.
+
+    pytest tests/test_bench_linear_drgrpo.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import bench_linear_drgrpo as bench
+from bench import harness
+
+ROOT = Path(__file__).parents[1]
+OURS = "fused (this repository)"
+ON_CPU = [OURS, "torch, fp32 upcast", "torch, cross_entropy", "F.linear_cross_entropy"]
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_every_contender_computes_the_same_gradient(name):
+    """The equal terms of the comparison: Dr. GRPO on-policy with advantage 1 has the gradient of the mean cross-entropy."""
+    if name == "F.linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("this torch has none")
+    case = bench.make_case(64, 16, 300, "cpu")
+    found = bench.errors(bench.CONTENDERS[name], case, bench.exact(case))
+    assert max(found.values()) <= 1e-5
+
+
+def test_a_row_per_contender_with_numbers_or_a_reason(monkeypatch):
+    monkeypatch.setitem(bench.CONTENDERS, "broken", lambda case: 1 / 0)
+    monkeypatch.setitem(bench.CONTENDERS, "absent", lambda case: __import__("no_such_package"))
+    names = ["3 bare GEMMs", OURS, "CCE", "broken", "absent"]
+    rows = {row["contender"]: row for row in bench.measure("tiny", 64, "cpu", names, repeats=3)}
+    assert list(rows) == names
+    ours, floor = rows[OURS], rows["3 bare GEMMs"]
+    assert ours["step_ms"]["p20"] <= ours["step_ms"]["p50"] <= ours["step_ms"]["p80"]
+    assert ours["step_ratio"] == ours["step_ms"]["p50"] / floor["step_ms"]["p50"] and floor["logprob_ratio"] == 1
+    assert ours["errors"]["dweight"] <= 1e-5 and ours["host_syncs"] is None and ours["peak_bytes"] > 0
+    assert rows["CCE"]["skipped"] == "needs CUDA"
+    assert "ZeroDivisionError" in rows["broken"]["skipped"] and "no_such_package" in rows["absent"]["skipped"]
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    right = bench.head.linear_drgrpo_loss
+    monkeypatch.setattr(bench.head, "linear_drgrpo_loss", lambda *args, **how: right(*args, **how | {"temperature": 1.001}))
+    with pytest.raises(SystemExit, match="not timing a wrong kernel: dhidden"):
+        bench.measure("tiny", 64, "cpu", ["3 bare GEMMs", OURS], repeats=1)
+
+
+def test_a_failure_of_the_fused_head_is_not_a_skip(monkeypatch):
+    monkeypatch.setitem(bench.CONTENDERS, OURS, lambda case: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.measure("tiny", 64, "cpu", ["3 bare GEMMs", OURS], repeats=1)
+
+
+def test_fused_memory_is_the_chunk_and_the_gradients():
+    """On the CPU too, the logits of all tokens never exist at once; the naive program keeps several copies of them."""
+    T, (D, V) = 2048, bench.MODELS["small"]
+    rows = {r["contender"]: r for r in bench.measure("small", T, "cpu", ["3 bare GEMMs", OURS, "torch, fp32 upcast"], 1)}
+    chunk = bench.head._chunk(T, V, torch.device("cpu"))
+    buffers = 4 * (2 * chunk * V + V * D + T * D)  # logits and their exponentials, dW, dX
+    assert rows[OURS]["peak_bytes"] <= 1.2 * buffers + 2**20
+    assert rows[OURS]["peak_bytes"] < rows["torch, fp32 upcast"]["peak_bytes"] / 4
+
+
+def test_targets_are_samples_of_the_softmax():
+    case = bench.make_case(4000, 4, 5, "cpu")
+    p = (case.hidden @ case.weight.T).softmax(-1).detach()
+    counts = torch.bincount(case.target, minlength=5) / 4000
+    assert (counts - p.mean(0)).abs().max() < 0.03  # four standard deviations of a count
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    def run():
+        for _ in range(3):
+            x = torch.zeros(2**20)  # 4 MB, of which two are alive while the name changes hands
+        return x
+
+    assert 8 * 2**20 <= harness.peak_memory(run, "cpu") < 8.1 * 2**20
+
+
+def test_contenders_take_turns():
+    order = []
+    times = harness.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", 3)
+    assert order == list("ababab") and [len(t) for t in times.values()] == [3, 3]
+
+
+def test_quantiles_and_table():
+    assert harness.quantiles([5.0]) == {"p20": 5.0, "p50": 5.0, "p80": 5.0}
+    assert harness.quantiles(list(range(11))) == pytest.approx({"p20": 2, "p50": 5, "p80": 8})
+    assert harness.table([{"x": 1}, {"x": 22}], {"n": lambda r: "r", "x": lambda r: str(r["x"])}) == "n   x\nr   1\nr  22"
+
+
+def test_command_writes_json_and_picture(tmp_path):
+    command = [sys.executable, "-m", "bench.bench_linear_drgrpo", "--device", "cpu", "--models", "tiny", "--tokens", "128"]
+    command += ["--repeats", "2", "--only", OURS, "CCE", "--out", str(tmp_path / "result")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert [row["contender"] for row in result["rows"]] == ["3 bare GEMMs", OURS, "CCE"]
+    assert {"device", "torch", "triton", "commit", "date"} <= set(result["where"])
+    assert "skipped CCE: needs CUDA" in done.stdout
+    assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
