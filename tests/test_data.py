@@ -99,6 +99,7 @@ def hub(monkeypatch):
         "math-ai/olympiadbench": {"test": [{"question": "p", "final_answer": ["$2$"]}]},
         "someone/set": {"a": [{"problem": "in a", "answer": "1"}], "b": [{"problem": "in b", "answer": "2"}]},
     }
+    repos["someone/test-only"] = {"test": [{"problem": "p", "answer": "1"}]}
     asked = []
 
     class Library:
@@ -138,6 +139,7 @@ def test_every_name_is_tested():
 
 def test_hub_name_with_split(hub):
     assert load_problems("someone/set:b") == [Problem(0, "in b", "2")]
+    assert load_problems("someone/test-only") == [Problem(0, "p", "1")]
     with pytest.raises(UserError, match=r"no split 'train'.*it has a, b"):
         load_problems("someone/set")
     with pytest.raises(UserError, match=r"cannot load 'someone/sett'.*name the file"):
