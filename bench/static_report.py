@@ -76,7 +76,8 @@ class Compiled:
 
 
 def compile_row_kernel(arch, z, dz, LOSS=True, GRAD=True, HAS_OLD=False, HAS_SAMPLER=False, KL=0, odd=False):
-    """The cubin that the launcher's arguments lead to: pointers of torch's allocator and row strides are multiples of 16."""
+    """The cubin that the launcher's arguments lead to: the logits and their row stride are multiples of 16, as is V unless
+    `odd`; nothing is assumed of the per-token tensors."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -88,7 +89,7 @@ def compile_row_kernel(arch, z, dz, LOSS=True, GRAD=True, HAS_OLD=False, HAS_SAM
     constants |= dict(BLOCK_V=head.BLOCK_V)
     pointers = dict(z_ptr=z, dz_ptr=dz, target_ptr="i64", clipped_ptr="i8")
     integers = ("V", "stride_z", "stride_dz", "stride_stat")
-    unaligned = ("V", "stride_stat") if odd else ()
+    multiples = {"z_ptr", "dz_ptr", "stride_z", "stride_dz", "V"} - ({"V"} if odd else set())
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         pointer = name.endswith("_ptr")
@@ -96,7 +97,7 @@ def compile_row_kernel(arch, z, dz, LOSS=True, GRAD=True, HAS_OLD=False, HAS_SAM
             "constexpr" if name in constants else f"*{pointers.get(name, 'fp32')}" if pointer
             else "i32" if name in integers else "fp32"
         )  # fmt: skip
-        if (pointer or name in integers) and name not in unaligned:
+        if name in multiples:
             aligned[(i,)] = [["tt.divisibility", 16]]
     constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)

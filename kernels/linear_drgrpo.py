@@ -100,9 +100,9 @@ def linear_drgrpo_loss_ref(
     return scale * token_loss.sum(), {name: stat.detach() for name, stat in stats.items()}
 
 
-def _jit(function):
-    """`triton.jit` where Triton exists."""
-    return triton.jit(function) if triton else None
+def _jit(**options):
+    """`triton.jit(**options)` where Triton exists."""
+    return triton.jit(**options) if triton else lambda function: None
 
 
 # Sizes of a row program: wide enough that loads in flight cover the memory latency with one program on an SM, whose row
@@ -113,7 +113,7 @@ _LOWEST = -1e30  # starts the running maximum: finite, so that no difference is 
 _LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 
 
-@_jit
+@_jit()
 def _online_softmax(z, m_i, l_i, t_i, k):
     """Takes z into each lane's own running m = max z, l = sum 2^((z-m)k), t = sum 2^((z-m)k) (z-m). One ex2, no reduction:
     either the old sums or the new term keep their scale, so 2^(-|z-m|k) serves both. A NaN stays in l and t."""
@@ -126,14 +126,20 @@ def _online_softmax(z, m_i, l_i, t_i, k):
     return tl.where(rises, z, m_i), l_i, t_i
 
 
-@_jit
+@_jit()
 def _dlogits(z, hit, m, log2_l, k, g):
     """g (e - p), in fp32 until it is stored."""
     p = tl.exp2((z - m) * k - log2_l)
     return tl.where(hit, p - 1.0, p) * -g
 
 
-@_jit
+# Per-token addresses and the number of tokens change from call to call and are not worth another compilation.
+@_jit(
+    do_not_specialize=["stride_stat"],
+    do_not_specialize_on_alignment=[
+        "target_ptr", "advantage_ptr", "old_ptr", "sampler_ptr", "ref_ptr", "stat_ptr", "clipped_ptr",
+    ],
+)  # fmt: skip
 def _drgrpo_row_kernel(
     z_ptr,  # [C, V] logits before temperature
     dz_ptr,  # [C, V] their gradient: z itself, or the upper half of each fp32 row of z
@@ -280,20 +286,21 @@ def _rows_torch(z, V, target, tokens, o, stat, clipped, grad_dtype):
     index = torch.where(valid, target, 0).long()[:, None]
     u.sub_(u.amax(1, keepdim=True))
     u_target = u.gather(1, index)[:, 0]
-    e = u.clamp_(min=_LOWEST).exp()  # not -inf: its term of the entropy below is 0 * u
-    l = e.sum(1)
-    log_l = l.log()
+    p = u.softmax(1)
+    log_l = -p.amax(1).log()  # the largest p is 1 / l
     logprob = torch.where(valid, u_target - log_l, math.nan).masked_fill_(ignored, 0.0)
     stat[0] = logprob
-    stat[1] = (log_l - u.mul_(e).sum(1) / l).masked_fill_(ignored, 0.0)
+    u.clamp_(min=_LOWEST)  # not -inf: its term p u is 0 * u
+    stat[1] = (log_l - u.mul_(p).sum(1)).masked_fill_(ignored, 0.0)
     if tokens[0] is None:
         return None
     g = _token_loss(logprob, ignored, tokens, o, stat, clipped)
     if grad_dtype is None:
         return None
     g *= o.scale / o.temperature
-    dz = e.mul_((-g / l)[:, None]).scatter_add_(1, index, g[:, None])
-    return dz.masked_fill_((g == 0)[:, None], 0.0).to(grad_dtype)
+    dz = p.mul_(-g[:, None]).scatter_add_(1, index, g[:, None])
+    dz.index_fill_(0, (g == 0).nonzero()[:, 0], 0.0)  # 0 * NaN, in a row that has nothing to say
+    return dz.to(grad_dtype)
 
 
 def _token_loss(logprob, ignored, tokens, o, stat, clipped):
