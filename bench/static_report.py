@@ -25,6 +25,7 @@ RULES = (
     "every load and store of a sweep is 128 bits wide or wider",
     "at most one ex2 per element and sweep",
     "two programs fit an SM's registers, or one of 32 warps",
+    "a barrier between load and store exactly where they touch each other's elements",
 )
 
 BF16 = dict(z="bf16", dz="bf16")
@@ -51,6 +52,7 @@ class Sweep:
     ex2_per_element: float
     load_bits: int  # narrowest; 0: none
     store_bits: int
+    barriers: int
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,14 @@ class Compiled:
     def broken_rules(self, num_warps):
         """The rules that this binary breaks, in words."""
         widths = [w for s in self.sweeps for w in (s.load_bits, s.store_bits) if w]
+        shared_row = VARIANTS[self.variant]["z"] != VARIANTS[self.variant]["dz"]
         programs = 65_536 // (self.registers * 32 * num_warps)
         checks = (
             self.spill_bytes == 0,
             bool(widths) and min(widths) >= 128,
             all(s.ex2_per_element <= 1 for s in self.sweeps),
             programs >= (1 if num_warps == 32 else 2),
+            all((s.barriers > 0) == (shared_row and s.kind == "read+write") for s in self.sweeps),
         )
         return [f"{self.variant}, sm_{self.arch}: not {rule!r}" for rule, ok in zip(RULES, checks, strict=True) if not ok]
 
@@ -151,7 +155,8 @@ def sweeps(sass, element_bits):
         counts = Counter(op for op, _ in loop)
         kind = "read+write" if loads and stores else "read" if loads else "write"
         per_element = [len(loop) / elements, counts["MUFU.EX2"] / elements]
-        found.append(Sweep(kind, elements, *per_element, min(loads, default=0), min(stores, default=0)))
+        barriers = sum(op.startswith("BAR") for op, _ in loop)
+        found.append(Sweep(kind, elements, *per_element, min(loads, default=0), min(stores, default=0), barriers))
     return tuple(found)
 
 

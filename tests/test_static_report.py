@@ -62,6 +62,47 @@ def test_the_sweeps_are_seen(report):
             assert s["elements"] >= 4 and s["instructions_per_element"] < 25
 
 
+LAUNCH = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class NoDevice:
+    get_current_device = staticmethod(lambda: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(NoDevice())
+from drgrpo.kernels import linear_drgrpo as head
+
+kernel = head._drgrpo_row_kernel
+run = kernel.run
+kernel.run = lambda *args, grid, warmup, **how: run(*args, grid=grid, warmup=True, **how)
+
+def launch(T, V, logits, gradient, skip=0, **tokens):
+    z = torch.empty(T, -(-V // 16) * 16, dtype=logits)
+    given = [torch.empty(T + skip)[skip:] if tokens.get(name) else None for name in ("advantage", "old", "sampler", "ref")]
+    stat, clipped = torch.empty(6, T + skip)[:, skip:], torch.empty(T + skip, dtype=torch.int8)[skip:]
+    head._rows_triton(z, V, torch.empty(T, dtype=torch.int64), given, head._Objective(), stat, clipped, gradient)
+    print(len(kernel.device_caches[0][0]), end=" ")
+
+bf16, fp32 = torch.bfloat16, torch.float32
+for T, skip in ((128, 0), (1, 0), (7, 3), (100, 1)): launch(T, 151936, bf16, bf16, skip, advantage=True, old=True)
+launch(4, 151936, fp32, bf16, advantage=True, old=True, sampler=True, ref=True)
+launch(4, 50257, bf16, None, advantage=True)
+launch(4, 50257, fp32, None)
+"""
+
+
+def test_the_launch_compiles_and_token_counts_do_not_compile_again():
+    """Through Triton's own launch path up to the launch: four token counts and misaligned per-token tensors are one binary,
+    each of the three other calls is another."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", LAUNCH], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "1", "1", "1", "2", "3", "4"]
+
+
 def test_predictions_are_within_the_targets(report):
     """Predictions from assumed rates, so a guard against a change of the kernel, not a measurement."""
     for p in report[1]["predictions"]:
@@ -86,7 +127,7 @@ def test_costs_by_hand():
 
 
 def test_bad_binaries_are_noticed():
-    good = Compiled("x", 90, 50, 0, 0, (Sweep("read", 16, 13.0, 1.0, 128, 0),))
+    good = Compiled("on-policy", 90, 50, 0, 0, (Sweep("read", 16, 13.0, 1.0, 128, 0, 0),))
     assert good.broken_rules(32) == []
     for bad in (
         replace(good, spill_bytes=8),
@@ -95,6 +136,8 @@ def test_bad_binaries_are_noticed():
         replace(good, sweeps=(replace(good.sweeps[0], load_bits=64),)),
         replace(good, sweeps=(replace(good.sweeps[0], kind="read+write", store_bits=16),)),
         replace(good, sweeps=(replace(good.sweeps[0], ex2_per_element=1.125),)),
+        replace(good, sweeps=(replace(good.sweeps[0], barriers=1),)),
+        replace(good, sweeps=(replace(good.sweeps[0], kind="read+write"),), variant="fp32 logits, bf16 gradient"),
     ):
         assert len(bad.broken_rules(32)) == 1
 
