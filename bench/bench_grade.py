@@ -1,8 +1,9 @@
 """Grades per second: the pool of workers against grading one answer at a time.
 
-    python bench/bench_grade.py                                 # made-up answers
-    python bench/bench_grade.py --data DIR                      # the ground truths of DIR/*.jsonl, rewritten
-    python bench/bench_grade.py --save bench/results/grade.json
+    python -m bench.bench_grade                                 # made-up answers
+    python -m bench.bench_grade --data DIR                      # the ground truths of DIR/*.jsonl, rewritten
+    python -m bench.bench_grade --save bench/results/grade.json
+    DRGRPO_FUZZ=100000 pytest -s tests/test_grade.py -k fuzz_pool   # the fuzz run
 
 Three loads. `mixed`: what a trained model writes, most of it settled by the string rules. `math`: only answers that need
 math-verify. `hostile`: `math` with one answer in a hundred that never ends (killed after one second of CPU time).
@@ -13,11 +14,8 @@ import json
 import os
 import platform
 import random
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from drgrpo.data import BENCHMARKS, benchmark_source, load_problems
 from drgrpo.grade import Grader, _quick, grade
@@ -59,30 +57,16 @@ def loads(truths: list[str], count: int, rng: random.Random) -> dict[str, list[t
 
 
 def in_process(pairs, workers):
-    return [grade(text, truth, "boxed").score for text, truth in pairs]
+    return [grade(text, truth, "boxed") for text, truth in pairs]
 
 
 def one_at_a_time(pairs, workers):
     """Submit, wait, submit: as the paper's trainer uses its pool."""
-    with Grader("boxed", workers=workers, timeout_s=1.0) as grader:
-        grader(["\\boxed{2/4}"], ["1/2"])  # starts a worker
-        start = time.perf_counter()
-        scores = [grader([text], [truth])[0].score for text, truth in pairs]
-        return scores, time.perf_counter() - start
+    return [workers([text], [truth])[0] for text, truth in pairs]
 
 
 def pool(pairs, workers):
-    with Grader("boxed", workers=workers, timeout_s=1.0) as grader:
-        grader([f"\\boxed{{{i}/{2 * i}}}" for i in range(2, 50)], ["1/2"] * 48)  # starts them all
-        start = time.perf_counter()
-        scores = [grade.score for grade in grader(*zip(*pairs, strict=True))]
-        return scores, time.perf_counter() - start
-
-
-def timed(method, pairs, workers) -> tuple[list[float], float]:
-    start = time.perf_counter()
-    result = method(pairs, workers)
-    return result if isinstance(result, tuple) else (result, time.perf_counter() - start)
+    return workers(*zip(*pairs, strict=True))
 
 
 def main() -> None:
@@ -105,10 +89,14 @@ def main() -> None:
         if load != "hostile":  # nothing would end it
             methods = {"one at a time, in process": in_process, **methods}
         for name, method in methods.items():
-            scores, seconds = timed(method, pairs, args.workers)
-            rows.append({"load": load, "method": name, "n": len(pairs), "right": sum(scores), "seconds": seconds})
+            with Grader("boxed", workers=args.workers, timeout_s=1.0) as workers:
+                workers([f"\\boxed{{{i}/{2 * i}}}" for i in range(2, 50)], ["1/2"] * 48)  # starts them all
+                start = time.perf_counter()
+                right = sum(grade.score for grade in method(pairs, workers))
+                seconds = time.perf_counter() - start
+            rows.append({"load": load, "method": name, "n": len(pairs), "right": right, "seconds": seconds})
             each = seconds / len(pairs)
-            print(f"{load:8} {name:24} {1 / each:9.0f} {1e3 * each:8.2f} {sum(scores) / len(pairs):6.1%}", flush=True)
+            print(f"{load:8} {name:24} {1 / each:9.0f} {1e3 * each:8.2f} {right / len(pairs):6.1%}", flush=True)
     if args.save:
         machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
         Path(args.save).write_text(json.dumps({"machine": machine, "data": bool(args.data), "rows": rows}, indent=1) + "\n")

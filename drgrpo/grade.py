@@ -162,8 +162,10 @@ def _quick(given: str, truths: tuple[str, ...], rule: str) -> float | None:
     if len(given) > max(MAX_CHARS, *map(len, truths)):
         return 0.0
     key, keys = _key(given), [_key(truth) for truth in truths]
-    if not key or key in keys:
-        return float(key in keys and key != "")
+    if not key:
+        return 0.0
+    if key in keys:
+        return 1.0
     integers = all(_INTEGER.fullmatch(k) for k in (key, *keys))
     return 0.0 if integers or _too_much(given) else None
 
@@ -422,20 +424,21 @@ def _forbid_code() -> None:
 
     evaluate = sympy_parser.eval_expr
 
-    def evaluate_numeral(code, local_dict, global_dict):
-        if not isinstance(code, str) or not _NUMERAL.fullmatch(code):
-            raise PermissionError("a grader evaluates numerals only")
+    def evaluate_atoms(code, local_dict, global_dict):
+        if not isinstance(code, str) or not _ATOMS.fullmatch(code):
+            raise PermissionError("a grader evaluates numbers and names only")
         return evaluate(code, local_dict, global_dict)
 
     def refuse_lambdify(event, args):
         if event == "compile" and str(args[1]).startswith("<lambdify"):
             raise PermissionError("a grader compiles no functions")
 
-    sympy_parser.eval_expr = evaluate_numeral
+    sympy_parser.eval_expr = evaluate_atoms
     sys.addaudithook(refuse_lambdify)
 
 
-_NUMERAL = re.compile(r"\s*(?:Integer|Float|Rational)\s*\(\s*'?[\d.]+(?:[eE][+-]?\d+)?'?\s*\)\s*")
+_ATOM = r"\s*(?:(?:Integer|Float|Rational)\s*\(\s*'?[\d.]+(?:[eE][+-]?\d+)?'?\s*\)|Symbol\s*\(\s*'\w+'\s*\)|E|I|pi|oo)\s*"
+_ATOMS = re.compile(rf"{_ATOM}(?:[-+*/]{_ATOM})*")  # what sympy makes of "12", "3/2" and "x" before it evaluates them
 
 
 if __name__ == "__main__":

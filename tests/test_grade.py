@@ -47,7 +47,8 @@ def tagged(answer: str) -> str:
         ("\\boxed{\\frac{1}{2}} and more {text}", "\\frac{1}{2}"),
         ("\\boxed{\\boxed{12}}", "12"),
         ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
-        ("\\boxed{\\left\\{ 1 \\right.}.", "\\left\\{ 1 \\right."),
+        ("\\boxed{\\left\\{ 1 \\right.}, {x}", "\\left\\{ 1 \\right."),
+        ("\\boxed{\\frac{\\}{p}i2}, {x}", "\\frac{\\}{p}i2"),
         ("\\boxed{90{square}", "90{square"),
         ("\\boxed{5} and an empty \\boxed{}", ""),
         ("\\boxed{5} but \\boxed12", None),
@@ -103,6 +104,7 @@ ACCEPTED = [
     ("025", "25"),
     ("10,000", "10000"),
     ("335{,}670", "335670"),
+    ("335{,}670", "x=335{,}670"),
     ("\\frac12", "1/2"),
     ("0.5", "\\dfrac{1}{2}"),
     ("5", "x=5"),
@@ -119,6 +121,8 @@ ACCEPTED = [
     ("3\\sqrt{13}", "\\sqrt{117}"),
     ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{bmatrix}1\\\\2\\end{bmatrix}"),
     ("\\begin{pmatrix}6\\-17\\end{pmatrix}", "\\begin{pmatrix} 6 \\\\ -17 \\end{pmatrix}"),
+    ("\\begin{pmatrix}6\\-17\\end{pmatrix}", "\\begin{pmatrix}6\\\\-17\\end{pmatrix}"),
+    ("\\text{Ann and Bob}", "ann and bob"),
     ("1 or 2", "1, 2"),
     ("12", "12\\\\"),
     ("12", "\\boxed{12}"),
@@ -140,7 +144,7 @@ ACCEPTED = [
     ("12", "the final answer is: $12$."),
     ("2", "so the length of $x$ is $2$"),
     ("\\sqrt{2}", "\\sqrt{2}$"),
-    ("x^2y^3z^4", "y^3 x^2 z^4"),
+    ("y^3x^2z^4", "x^2y^3z^4"),
     ("{(-\\frac{3}{2}, 6)}", "(-\\frac32, 6)"),
     ("5", "5 \\text{ sq. units}"),
     ("$\\frac{1}{2}$,$8$", "8, 0.5"),
@@ -270,11 +274,12 @@ def test_equal_pairs_are_graded_once(monkeypatch):
 
 
 def test_cheap_decisions_start_no_worker():
-    texts = ["no answer", boxed("12"), boxed("13"), boxed("\\dfrac 12"), boxed("7" * 5000), boxed("{" * 50 + "}" * 50)]
+    texts = ["no answer", boxed("12"), boxed("13"), boxed("\\dfrac 12"), boxed("")]
+    texts += [boxed("x+" * 600 + "1"), boxed("(" * 50 + "x" + ")" * 50), boxed("9^{9^{9^9}}"), boxed("x^{99999}")]
     with Grader("boxed") as grader:
-        scores = [grade.score for grade in grader(texts, ["12", "12", "12.0", "\\frac12", "x+1", "x+1"])]
-        assert all(worker.process is None for worker in grader._workers)
-    assert scores == [0.0, 1.0, 0.0, 1.0, 0.0, 0.0]
+        scores = [grade.score for grade in grader(texts, ["12", "12", "12.0", "\\frac12", *["y+1"] * 5])]
+        assert not any(worker.asked for worker in grader._workers)
+    assert scores == [0.0, 1.0, 0.0, 1.0, *[0.0] * 5]
 
 
 def test_hash_needs_no_library():
@@ -381,12 +386,15 @@ def test_no_guard_against_code_is_alone(guard):
     """sympy pastes the name of a symbol into the source of a function to sum a series. Each guard holds by itself."""
     check = {
         "names": f"assert grade._math_verify()[0]({CODE_IN_A_NAME!r}) == []",
-        "functions": "grade._harmless = lambda expression: True; grade._forbid_code(); "
+        "functions": "from sympy.parsing import sympy_parser; free = sympy_parser.eval_expr; grade._forbid_code(); "
+        "sympy_parser.eval_expr = free; grade._harmless = lambda expression: True; "
         f"assert grade._math_verify()[0]({CODE_IN_A_NAME!r}); grade._equal({CODE_IN_A_NAME!r}, ('\\\\pi',), 'correct')",
         "strings": "grade._forbid_code(); import sympy; assert sympy.sympify('12') == 12; assert sympy.Number('1.5')\n"
-        "try: sympy.sympify('exit(7)')\n"
-        "except (PermissionError, sympy.SympifyError): pass\n"
-        "else: raise AssertionError",
+        "from sympy.physics import units; assert sympy.S('3/2') == sympy.Rational(3, 2)\n"
+        "for text in ('exit(7)', 'x.args', '9**9', 'x(1)', '[x]', 'lambda: x'):\n"
+        "    try: sympy.sympify(text)\n"
+        "    except (PermissionError, sympy.SympifyError): continue\n"
+        "    raise AssertionError(text)",
     }
     code = "from drgrpo import grade; " + check[guard]
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -452,12 +460,12 @@ def test_fuzz_pool(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["{" * 2_000_000, "\\boxed{" + "{" * 2_000_000, "\\boxed{" + "1" * 2_000_000 + "}"])
+@pytest.mark.parametrize("text", ["{" * 2_000_000, "\\boxed{" + "{" * 2_000_000, "\\boxed{" + "x+" * 1_000_000 + "}"])
 def test_megabytes_are_no_work(text):
-    start = time.monotonic()
+    start = time.process_time()
     with Grader("boxed") as grader:
         assert grader([text], ["12"])[0].score == 0.0
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 5
 
 
 @settings(max_examples=300, deadline=None)
