@@ -323,10 +323,17 @@ def worker_that_runs(monkeypatch, code: str) -> None:
 )
 def test_a_worker_may_die_in_any_way(monkeypatch, code, timeouts, errors):
     worker_that_runs(monkeypatch, code)
-    with Grader("boxed", workers=1, timeout_s=0.5) as grader:
+    with Grader("boxed", workers=1, timeout_s=0.3) as grader:
         scores = [grade.score for grade in grader([boxed("2/4"), boxed("3/6")], ["1/2", "1/2"])]
         assert (grader.timeouts, grader.errors) == (timeouts, errors)
     assert scores == [float(timeouts + errors == 0), 1.0]
+
+
+@pytest.mark.parametrize(("code", "limit"), [("time.sleep(60)", "SIGALRM"), ("exec('while True: pass')", "SIGPROF")])
+def test_both_clocks_are_limited(monkeypatch, code, limit):
+    worker_that_runs(monkeypatch, code)
+    with pytest.raises(TimeoutError, match=limit):
+        grade_module._Worker(0.3).ask({"given": "2/4", "truths": ["1/2"], "mode": "correct"})
 
 
 def test_a_worker_that_cannot_start_is_fatal(monkeypatch):
