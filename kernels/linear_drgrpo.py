@@ -391,8 +391,8 @@ def _(hidden, *_):
 @torch.library.custom_op("drgrpo::linear_drgrpo", mutates_args={"main_grad"})
 def _linear_drgrpo_op(
     hidden: Tensor, weight: Tensor, target: Tensor, advantage: Tensor, old: Tensor | None, sampler: Tensor | None,
-    ref: Tensor | None, main_grad: Tensor | None, need_dhidden: bool, need_dweight: bool, clip_low: float, clip_high: float,
-    tis_cap: float, temperature: float, scale: float, kl_coef: float, kl: str, unit: float, chunk: int,
+    ref: Tensor | None, main_grad: Tensor | None, unit: float, need_dhidden: bool, need_dweight: bool, clip_low: float,
+    clip_high: float, tis_cap: float, temperature: float, scale: float, kl_coef: float, kl: str, chunk: int,
     logits_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, stat [STATS, T], clipped [T], dhidden, dweight in fp32). The gradients are those of loss / unit; one that is
@@ -408,7 +408,7 @@ def _linear_drgrpo_op(
 
 
 @_linear_drgrpo_op.register_fake
-def _(hidden, weight, target, advantage, old, sampler, ref, main_grad, need_dhidden, need_dweight, *_):
+def _(hidden, weight, target, advantage, old, sampler, ref, main_grad, unit, need_dhidden, need_dweight, *_):
     outputs = _outputs(hidden, weight, ref, main_grad, need_dhidden, need_dweight)
     return hidden.new_empty((), dtype=torch.float32), *outputs
 
@@ -424,13 +424,13 @@ def _outputs(hidden, weight, ref, main_grad, need_dhidden, need_dweight):
 
 class _LinearDrGRPO(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, advantage, old, sampler, ref, main_grad, *options):
+    def forward(ctx, hidden, weight, target, advantage, old, sampler, ref, main_grad, unit, *options):
         loss, stat, clipped, dhidden, dweight = _linear_drgrpo_op(
-            hidden, weight, target, advantage, old, sampler, ref, main_grad, *options
+            hidden, weight, target, advantage, old, sampler, ref, main_grad, unit, *options
         )
         ctx.mark_non_differentiable(stat, clipped)
         ctx.save_for_backward(dhidden, dweight)
-        ctx.main_grad, ctx.dtype, ctx.unit, ctx.spent = main_grad, weight.dtype, options[-4], False
+        ctx.main_grad, ctx.dtype, ctx.unit, ctx.spent = main_grad, weight.dtype, unit, False
         return loss, stat, clipped
 
     @staticmethod
@@ -443,7 +443,8 @@ class _LinearDrGRPO(torch.autograd.Function):
             )
         ctx.spent = True
         dhidden, dweight = ctx.saved_tensors
-        upstream, dinput, dparam = dloss * ctx.unit, None, None
+        # [1, 1] and not a scalar: that would be rounded to the gradients' dtype first, in which 2^16 can be infinite.
+        upstream, dinput, dparam = (dloss * ctx.unit).reshape(1, 1), None, None
         if ctx.main_grad is not None:  # holds dW for dloss = 1; another dloss must not pass for a gradient
             upstream = torch.where(dloss == 1, upstream, math.nan)
             ctx.main_grad[:1].mul_(torch.where(dloss == 1, 1.0, math.nan))
@@ -451,7 +452,7 @@ class _LinearDrGRPO(torch.autograd.Function):
             out = dweight if ctx.dtype == dweight.dtype else torch.empty_like(dweight, dtype=ctx.dtype)
             dparam = torch.mul(dweight, upstream, out=out)
         if ctx.needs_input_grad[0]:
-            dinput = dhidden.mul_(upstream)
+            dinput = torch.mul(dhidden, upstream, out=dhidden)
         return dinput, dparam, *[None] * (len(ctx.needs_input_grad) - 2)
 
 
@@ -486,7 +487,7 @@ def linear_drgrpo_loss(
     temperature: float = 1.0,
     scale: float = 1.0,  # factors known beforehand (1 / (B * C), ranks, micro-batches) cost nothing here
     chunk_tokens: int | None = None,  # tokens whose logits exist at a time
-    logits_dtype: torch.dtype | None = None,  # default fp32 with old or sampler log-probs, else hidden's
+    logits_dtype: torch.dtype | None = None,  # default: fp32 where log-probs are compared, else hidden's
     backend: str = "auto",  # "triton", "torch", or "auto": triton on CUDA
     ref_logprob: Tensor | None = None,  # [T] fp32, for a KL penalty
     kl_coef: float = 0.0,
@@ -504,16 +505,17 @@ def linear_drgrpo_loss(
     backend, chunk = _check(hidden, weight, target, tokens, temperature, chunk_tokens, logits_dtype, backend)
     _check_loss(weight, sampler_logprob, tis_cap, clip_low, clip_high, ref_logprob, kl_coef, kl, main_grad)
     if logits_dtype is None:
-        logits_dtype = hidden.dtype if old_logprob is None and sampler_logprob is None else torch.float32
+        compared = any(x is not None for x in (old_logprob, sampler_logprob, ref_logprob))
+        logits_dtype = torch.float32 if compared else hidden.dtype
     if tis_cap is None:
         tokens["sampler_logprob"] = None
     # Gradients of 1e-7 vanish in fp16: there only the mantissa of `scale` goes into them, its power of two waits for backward.
     unit = 2.0 ** math.frexp(scale)[1] if hidden.dtype == torch.float16 else 1.0
     grad = torch.is_grad_enabled()
     loss, stat, clipped = _LinearDrGRPO.apply(
-        hidden, weight, target, *(x if x is None else x.detach() for x in tokens.values()), main_grad,
+        hidden, weight, target, *(x if x is None else x.detach() for x in tokens.values()), main_grad, unit,
         grad and hidden.requires_grad, grad and weight.requires_grad, clip_low, clip_high, tis_cap or 0.0, temperature, scale,
-        kl_coef, kl, unit, chunk, logits_dtype, backend,
+        kl_coef, kl, chunk, logits_dtype, backend,
     )  # fmt: skip
     return loss, dict(zip(STATS, stat.unbind(), strict=False), clipped=clipped)
 

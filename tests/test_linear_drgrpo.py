@@ -621,10 +621,13 @@ def test_no_tensor_is_as_large_as_the_logits(tape):
 
 
 @both
-def test_upstream_factor(backend, small_blocks):
-    case = make(6, 8, 90, seed=18)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_upstream_factor(backend, dtype, small_blocks):
+    """-0.3 is no bf16 number, and must not become one: the product is rounded, not its factors."""
+    case = make(6, 8, 90, dtype, seed=18)
     one, two = run(linear_drgrpo_loss, case, backend=backend), run(linear_drgrpo_loss, case, backend=backend, upstream=-0.3)
-    assert distance(two[2], -0.3 * one[2]) <= 1e-6 and distance(two[3], -0.3 * one[3]) <= 1e-6
+    assert torch.equal(two[2], (one[2].float() * torch.tensor(-0.3)).to(dtype))
+    assert distance(two[3], -0.3 * one[3].double()) <= 2 * torch.finfo(dtype).eps
 
 
 def test_second_backward_is_refused():
@@ -727,7 +730,7 @@ def test_compile_sees_one_node(with_main_grad):
 def test_operators_pass_torch_own_checks():
     case = make(5, 8, 30, seed=22)
     args = (case.target, case.advantage, case.old_logprob, None, None)
-    rest = (True, True, 0.2, 0.2, 0.0, 1.0, 1.0, 0.0, "k3", 1.0, 2, torch.float32, "torch")
+    rest = (1.0, True, True, 0.2, 0.2, 0.0, 1.0, 1.0, 0.0, "k3", 2, torch.float32, "torch")
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(head._linear_drgrpo_op, (case.hidden, case.weight, *args, None, *rest), test_utils=checks)
     main_grad = torch.zeros_like(case.weight)
