@@ -1,9 +1,10 @@
-"""Scores are means over what was asked, dropped problems included."""
+"""Scores are means over what was asked, dropped problems included; equal answers to a problem are one vote, whatever the
+truth is."""
 
 import pytest
 
 from drgrpo.engine import Sampling
-from drgrpo.evaluate import Scored, evaluate, summarize
+from drgrpo.evaluate import Scored, answer, evaluate, judges, spent, summarize, vote
 from drgrpo.grade import Grade, Grader
 from drgrpo.types import Completion, Problem, Request, Rollout
 
@@ -50,3 +51,36 @@ def test_every_problem_is_answered_graded_and_returned_in_order(group_of_one, to
     assert [s.rollout.problem.id for s in result] == [p.id for p in problems for _ in range(samples)]
     assert summarize(result)["accuracy"] == 0.5
     assert summarize(result)["n"] == 8
+
+
+def test_a_process_without_problems_has_nothing_to_say(group_of_one, tokenizer):
+    with Grader("hash") as grader:
+        assert evaluate(Oracle(), tokenizer, grader, [], 1, Sampling(max_new_tokens=4, stop_token_ids=()), 0) == []
+
+
+def test_a_prompt_that_does_not_fit_has_rows_without_a_response(group_of_one, tokenizer):
+    asked, unasked = Problem(3, "2", "2", tokenizer("2").input_ids), Problem(1, "long", "5")
+    with judges({"hash"}, "correct") as judge:
+        sampling = Sampling(max_new_tokens=4, stop_token_ids=())
+        rows = answer(Oracle(), tokenizer, judge["hash"], [unasked, asked], 2, sampling, 0)
+    assert [(r["id"], r["sample"], r["response"]) for r in rows] == [(1, 0, None), (1, 1, None), (3, 0, "#2"), (3, 1, "#2")]
+    assert rows[0]["score"] == 0 and rows[2]["vote"] == rows[3]["vote"] == 0
+
+
+def test_answers_equal_as_mathematics_are_one_vote():
+    boxed = [r"\boxed{\frac12}", r"so \boxed{0.5}", "no answer", r"\boxed{3}", r"\boxed{1/2}", r"\boxed{}", r"\boxed{3.0}"]
+    with Grader("boxed") as ballot:
+        assert vote(ballot, [boxed, [r"\boxed{3}"], []]) == [[0, 0, None, 3, 0, None, 3], [0], []]
+
+
+def test_answers_too_long_to_compare_stand_for_themselves():
+    long = r"\boxed{" + "1" * 2000 + "}"
+    with Grader("boxed") as ballot:
+        assert vote(ballot, [[long, long, r"\boxed{2}", r"\boxed{2}"]]) == [[0, 1, 2, 2]]
+
+
+def test_an_answer_that_hangs_the_comparison_is_cut_off_and_counted():
+    texts = [r"\boxed{\int_0^{10} \sin(x^{9999})^{9999} dx}", r"\boxed{2x}"]
+    with judges({"boxed"}, "correct") as judge:
+        assert vote(judge["boxed"].ballot, [texts, [r"\boxed{2x}", r"\boxed{x + x}"]]) == [[0, 1], [0, 0]]
+        assert spent(judge) == {"grader_timeouts": 0, "grader_errors": 0, "votes_cut_off": 1}

@@ -1,0 +1,176 @@
+"""Differences: a made-up run next to the paper's rows, and two made-up runs against each other, with known answers."""
+
+import json
+
+import pytest
+
+from drgrpo.compare import compare, difference, next_to_paper, pair_up, paired, with_paper
+from drgrpo.data import BENCHMARKS
+from drgrpo.published import PUBLISHED, N
+from drgrpo.scores import mcnemar, two_proportions
+from drgrpo.types import UserError
+
+OAT_ZERO_7B = dict(zip(BENCHMARKS, (13, 52, 400, 82, 277), strict=True))  # problems solved, of 30, 83, 500, 272, 675
+PAPER = {"model": "sail/Qwen2.5-Math-7B-Oat-Zero", "samples": 1, "max_new_tokens": 3000, "grader": "paper"}
+
+
+def benchmark(name: str, scores: list, template="qwen_math", temperature=0.0) -> list[dict]:
+    """A list of scores, one per problem; of lists, one per sample."""
+    groups = [s if isinstance(s, list) else [s] for s in scores]
+    return [
+        {"benchmark": name, "template": template, "temperature": temperature, "id": id, "sample": k, "problem": f"{name} {id}",
+         "answer": "1", "response": "r", "score": float(s), "parsed": True, "vote": 0, "tokens": 5, "finished": True}
+        for id, group in enumerate(groups) for k, s in enumerate(group)
+    ]  # fmt: skip
+
+
+def solved(counts: dict[str, int]) -> dict[str, list[dict]]:
+    return {name: benchmark(name, [i < count for i in range(N[name])]) for name, count in counts.items()}
+
+
+def write(folder, sets: dict[str, list[dict]], settings: dict | None = None) -> str:
+    folder.mkdir()
+    (folder / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for rows in sets.values() for r in rows))
+    if settings:
+        (folder / "eval.json").write_text(json.dumps({"settings": settings}))
+    return str(folder)
+
+
+def row(result: dict, name: str) -> dict:
+    return next(r for r in result["published"] if r["name"] == name)
+
+
+def test_the_papers_own_numbers_differ_by_rounding_only():
+    result = next_to_paper(solved(OAT_ZERO_7B), PAPER, "qwen_math", 0.0)
+    assert result["departures"] == []
+    first = result["published"][0]
+    assert first["name"] == "Oat-Zero-7B" and first["same_model"] and len(result["published"]) == len(PUBLISHED)
+    assert list(first["scores"]) == [*BENCHMARKS, "average"]
+    assert all(abs(c["difference"]) < 0.0005 + 1e-9 and c["within_noise"] for c in first["scores"].values())
+
+
+def test_noise_is_what_two_proportions_say():
+    """5 of 30 and 13 of 30 differ beyond noise, 8 of 30 and 13 of 30 do not."""
+    result = next_to_paper(solved(OAT_ZERO_7B), PAPER, "qwen_math", 0.0)
+    base = row(result, "Qwen2.5-Math-7B, qwen_math")["scores"]
+    assert base["aime24"]["published"] == pytest.approx(0.167)
+    assert base["aime24"]["difference"] == pytest.approx(13 / 30 - 0.167)
+    assert base["aime24"]["p"] == pytest.approx(two_proportions([(13 / 30, 30, 0.167, 30)])) < 0.05
+    assert not base["aime24"]["within_noise"]
+    assert not base["math500"]["within_noise"] and base["math500"]["p"] < 1e-9
+    assert row(result, "SimpleRL-Zero-7B")["scores"]["aime24"]["within_noise"], "5 problems of 30 apart"
+    assert base["average"]["difference"] == pytest.approx(result["ours"]["average"] - 0.2648)
+
+
+def test_four_shot_amc_is_of_forty_problems():
+    cell = row(next_to_paper(solved(OAT_ZERO_7B), PAPER, "qwen_math", 0.0), "Qwen2.5-Math-7B, 4-shot")["scores"]["amc"]
+    assert cell["p"] == two_proportions([(52 / 83, 83, 0.225, 40)])
+
+
+def test_departures_from_the_protocol_are_named():
+    some = {"aime24": benchmark("aime24", [1, 0])}
+    result = next_to_paper(some, PAPER | {"grader": "correct", "samples": 4}, "none", 0.6)
+    assert result["departures"] == [
+        "temperature is 0.6, the paper's is 0.0",
+        "samples is 4, the paper's is 1",
+        "grader is correct, the paper's is paper",
+        "aime24 has 2 problems here, the paper's has 30",
+    ]
+    assert "average" not in result["ours"], "not of one benchmark"
+
+
+def test_paper_on_the_terminal_and_as_json(tmp_path, capsys):
+    run = write(tmp_path / "run", solved(OAT_ZERO_7B), PAPER)
+    compare(["paper", run], str(tmp_path / "out"))
+    shown = capsys.readouterr().out
+    assert "this model: Oat-Zero-7B" in shown and "43.3  +0.0 " in shown and "80.0  +0.0 " in shown
+    assert "50.6 +29.4*" in shown and "beyond noise" in shown and "20.0 +23.3 " in shown
+    report = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert report["evaluations"][0]["ours"]["aime24"] == pytest.approx(13 / 30)
+
+
+def test_a_run_without_recorded_settings_says_so(tmp_path):
+    result, _ = with_paper(write(tmp_path / "run", solved({"aime24": 3})))
+    assert "grader is not recorded, the paper's is paper" in result["evaluations"][0]["departures"]
+
+
+def test_the_paper_has_no_scores_on_other_sets():
+    with pytest.raises(UserError, match="no scores on mine; it has aime24"):
+        next_to_paper({"mine": benchmark("mine", [1])}, {}, "none", 0.0)
+
+
+# ---- two runs
+
+
+def test_single_answers_are_compared_by_mcnemars_test():
+    a, b = [1] * 10 + [1] * 2 + [0] * 9 + [0] * 9, [1] * 10 + [0] * 2 + [1] * 9 + [0] * 9
+    result = difference({"aime24": benchmark("aime24", a)}, {"aime24": benchmark("aime24", b)})["benchmarks"]["aime24"]
+    assert (result["a_better"], result["b_better"], result["test"]) == (2, 9, "McNemar")
+    assert result["p"] == mcnemar(2, 9) and result["difference"] == pytest.approx(7 / 30)
+    low, high = result["interval"]
+    assert (high - low) / 3.92 == pytest.approx((11 / 30 - (7 / 30) ** 2) ** 0.5 / 30**0.5, rel=0.08)
+
+
+def test_pairing_sees_what_two_proportions_cannot():
+    """100 problems, the second run solves 6 more and loses none: far from noise, since the same 50 are solved by both."""
+    a, b = [1] * 50 + [0] * 50, [1] * 56 + [0] * 44
+    assert difference({"m": benchmark("m", a)}, {"m": benchmark("m", b)})["benchmarks"]["m"]["p"] == 2 / 2**6
+    assert two_proportions([(0.5, 100, 0.56, 100)]) > 0.3
+
+
+def test_several_answers_are_compared_by_permutation():
+    a, b = [[0, 1], [0, 0], [1, 1]] * 8, [[1, 1], [0, 1], [1, 1]] * 8
+    result = difference({"m": benchmark("m", a)}, {"m": benchmark("m", b)})
+    m = result["benchmarks"]["m"]
+    assert m["test"] == "sign flip" and m["p"] < 0.001 and m["difference"] == pytest.approx(1 / 3) and m["b_better"] == 16
+
+
+def test_the_average_weighs_benchmarks_and_not_problems():
+    a = {"small": benchmark("small", [0] * 10), "large": benchmark("large", [1] * 100)}
+    b = {"small": benchmark("small", [1] * 5 + [0] * 5), "large": benchmark("large", [1] * 90 + [0] * 10)}
+    result = difference(a, b)
+    assert result["average"]["difference"] == pytest.approx((0.5 - 0.1) / 2)
+    assert result["average"]["n"] == 110 and result["left_out"] == []
+    assert result["average"]["p"] < 0.2 < difference(a, a)["average"]["p"] == 1
+
+
+def test_runs_on_other_problems_are_refused():
+    a = {"m": benchmark("m", [1, 0, 1])}
+    with pytest.raises(UserError, match=r"m: the two runs did not answer the same problems: 1 differ.*id 2"):
+        difference(a, {"m": benchmark("m", [1, 0])})
+    changed = benchmark("m", [1, 0, 1])
+    changed[0]["problem"] = "another"
+    with pytest.raises(UserError, match="id 0"):
+        difference(a, {"m": changed})
+    with pytest.raises(UserError, match="nothing to compare: one run has m, the other x"):
+        difference(a, {"x": benchmark("x", [1])})
+
+
+def test_a_benchmark_of_one_run_only_is_named(tmp_path, capsys):
+    a = write(tmp_path / "a", {"m": benchmark("m", [1, 0]), "x": benchmark("x", [1])})
+    b = write(tmp_path / "b", {"m": benchmark("m", [1, 1])})
+    compare([a, b], "")
+    shown = capsys.readouterr().out
+    assert "Not in both runs: x" in shown and "McNemar" in shown and "+50.0" in shown
+    assert not (tmp_path / "b" / "compare.json").exists()
+
+
+def test_which_evaluations_are_paired():
+    one, two, three = ("none", 0.0), ("r1", 0.0), ("r1", 1.0)
+    assert pair_up({one: 1, two: 1}, {two: 1, three: 1}) == [(two, two)]
+    assert pair_up({one: 1}, {three: 1}) == [(one, three)], "a single one goes with a single one"
+    with pytest.raises(UserError, match="one has none at T=0, r1 at T=0, the other r1 at T=1"):
+        pair_up({one: 1, two: 1}, {three: 1})
+
+
+def test_runs_are_paired_by_template_and_temperature(tmp_path):
+    sets = lambda up: {t: benchmark("m", [1, up], template=t) for t in ("none", "r1")}  # noqa: E731
+    result, tables = paired(write(tmp_path / "a", sets(0)), write(tmp_path / "b", sets(1)))
+    assert [e["a"][1] for e in result["evaluations"]] == ["none", "r1"] and len(tables) == 2
+    assert all(e["average"]["difference"] == 0.5 for e in result["evaluations"])
+
+
+@pytest.mark.parametrize("runs", [["paper"], ["paper", "paper"], ["x"], ["x", "y", "z"]], ids=" ".join)
+def test_a_comparison_takes_two(runs):
+    with pytest.raises(UserError, match="must name two"):
+        compare(runs, "")

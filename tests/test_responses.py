@@ -1,0 +1,93 @@
+"""responses.jsonl: what is whole is kept, what is torn is cut off, and responses to other settings are nobody's."""
+
+import json
+
+import pytest
+
+from drgrpo.responses import claim, evaluations, groups, key, read, recorded, too_long, write_json
+from drgrpo.types import Problem, UserError
+
+ASKED = {"settings": {"model": "m", "samples": 2, "out": "a"}, "versions": {"torch": "2"}}
+
+
+def rows_of(ids, samples: int = 2) -> list[dict]:
+    tag = {"benchmark": "b", "template": "none", "temperature": 1.0}
+    return [tag | row for id in ids for row in too_long(Problem(id, "é" * 3, "a"), samples)]
+
+
+def write(out, rows: list[dict]) -> bytes:
+    text = "".join(json.dumps(r) + "\n" for r in rows).encode()
+    (out / "responses.jsonl").write_bytes(text)
+    write_json(out / "eval.json", ASKED | {"spent": {"grader_timeouts": 3}})
+    return text
+
+
+def test_an_empty_folder_has_nothing(tmp_path):
+    assert claim(tmp_path, ASKED, set()) == ([], {})
+
+
+def test_what_is_there_is_claimed_with_its_report(tmp_path):
+    text = write(tmp_path, rows_of(range(3)))
+    rows, before = claim(tmp_path, ASKED, set())
+    assert rows == rows_of(range(3)) and before["spent"] == {"grader_timeouts": 3}
+    assert (tmp_path / "responses.jsonl").read_bytes() == text
+
+
+def test_wherever_the_file_was_cut_whole_problems_remain(tmp_path):
+    text = write(tmp_path, rows_of(range(3)))
+    problem = len(text) // 3
+    for cut in range(1, len(text), 7):
+        (tmp_path / "responses.jsonl").write_bytes(text[:cut])
+        rows, _ = claim(tmp_path, ASKED, set())
+        assert rows == rows_of(range(cut // problem))
+        assert (tmp_path / "responses.jsonl").read_bytes() == text[: cut // problem * problem]
+
+
+def test_other_settings_are_named(tmp_path):
+    write(tmp_path, rows_of([0]))
+    other = {"settings": {"model": "n", "samples": 2, "out": "b"}, "versions": {"torch": "3"}}
+    with pytest.raises(UserError, match='model is "m" there and "n" now; torch is "2" there and "3" now') as error:
+        claim(tmp_path, other, free={"out"})
+    assert "out is" not in str(error.value) and "another --out" in str(error.value)
+    assert read(tmp_path) == rows_of([0]), "and nothing is lost"
+
+
+def test_responses_of_unknown_origin_are_not_continued(tmp_path):
+    write(tmp_path, rows_of([0]))
+    (tmp_path / "eval.json").unlink()
+    with pytest.raises(UserError, match=r"without the eval\.json"):
+        claim(tmp_path, ASKED, set())
+
+
+def test_a_file_or_its_folder_can_be_read(tmp_path):
+    write(tmp_path, rows_of([4]))
+    assert read(tmp_path) == read(tmp_path / "responses.jsonl") == rows_of([4])
+    assert recorded(tmp_path)["settings"] == recorded(tmp_path / "responses.jsonl")["settings"] == ASKED["settings"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ('{"id": 1}\n', "responses.jsonl:1 lacks benchmark, template"),
+        ("7\n", "responses.jsonl:1 lacks benchmark"),
+        ('{"id": 1', "responses.jsonl:1: broken JSON.*interrupted"),
+    ],
+    ids=["empty", "columns", "no object", "torn"],
+)
+def test_what_eval_did_not_write_is_refused(tmp_path, text, message):
+    (tmp_path / "responses.jsonl").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no responses at .*nowhere"):
+        read(tmp_path / "nowhere")
+
+
+def test_grouping():
+    rows = rows_of([0, 1]) + [r | {"template": "r1"} for r in rows_of([0])] + [r | {"benchmark": "c"} for r in rows_of([0])]
+    assert [(k, list(sets)) for k, sets in evaluations(rows).items()] == [(("none", 1.0), ["b", "c"]), (("r1", 1.0), ["b"])]
+    assert [[key(r) for r in g] for g in groups(rows)] == [[k] * 2 for k in dict.fromkeys(
+        [("none", 1.0, "b", 0), ("none", 1.0, "b", 1), ("none", 1.0, "c", 0), ("r1", 1.0, "b", 0)])]  # fmt: skip
