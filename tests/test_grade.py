@@ -275,7 +275,8 @@ def test_equal_pairs_are_graded_once(monkeypatch):
 
 def test_cheap_decisions_start_no_worker():
     texts = ["no answer", boxed("12"), boxed("13"), boxed("\\dfrac 12"), boxed("")]
-    texts += [boxed("10{,}000"), boxed("x+" * 600 + "1"), boxed("(" * 50 + "x" + ")" * 50), boxed("9^{9^{9^9}}"), boxed("x^{99999}")]
+    texts += [boxed("10{,}000"), boxed("x+" * 600 + "1"), boxed("(" * 50 + "x" + ")" * 50)]
+    texts += [boxed("9^{9^{9^9}}"), boxed("x^{99999}")]
     with Grader("boxed") as grader:
         scores = [grade.score for grade in grader(texts, ["12", "12", "12.0", "\\frac12", "12", "10000", *["y+1"] * 4])]
         assert not any(worker.asked for worker in grader._workers)
