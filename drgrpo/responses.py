@@ -43,10 +43,10 @@ def claim(out: Path, asked: dict, free: set[str]) -> tuple[list[dict], dict]:
         raise UserError(f"{out} holds responses.jsonl without the eval.json that says what they answer; choose another --out")
     there = json.loads(report.read_text())
     changed = [
-        f"{name} is {show(there[part].get(name))} there and {show(value)} now"
+        f"{name} is {show(there.get(part, {}).get(name))} there and {show(value)} now"
         for part in asked
         for name, value in asked[part].items()
-        if name not in free and there[part].get(name) != value
+        if name not in free and there.get(part, {}).get(name) != value
     ]
     if changed:
         raise UserError(f"{out} holds responses to other settings: {'; '.join(changed)}. Choose another --out, or delete it")

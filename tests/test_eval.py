@@ -149,7 +149,7 @@ def uninterrupted(warm_model, benchmarks, tmp_path):
 
 def scores_of(folder) -> dict:
     report = json.loads((folder / "eval.json").read_text())
-    return {k: report[k] for k in ("average", "average_interval", "benchmarks", "versions", "spent")}
+    return {k: report[k] for k in ("average", "average_interval", "benchmarks", "versions", "counters")}
 
 
 def test_an_interrupted_evaluation_goes_on(uninterrupted, tmp_path, monkeypatch):
@@ -263,8 +263,9 @@ def test_regrading_gives_the_grades_that_were_given(warm_model, tmp_path, capsys
 
 def test_regrading_under_the_papers_grader(tmp_path):
     """Minerva's trailing newline, which the paper's grader trips over."""
-    row = {"benchmark": "minerva", "template": "qwen_math", "temperature": 0.0, "problem": "q", "answer": ["7 \\times 10^{37}\n"],
-           "score": 0.0, "parsed": False, "vote": None, "tokens": 3, "finished": True, "sample": 0}  # fmt: skip
+    row = {"benchmark": "minerva", "template": "qwen_math", "temperature": 0.0, "problem": "q", "score": 0.0,
+           "answer": ["7 \\times 10^{37}\n"], "parsed": False, "vote": None, "tokens": 3, "finished": True,
+           "sample": 0}  # fmt: skip
     texts = [r"\boxed{7.0 \times 10^{37}}", r"\boxed{10}", "none", None]
     rows = [row | {"id": id, "response": text} for id, text in enumerate(texts)]
     (tmp_path / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -4,7 +4,7 @@ truth is."""
 import pytest
 
 from drgrpo.engine import Sampling
-from drgrpo.evaluate import Scored, answer, evaluate, judges, spent, summarize, vote
+from drgrpo.evaluate import Scored, answer, counters, evaluate, judges, summarize, vote
 from drgrpo.grade import Grade, Grader
 from drgrpo.types import Completion, Problem, Request, Rollout
 
@@ -83,4 +83,4 @@ def test_an_answer_that_hangs_the_comparison_is_cut_off_and_counted():
     texts = [r"\boxed{\int_0^{10} \sin(x^{9999})^{9999} dx}", r"\boxed{2x}"]
     with judges({"boxed"}, "correct") as judge:
         assert vote(judge["boxed"].ballot, [texts, [r"\boxed{2x}", r"\boxed{x + x}"]]) == [[0, 1], [0, 0]]
-        assert spent(judge) == {"grader_timeouts": 0, "grader_errors": 0, "votes_cut_off": 1}
+        assert counters(judge) == {"grader_timeouts": 0, "grader_errors": 0, "votes_cut_off": 1}

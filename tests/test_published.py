@@ -14,7 +14,7 @@ PRINTED_AVERAGE = {  # as the paper prints them
     "Qwen2.5-Math-7B, qwen_math": 26.5, "Qwen2.5-Math-7B, none": 38.2, "Oat-Zero-1.5B": 42.1, "R1-Distill-Qwen-1.5B": 22.0,
     "R1-Distill-Qwen-1.5B, 8k": 41.5, "Qwen2.5-Math-1.5B-Instruct": 39.8, "Llama-3.2-3B": 3.3, "Llama-3.2-3B + Dr. GRPO": 6.8,
     "Llama-3.2-3B-FineMath": 6.0, "Llama-3.2-3B-FineMath + Dr. GRPO": 14.8, "Llama-3.2-3B-NuminaQA": 0.14,
-    "Oat-Zero-3B (NuminaQA + Dr. GRPO)": 20.7, "Llama-3.2-3B-Instruct": 17.1, "SimpleRL-Zero-7B": 46.6, "PRIME-Zero-7B": 48.0,
+    "Oat-Zero-3B": 20.7, "Llama-3.2-3B-Instruct": 17.1, "SimpleRL-Zero-7B": 46.6, "PRIME-Zero-7B": 48.0,
     "OpenReasoner-Zero-7B": 43.0, "OpenReasoner-Zero-7B, 8k": 45.9, "Oat-Zero-7B": 51.4, "R1-Distill-Qwen-7B": 28.5,
     "R1-Distill-Qwen-7B, 8k": 54.7, "Qwen2.5-Math-7B-Instruct": 45.1,
 }  # fmt: skip

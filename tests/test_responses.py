@@ -18,7 +18,7 @@ def rows_of(ids, samples: int = 2) -> list[dict]:
 def write(out, rows: list[dict]) -> bytes:
     text = "".join(json.dumps(r) + "\n" for r in rows).encode()
     (out / "responses.jsonl").write_bytes(text)
-    write_json(out / "eval.json", ASKED | {"spent": {"grader_timeouts": 3}})
+    write_json(out / "eval.json", ASKED | {"counters": {"grader_timeouts": 3}})
     return text
 
 
@@ -29,7 +29,7 @@ def test_an_empty_folder_has_nothing(tmp_path):
 def test_what_is_there_is_claimed_with_its_report(tmp_path):
     text = write(tmp_path, rows_of(range(3)))
     rows, before = claim(tmp_path, ASKED, set())
-    assert rows == rows_of(range(3)) and before["spent"] == {"grader_timeouts": 3}
+    assert rows == rows_of(range(3)) and before["counters"] == {"grader_timeouts": 3}
     assert (tmp_path / "responses.jsonl").read_bytes() == text
 
 
