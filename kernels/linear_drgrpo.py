@@ -21,13 +21,16 @@ forward pass, chunk by chunk, and the backward pass only multiplies by that scal
     4. dW += dZ^T X        cuBLAS, accumulated in fp32
 
 Cost, for T = 16384, D = 3584, V = 152064 in bf16:
-    FLOPs   6 T V D = 54 TFLOP, three GEMMs and nothing else that counts; recomputing the logits in the backward would be four.
-    bytes   the row pass moves 2 reads + 1 write of a logit = 6 T V = 15 GB (the second read can hit the cache).
-    memory  logits 2 C V = 1.25 GB at C = 4096, dW 4 V D = 2.2 GB, dX 2 T D = 0.1 GB; the naive path keeps >= 6 T V = 15 GB.
 
-Shapes: T tokens, D model width, V vocabulary, C tokens of a chunk. No atomics, no host sync, deterministic; NaN surfaces.
-Left out on purpose: a bias (the Qwen and Llama heads have none), label smoothing, ratios of whole sequences (they need every
-log-prob of the sequence before the first gradient), tensor-parallel vocabularies.
+    FLOPs   6 T V D = 54 TFLOP, three GEMMs; recomputing the logits in the backward pass would make it four.
+    bytes   the row pass reads a logit twice and writes it once, 6 T V = 15 GB; the second read can hit the cache.
+    memory  logits 2 C V = 1.25 GB at C = 4096, dW 4 V D = 2.2 GB, dX 2 T D = 0.1 GB. The naive path keeps 6 T V = 15 GB.
+
+Logits are bf16 where the policy is on its own and fp32 where its log-probs are compared with others' (`logits_dtype`): a
+bf16 logit of 25 is off by up to 0.06 nats. That costs 2 C V bytes more; dZ is 16 bit all the same, in the upper half of its
+row. Shapes: T tokens, D model width, V vocabulary, C tokens of a chunk. No atomics, no host sync, the same bits every time;
+NaN surfaces. Left out on purpose: a bias (the Qwen and Llama heads have none), label smoothing, ratios of whole sequences
+(they need every log-prob of the sequence before the first gradient), tensor-parallel vocabularies.
 
 The per-lane online softmax descends from Milakov & Gimelshein (arXiv 1805.02867); gradients in the forward pass of a fused
 head were popularized by Liger (https://github.com/linkedin/Liger-Kernel).
@@ -110,7 +113,7 @@ def _jit(**options):
 BLOCK_V, NUM_WARPS = 8192, 32
 
 _LOWEST = -1e30  # starts the running maximum: finite, so that no difference is inf - inf and no product 0 * inf
-_LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
+_LOG2E = 1.4426950408889634
 
 
 @_jit()
@@ -174,7 +177,7 @@ def _drgrpo_row_kernel(
     lanes = tl.arange(0, BLOCK_V)
     target = tl.load(target_ptr + row)
     ignored = target == -100
-    full = tl.where(ignored, 0, V) // BLOCK_V * BLOCK_V  # an ignored row is not read
+    full = tl.where(ignored, 0, V) // BLOCK_V * BLOCK_V  # of an ignored row one block is read
     tail = full + lanes  # [BLOCK_V]
     in_tail = tail < V
     z_target = tl.load(z_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
@@ -205,14 +208,14 @@ def _drgrpo_row_kernel(
         if HAS_OLD:
             old = tl.load(old_ptr + row)
         log_ratio = tl.where(ignored, 0.0, logprob - old)
-        ratio = tl.exp2(log_ratio * 1.4426950408889634)
+        ratio = tl.exp(log_ratio)
         # where() in place of min, max and clamp: those drop a NaN.
         bounded = tl.where(ratio < ratio_low, ratio_low, tl.where(ratio > ratio_high, ratio_high, ratio))
         surrogate = ratio * advantage
         cut = surrogate > bounded * advantage
         tis_weight = 1.0
         if HAS_SAMPLER:
-            tis_weight = tl.exp2((old - tl.load(sampler_ptr + row)) * 1.4426950408889634)
+            tis_weight = tl.exp(old - tl.load(sampler_ptr + row))
             tis_weight = tl.where(tis_weight > tis_cap, tis_cap, tis_weight)
         active = advantage != 0  # else 0, also where the ratio overflows
         loss = tl.where(active, -tis_weight * tl.where(cut, bounded * advantage, surrogate), 0.0)
@@ -222,8 +225,8 @@ def _drgrpo_row_kernel(
             penalty = -delta
             slope = 1.0
             if KL == 3:
-                penalty += tl.exp2(delta * 1.4426950408889634) - 1.0
-                slope -= tl.exp2(delta * 1.4426950408889634)
+                penalty += tl.exp(delta) - 1.0
+                slope -= tl.exp(delta)
             penalty = tl.where(ignored, 0.0, penalty)
             penalized = (kl_coef != 0) & (ignored == 0)  # kl_coef = 0 watches the KL, also where it overflows
             loss += tl.where(penalized, kl_coef * penalty, 0.0)
@@ -363,7 +366,8 @@ def _head(hidden, weight, target, tokens, o, stat, clipped, dhidden, dweight, ac
         z = buffer_CV[: part.stop - start]
         _matmul(hidden[part], weight.t(), out=z[:, :V])
         tokens_C = [x if x is None else x[part] for x in tokens]
-        dz = rows(z, V, target[part], tokens_C, o, stat[:, part], clipped[part], grad_dtype)
+        clipped_C = None if clipped is None else clipped[part]
+        dz = rows(z, V, target[part], tokens_C, o, stat[:, part], clipped_C, grad_dtype)
         if dhidden is not None:
             _matmul(dz, weight, out=dhidden[part])
         if dweight is not None:
@@ -379,7 +383,7 @@ def _linear_logprob_op(
     """[2, T]: log-prob, entropy."""
     stat = hidden.new_empty(2, len(hidden), dtype=torch.float32)
     none, o = (None,) * 4, _Objective(temperature=temperature)
-    _head(hidden, weight, target, none, o, stat, stat, None, None, False, 1.0, chunk, logits_dtype, backend)
+    _head(hidden, weight, target, none, o, stat, None, None, None, False, 1.0, chunk, logits_dtype, backend)
     return stat
 
 

@@ -58,7 +58,7 @@ def test_a_failure_of_the_fused_head_is_not_a_skip(monkeypatch):
 
 def test_fused_memory_is_the_chunk_and_the_gradients():
     """On the CPU too, the logits of all tokens never exist at once; the naive program keeps several copies of them."""
-    T, (D, V) = 2048, bench.MODELS["small"]
+    T, (D, V) = 1024, bench.MODELS["small"]
     rows = {r["contender"]: r for r in bench.measure("small", T, "cpu", ["3 bare GEMMs", OURS, "torch, fp32 upcast"], 1)}
     chunk = bench.head._chunk(T, V, torch.device("cpu"))
     buffers = 4 * (2 * chunk * V + V * D + T * D)  # logits and their exponentials, dW, dX
