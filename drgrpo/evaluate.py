@@ -19,12 +19,12 @@ class Scored:
 
 
 def evaluate(engine, tokenizer, grader: Grader, problems: list[Problem], samples: int, sampling: Sampling, seed: int,
-             step: int = 0) -> list[Scored]:  # fmt: skip
+             step: int = 0, tp: int = 1) -> list[Scored]:  # fmt: skip
     """`samples` graded responses to each problem, over all processes, in the order of the problems."""
-    rollouts = rollout(engine, tokenizer, share(problems), samples, sampling, seed, step)
+    rollouts = rollout(engine, tokenizer, share(problems, tp), samples, sampling, seed, step)
     grades = grader([r.text for r in rollouts], [r.problem.answer for r in rollouts])
     scored = [Scored(r, g) for r, g in zip(rollouts, grades, strict=True)]
-    groups = gather([scored[i : i + samples] for i in range(0, len(scored), samples)])
+    groups = gather([scored[i : i + samples] for i in range(0, len(scored), samples)], tp)
     return [s for group in groups for s in group]
 
 
