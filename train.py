@@ -163,6 +163,8 @@ def main(config: Config) -> None:
                         raise RuntimeError("the sampler crashed again after it was rebuilt") from crash
                     log.say(f"WARNING: a sampler crashed ({crash!r} here): rebuilding it from the current weights, once")
                     grader.collect()
+                    engine.sleep()
+                    wreck = engine  # noqa: F841 kept: when it goes, vLLM takes the process group with it
                     engine, rebuilt = build_sampler(), True
                     mine, submitted = sample(config, engine, tokenizer, prompts, sampling, step, grader)
             with watch("grade"):  # what is left of it; a truncated response earns nothing, whatever it says
