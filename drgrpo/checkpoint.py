@@ -1,36 +1,42 @@
 """The run folder and its checkpoints: written whole or not at all, resumed exactly.
 
     OUT/config.json  metrics.jsonl  samples.jsonl  eval.jsonl
-    OUT/checkpoints/step-000050/   state (weights, optimizer), trainer.json, hf/ (for transformers, vLLM and eval.py)
+    OUT/checkpoints/step-000050/   state/ (weights, optimizer), rng/, hf/ (for transformers, vLLM and eval.py),
+                                   trainer.json (step, hours, config, versions), manifest.json (checksum of every file)
     OUT/checkpoints/latest         -> the newest whole one;  OUT/hf -> its hf/
 
 Rollouts are functions of (seed, step, problem, sample) and the order of the data one of (seed, epoch), so weights, the
-optimizer's state and the step number are all there is to resume.
+optimizer's state and the step number are all that the trainer needs to resume; the generators' states are kept for
+what a fork may add.
 """
 
+import hashlib
 import json
+import random
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from drgrpo.config import MAY_CHANGE_ON_RESUME, Config, flag
+from drgrpo.distributed import gather_lists, share
 from drgrpo.model import Policy
 from drgrpo.types import UserError
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 
 
-def claim(config: Config) -> Path | None:
-    """Check on every process that the run folder is empty or belongs to this config. Returns the newest whole checkpoint
-    to resume from, if there is one. Changes nothing on disk."""
+def claim(config: Config) -> None:
+    """UserError unless the run folder is empty or belongs to this config. Changes nothing on disk."""
     out = Path(config.out)
     if not out.exists() or not any(out.iterdir()):
-        return None
+        return
     if not (out / "config.json").is_file():
         raise UserError(f"--out {out} is not empty and holds no run (no config.json); choose another folder")
     theirs, ours = json.loads((out / "config.json").read_text()), asdict(config)
@@ -43,8 +49,41 @@ def claim(config: Config) -> Path | None:
             f"--out {out} holds a run of another config ({shown}); give this one its own folder, "
             f"such as --out {out}-{'-'.join(names) or '2'}"
         )
-    latest = out / "checkpoints" / "latest"
-    return latest.resolve() if latest.exists() else None
+    if config.resume == "never" and found(config):
+        raise UserError(f"--out {out} holds checkpoints and --resume never forbids to go on; choose another folder")
+
+
+def found(config: Config) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted(Path(config.out).glob("checkpoints/step-[0-9][0-9][0-9][0-9][0-9][0-9]"), reverse=True)
+
+
+def newest_whole(config: Config, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint whose every file has its checksum. Says so loudly if a newer one is damaged. Collective."""
+    for path in found(config):
+        damaged = damaged_files(path)
+        if not damaged:
+            return path
+        say(f"WARNING: {path} is damaged ({', '.join(damaged)}): going back to the checkpoint before it")
+    return None
+
+
+def damaged_files(path: Path) -> list[str]:
+    """Files of a checkpoint that are missing or changed since they were written. Every process reads its share."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return ["manifest.json"]
+    damaged = [name for name in share(sorted(manifest)) if checksum(path / name) != manifest[name]]
+    return sorted(name for part in gather_lists(damaged) for name in part)
+
+
+def checksum(path: Path) -> str | None:
+    """SHA-256 of a file; None if there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def open_run(config: Config, resumed_step: int) -> None:
@@ -65,28 +104,61 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def save(config: Config, step: int, policy: Policy, optimizer: torch.optim.Optimizer, tokenizer, dtype: torch.dtype,
-         hours_used: float) -> Path:  # fmt: skip
-    """A checkpoint after `step`: everything under a temporary name, then renamed, then pointed at. Collective."""
-    folder = Path(config.out) / "checkpoints"
-    final, partial = folder / f"step-{step:06d}", folder / f"step-{step:06d}.partial"
+def write(config: Config, step: int, policy: Policy, optimizer: torch.optim.Optimizer, tokenizer, dtype: torch.dtype,
+          hours_used: float, versions: dict[str, str]) -> None:  # fmt: skip
+    """Everything of a checkpoint after `step`, under a temporary name. Collective. Between this and `commit` the caller
+    writes the step's records: a run killed at any moment then has both or neither."""
+    partial = temporary(config, step)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        (partial / "rng").mkdir(parents=True)
     dist.barrier()
     weights, optimizer_state = get_state_dict(policy, optimizer)
     dcp.save({"weights": weights, "optimizer": optimizer_state}, checkpoint_id=partial / "state")
+    torch.save(generator_states(), partial / "rng" / f"rank-{dist.get_rank():05d}.pt")
     save_hf(partial / "hf", policy, tokenizer, dtype)
     if dist.get_rank() == 0:
-        (partial / "trainer.json").write_text(json.dumps({"step": step, "hours_used": hours_used}) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        point(folder / "latest", final.name)
-        point(Path(config.out) / "hf", "checkpoints/latest/hf")
-        for old in sorted(folder.glob("step-[0-9][0-9][0-9][0-9][0-9][0-9]"))[: -config.keep]:
-            shutil.rmtree(old)
+        trainer = {"step": step, "hours_used": hours_used, "processes": dist.get_world_size(), "config": asdict(config),
+                   "versions": versions}  # fmt: skip
+        (partial / "trainer.json").write_text(json.dumps(trainer, indent=2) + "\n")
     dist.barrier()
-    return final
+    names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())
+    sums = [pair for part in gather_lists([(name, checksum(partial / name)) for name in share(names)]) for pair in part]
+    if dist.get_rank() == 0:
+        (partial / "manifest.json").write_text(json.dumps(dict(sorted(sums)), indent=1) + "\n")
+
+
+def commit(config: Config, step: int) -> None:
+    """Rank 0: give the checkpoint of `step` its name, which makes it count, point at it, and delete the oldest."""
+    final = temporary(config, step).with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)  # damaged, or this run would not be here again
+    temporary(config, step).rename(final)
+    point(final.parent / "latest", final.name)
+    point(Path(config.out) / "hf", "checkpoints/latest/hf")
+    for old in found(config)[config.keep :]:
+        shutil.rmtree(old)
+
+
+def temporary(config: Config, step: int) -> Path:
+    return Path(config.out) / "checkpoints" / f"step-{step:06d}.partial"
+
+
+def generator_states() -> dict:
+    """Of every random generator of this process."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def restore_generators(path: Path) -> None:
+    """This rank's, if the checkpoint was made by as many processes or more; nothing in the trainer depends on it."""
+    file = path / "rng" / f"rank-{dist.get_rank():05d}.pt"
+    if file.exists():
+        states = torch.load(file, weights_only=False)  # our own file, its checksum just compared
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        if torch.cuda.is_available() and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
 
 
 def save_hf(path: Path, policy: Policy, tokenizer, dtype: torch.dtype) -> None:
@@ -114,9 +186,10 @@ def point(link: Path, target: str) -> None:
 
 
 def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict:
-    """Fill policy and optimizer from a checkpoint made by any number of processes; returns {step, hours_used}."""
+    """Fill policy and optimizer from a checkpoint made by any number of processes; returns trainer.json."""
     weights, optimizer_state = get_state_dict(policy, optimizer)
     state = {"weights": weights, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=path / "state")
     set_state_dict(policy, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"])
+    restore_generators(path)
     return json.loads((path / "trainer.json").read_text())

@@ -9,6 +9,7 @@ import ast
 import difflib
 import inspect
 import math
+import re
 from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from typing import get_type_hints
@@ -22,10 +23,19 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "attention": ("auto", "flash_attn", "varlen", "sdpa"),
     "kernel": ("auto", "triton", "torch"),
+    "checkpointing": ("none", "selective", "full"),
+    "sleep": ("auto", "on", "off"),
+    "resume": ("auto", "never"),
 }
 
-MAY_CHANGE_ON_RESUME = {"out", "steps", "eval_every", "save_every", "keep", "samples_logged", "budget_hours", "cache_dir"}
-"""Fields that a resumed run may set anew: they change when things happen, not what is learned."""
+MAY_CHANGE_ON_RESUME = {
+    "out", "steps", "eval_every", "save_every", "keep", "samples_logged", "budget_hours", "max_hours", "cache_dir", "resume",
+    "dump_rollouts", "tensorboard", "wandb", "watchdog_minutes", "dry_run", "print_config",
+    "attention", "kernel", "checkpointing", "compile", "dp_replicate", "tokens_per_microbatch", "sleep", "kv_cache_gb",
+    "sampler_batch", "drop_zero_advantage",
+}  # fmt: skip
+"""Fields that a resumed run may set anew: they change when and how things are computed, not what is learned,
+up to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +56,10 @@ class Config:
     """attention over packed sequences: flash_attn (package), varlen (PyTorch's FlashAttention-2), sdpa (padded, exact)"""
     kernel: str = "auto"
     """backend of the fused LM head and loss: triton on CUDA, torch elsewhere, unless named"""
-    checkpoint_activations: bool = True
-    """recompute each block in the backward pass instead of keeping its activations"""
+    checkpointing: str = "full"
+    """activations: none recomputed, all but matmul outputs (selective), or whole blocks (full) in the backward pass"""
+    compile: bool = False
+    """torch.compile every block"""
 
     # data
     train_data: str = ""
@@ -74,10 +86,18 @@ class Config:
     """generation budget of a response, and the constant C that Dr. GRPO divides by"""
     temperature: float = 1.0
     """sampling temperature of the rollouts; the trainer's log-probs use the same"""
+    top_p: float = 1.0
+    """only 1: anything less would sample from another distribution than the one that is trained"""
+    top_k: int = -1
+    """only -1, for the same reason"""
     sampler_batch: int = 256
     """sequences that a sampler runs at once, per process"""
     kv_cache_gb: float = 0.0
-    """vLLM's key-value cache per process; 0: a third of the GPU, or 0.25 without one"""
+    """GB of vLLM's key-value cache per process; 0: what the memory ledger leaves, or 0.25 without a GPU"""
+    tp: int = 1
+    """processes that share one vLLM engine, for models that one GPU cannot sample"""
+    sleep: str = "auto"
+    """vLLM gives its memory back while training (on), stays resident (off), or the memory ledger decides"""
 
     # algorithm
     algo: str = "drgrpo"
@@ -92,6 +112,8 @@ class Config:
     """denominator of the ratio: the sampler's log-probs, a no-grad pass of the trainer (the paper), or none (ratio = 1)"""
     tis_cap: float = 0.0
     """truncated importance sampling: weight min(old / sampler, tis_cap) on every token; 0: off"""
+    kl_coef: float = 0.0
+    """weight of a KL penalty (k3 estimator) towards the starting model; the paper has none. Not 0 keeps a second model"""
     drop_zero_advantage: bool = True
     """leave responses out of the training pass whose advantage is zero: exact, they have no gradient"""
 
@@ -111,6 +133,12 @@ class Config:
     tokens_per_microbatch: int = 16384
     """packed tokens of one forward and backward pass, per process; a longer sequence goes alone"""
 
+    # processes
+    dp_replicate: int = 1
+    """HSDP: copies of the sharded model, such as the number of nodes; 1 shards over all processes"""
+    watchdog_minutes: float = 60.0
+    """a phase that takes longer ends the run, after every process has said where it hangs. 0: never"""
+
     # run
     steps: int = 500
     """rollout phases"""
@@ -122,6 +150,10 @@ class Config:
     """steps between checkpoints; also after the last step. 0: only then"""
     keep: int = 2
     """newest checkpoints that are kept"""
+    resume: str = "auto"
+    """auto: go on from the newest whole checkpoint in --out, if there is one; never: refuse a folder that has one"""
+    max_hours: float = 0.0
+    """save and stop after this many hours of this process's life, as on SIGTERM and SIGUSR1. 0: no limit"""
     samples_logged: int = 4
     """responses per step written to samples.jsonl"""
     parity_mean: float = 0.0
@@ -132,6 +164,20 @@ class Config:
     """the step line shows the hours used of this budget"""
     cache_dir: str = "runs/warmup"
     """where warmed-up tiny models are kept, by their inputs"""
+    tensorboard: bool = False
+    """write the metrics to OUT/tensorboard too"""
+    wandb: str = ""
+    """Weights & Biases project to write the metrics to"""
+
+    # debug
+    print_config: bool = False
+    """show the resolved config and stop"""
+    dry_run: bool = False
+    """run the longest possible micro-batch and one step, show memory and projected hours, and stop without a trace"""
+    dump_rollouts: bool = False
+    """write every step's rollouts to OUT/rollouts/"""
+    replay: str = ""
+    """folder of dumped rollouts to train on instead of sampling"""
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -140,6 +186,11 @@ class Config:
                      "max_prompt_tokens", "tokens_per_microbatch", "keep", "temperature", "lr"):  # fmt: skip
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be a positive number")
+        if self.top_p != 1 or self.top_k != -1:
+            raise UserError(
+                f"--top-p {self.top_p} --top-k {self.top_k} would sample from a truncated distribution, while ratios and "
+                "gradients are those of the whole one: leave them at 1 and -1"
+            )
         if self.group_size < 2:
             raise UserError("--group-size 1 leaves no group to compare with: every advantage would be 0; use 2 or more")
         if self.rollouts_per_step % self.minibatches:
@@ -165,6 +216,11 @@ class Config:
         """responses of one optimizer step, over all processes"""
         return self.rollouts_per_step // self.minibatches
 
+    @property
+    def drops(self) -> bool:
+        """zero-advantage responses are dropped: exact only while nothing but the advantage gives them a gradient"""
+        return self.drop_zero_advantage and not self.kl_coef
+
     def derived(self) -> str:
         """The numbers that follow from the config, each with its formula."""
         return (
@@ -180,7 +236,7 @@ class Config:
 def tiny() -> Config:
     """Minutes on two CPU cores: arithmetic, a 0.1 M parameter Qwen2 that a short supervised phase made half-competent."""
     return Config(
-        recipe="tiny", model="tiny", dtype="float32", checkpoint_activations=False,
+        recipe="tiny", model="tiny", dtype="float32", checkpointing="none",
         train_data="arithmetic", eval_data="arithmetic_heldout", template="arithmetic",
         prompts_per_step=32, group_size=8, max_new_tokens=96, minibatches=4, old_logprob="sampler",
         lr=3e-4, warmup_steps=5, tokens_per_microbatch=8192,
@@ -246,6 +302,17 @@ def field_docs(cls) -> dict[str, str]:
     }
 
 
+def field_groups(cls) -> dict[str, str]:
+    """Field name -> the comment line above its group."""
+    groups, title = {}, "run"
+    for line in inspect.getsource(cls).splitlines():
+        if line.startswith("    # "):
+            title = line[6:]
+        elif match := re.match(r"    (\w+): \w+", line):
+            groups[match[1]] = title
+    return groups
+
+
 def parse_bool(text: str) -> bool:
     if text.lower() in ("true", "1", "yes", "on"):
         return True
@@ -259,16 +326,21 @@ class Parser(argparse.ArgumentParser):
     one."""
 
     def __init__(self, cls, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, usage="%(prog)s [--field value ...]", **kwargs)
         docs, types = field_docs(cls), get_type_hints(cls)
+        groups: dict[str, argparse._ArgumentGroup] = {}
         for f in fields(cls):
+            title = field_groups(cls).get(f.name, "what")
+            group = groups[title] = groups.get(title) or self.add_argument_group(title)
             kind = parse_bool if types[f.name] is bool else types[f.name]
             required = f.default is MISSING
             shown = docs[f.name].replace("%", "%%") + ("" if required or f.default == "" else f" ({f.default})")
             metavar = "{" + ",".join(CHOICES[f.name]) + "}" if f.name in CHOICES else types[f.name].__name__.upper()
-            self.add_argument(
-                f"--{flag(f.name)}", type=kind, help=shown, metavar=metavar, required=required, default=argparse.SUPPRESS
-            )
+            switch = {"nargs": "?", "const": True} if kind is parse_bool else {}  # --compile is --compile true
+            group.add_argument(
+                f"--{flag(f.name)}", type=kind, help=shown, metavar=metavar, required=required, default=argparse.SUPPRESS,
+                **switch,
+            )  # fmt: skip
 
     def error(self, message):
         raise UserError(message)

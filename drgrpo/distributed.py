@@ -27,22 +27,33 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def share(items: list) -> list:
-    """This process's items: every world-size-th, so that long and short spread evenly."""
-    return items[dist.get_rank() :: dist.get_world_size()]
+def share(items: list, tp: int = 1) -> list:
+    """This process's items: every group-count-th, so that long and short spread evenly. `tp` consecutive ranks are one
+    group, which has one sampler and one share."""
+    return items[dist.get_rank() // tp :: dist.get_world_size() // tp]
 
 
-def gather(items: list) -> list:
+def gather(items: list, tp: int = 1) -> list:
     """The inverse of `share`, on every process."""
-    world = dist.get_world_size()
-    if world == 1:
-        return items
-    shares = [None] * world
-    dist.all_gather_object(shares, items)
+    shares = gather_lists(items)[::tp]
     whole = [None] * sum(map(len, shares))
-    for rank, part in enumerate(shares):
-        whole[rank::world] = part
+    for group, part in enumerate(shares):
+        whole[group :: len(shares)] = part
     return whole
+
+
+def gather_lists(items: list) -> list[list]:
+    """Every process's list, by rank."""
+    if dist.get_world_size() == 1:
+        return [items]
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return lists
+
+
+def anywhere(flag: bool) -> bool:
+    """True on every process if it is true on one."""
+    return any(flag for (flag,) in gather_lists([flag]))
 
 
 @contextmanager

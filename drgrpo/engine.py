@@ -5,7 +5,7 @@ Both return the log-probability of each token under the distribution that it was
 its request's seed alone, whatever else is in the batch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,13 @@ class Sampling:
     stop_token_ids: tuple[int, ...]
     temperature: float = 1.0
     stop: tuple[str, ...] = ()
+
+
+OnFinish = Callable[[int, Completion], None]
+
+
+def ignore(index: int, completion: Completion) -> None:
+    """For who does not need completions as they finish."""
 
 
 def uniforms(seed_B: list[int], count: int) -> np.ndarray:
@@ -112,18 +119,20 @@ class TorchEngine:
     def close(self) -> None:
         """Release the engine at the end of the program."""
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in order. Longest prompts first, so that a batch pads little and runs out of memory,
-        if ever, at once."""
+    def generate(self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = ignore) -> list[Completion]:
+        """One completion per request, in order; `on_finish(i, completion)` is called as request i finishes, or soon after.
+        Longest prompts first, so that a batch pads little and runs out of memory, if ever, at once."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), self.batch):
             chosen = order[start : start + self.batch]
-            completions.update(zip(chosen, self._generate([requests[i] for i in chosen], sampling), strict=True))
+            for k, completion in self._generate([requests[i] for i in chosen], sampling):
+                completions[chosen[k]] = completion
+                on_finish(chosen[k], completion)
         return [completions[i] for i in range(len(requests))]
 
     @torch.inference_mode()
-    def _generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+    def _generate(self, requests: list[Request], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         room = [min(sampling.max_new_tokens, self.max_tokens - len(r.prompt_ids)) for r in requests]
         count, limit = len(requests), max(room)
         uniform_BL = torch.from_numpy(uniforms([r.seed for r in requests], limit)).to(self.device)
@@ -144,9 +153,13 @@ class TorchEngine:
 
             live_B = t + 1 < length_B[row_B]
             alive = int(live_B.sum())
-            if alive == 0:
-                break
             if alive < 0.7 * len(row_B):  # rows that ended ride along until it pays to drop them
+                ended = row_B[~live_B]
+                columns = (ended, token_BL[ended], logprob_BL[ended], length_B[ended], finished_B[ended])
+                for row, tokens, logprobs, n, finished in zip(*(c.tolist() for c in columns), strict=True):
+                    yield row, Completion(tokens[:n], logprobs[:n], finished)
+                if alive == 0:
+                    return
                 keep = live_B.nonzero()[:, 0]
                 row_B, token_B, position_B = row_B[keep], token_B[keep], position_B[keep]
                 real_BL = None if real_BL is None else real_BL[keep]
@@ -154,12 +167,6 @@ class TorchEngine:
                     layer.select(keep)
             logits_BV = self._forward(token_B[:, None], position_B[:, None], real_BL, cache)
             position_B = position_B + 1
-        return [
-            Completion(token_ids=tokens[:n], logprobs=logprobs[:n], finished=finished)
-            for tokens, logprobs, n, finished in zip(
-                token_BL.tolist(), logprob_BL.tolist(), length_B.tolist(), finished_B.tolist(), strict=True
-            )
-        ]
 
     def _prefill(self, prompts: list[list[int]], room: int):
         """Logits after each prompt, [B, V], the cache, and where the padding is: bool [B, L + room] or None without any.
@@ -214,12 +221,13 @@ def stop_token_ids(path: str, tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
-def make_engine(name: str, path: str, tokenizer, *, dtype: torch.dtype, device: torch.device, batch: int,
-                max_tokens: int, kv_cache_gb: float):  # fmt: skip
-    """The engine called `name`, holding the weights at `path`. `max_tokens`: longest prompt and response together."""
+def make_engine(name: str, path: str, tokenizer, *, dtype: torch.dtype, device: torch.device, batch: int, max_tokens: int,
+                kv_cache_gb: float, tp: int = 1, sleep: bool = False):  # fmt: skip
+    """The engine called `name`, holding the weights at `path`. `max_tokens`: longest prompt and response together; `tp`,
+    `sleep` and `kv_cache_gb` are vLLM's."""
     if name == "torch":
         return TorchEngine(path, tokenizer, dtype=dtype, device=device, batch=batch, max_tokens=max_tokens)
     from drgrpo.engine_vllm import VLLMEngine
 
     return VLLMEngine(path, tokenizer, dtype=dtype, device=device, batch=batch, max_tokens=max_tokens,
-                      kv_cache_gb=kv_cache_gb)  # fmt: skip
+                      kv_cache_gb=kv_cache_gb, tp=tp, sleep=sleep)  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from drgrpo.engine import Sampling
+from drgrpo.engine import OnFinish, Sampling, ignore
 from drgrpo.types import Completion, Request, UserError
 
 
@@ -19,7 +19,7 @@ class VLLMEngine:
     name = "vllm"
 
     def __init__(self, path: str, tokenizer, *, dtype: torch.dtype, device: torch.device, batch: int, max_tokens: int,
-                 kv_cache_gb: float):  # fmt: skip
+                 kv_cache_gb: float, tp: int, sleep: bool):  # fmt: skip
         on_gpu = device.type == "cuda"
         prepare_environment(on_gpu)
         try:
@@ -36,30 +36,38 @@ class VLLMEngine:
                 max_num_seqs=batch,
                 logprobs_mode="processed_logprobs",  # after the temperature; the default is before it
                 generation_config="vllm",  # else the model's own top_p and top_k are applied without a word
-                enable_sleep_mode=on_gpu,
+                tensor_parallel_size=tp,
+                enable_sleep_mode=sleep,
                 enforce_eager=not on_gpu,
                 seed=0,  # every request brings its own
                 use_tqdm_on_load=False,
-                **(gpu_options(kv_cache_gb) if on_gpu else cpu_options(kv_cache_gb)),
+                # torchrun's processes, RANK and LOCAL_RANK from the environment; consecutive ranks share an engine
+                distributed_executor_backend="external_launcher" if on_gpu or tp > 1 else None,
+                **({} if on_gpu else {"block_size": 32}),  # the CPU build's unit
+                **cache_size(kv_cache_gb, on_gpu),
             )
-        self.on_gpu, self.asleep, self.names = on_gpu, False, None
+        self.can_sleep, self.asleep, self.names = sleep, False, None
 
-    def generate(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in order."""
+    def generate(self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = ignore) -> list[Completion]:
+        """One completion per request, in order; `on_finish(i, completion)` is called as request i finishes."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = [
-            SamplingParams(
-                n=1, seed=r.seed, temperature=sampling.temperature, max_tokens=sampling.max_new_tokens,
+        engine, completions = self.llm.llm_engine, {}
+        for i, request in enumerate(requests):
+            params = SamplingParams(
+                n=1, seed=request.seed, temperature=sampling.temperature, max_tokens=sampling.max_new_tokens,
                 stop_token_ids=list(sampling.stop_token_ids), stop=list(sampling.stop) or None,
                 include_stop_str_in_output=True, detokenize=bool(sampling.stop), logprobs=0,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            for r in requests
-        ]  # fmt: skip
-        outputs = self.llm.generate([{"prompt_token_ids": r.prompt_ids} for r in requests], params, use_tqdm=False)
-        return [completion(output.outputs[0]) for output in outputs]
+            )  # fmt: skip
+            engine.add_request(str(i), {"prompt_token_ids": request.prompt_ids}, params)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                i = int(output.request_id)
+                completions[i] = completion(output.outputs[0])
+                on_finish(i, completions[i])
+        return [completions[i] for i in range(len(requests))]
 
     def sync(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the trainer's weights through vLLM's own reload, which knows its packed layouts and keeps CUDA graphs valid.
@@ -79,7 +87,7 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Give weights and cache back to the trainer; `sync` brings new weights, so the old ones are dropped (level 2)."""
-        if self.on_gpu:  # the CPU build has no sleep mode
+        if self.can_sleep:
             self.llm.sleep(level=2)
             self.asleep = True
 
@@ -107,16 +115,11 @@ def prepare_environment(on_gpu: bool) -> None:
         os.environ.setdefault(name, value)
 
 
-def gpu_options(kv_cache_gb: float) -> dict:
-    options = {"distributed_executor_backend": "external_launcher"}  # torchrun's processes; takes RANK and LOCAL_RANK
-    if kv_cache_gb:
-        return options | {"kv_cache_memory_bytes": int(kv_cache_gb * 2**30)}
-    return options | {"gpu_memory_utilization": 0.35}  # weights and cache; the trainer lives on the same GPU
-
-
-def cpu_options(kv_cache_gb: float) -> dict:
-    # blocks of 32 are the CPU build's unit; naming the bytes also skips its memory profiling run
-    return {"block_size": 32, "kv_cache_memory_bytes": int((kv_cache_gb or 0.25) * 2**30)}
+def cache_size(kv_cache_gb: float, on_gpu: bool) -> dict:
+    """Named where it can be, so that nothing is profiled; 0 is the rest of the GPU, which only eval.py has to itself."""
+    if on_gpu and not kv_cache_gb:
+        return {"gpu_memory_utilization": 0.9}
+    return {"kv_cache_memory_bytes": int((kv_cache_gb or 0.25) * 2**30)}
 
 
 def recorded(named_weights: Iterable[tuple[str, Tensor]], names: list[str]):

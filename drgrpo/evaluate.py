@@ -51,16 +51,16 @@ def counters(judge: dict[str, Judge]) -> dict[str, int]:
 
 
 def evaluate(engine, tokenizer, grader: Grader, problems: list[Problem], samples: int, sampling: Sampling, seed: int,
-             step: int = 0, ballot: Grader | None = None) -> list[Scored]:  # fmt: skip
+             step: int = 0, tp: int = 1, ballot: Grader | None = None) -> list[Scored]:  # fmt: skip
     """`samples` graded responses to each problem, over all processes, in the order of the problems. With a `ballot`, a
     second grader that compares the answers to one problem with each other, every response gets its vote."""
-    mine = share(problems)
+    mine = share(problems, tp)
     rollouts = rollout(engine, tokenizer, mine, samples, sampling, seed, step) if mine else []
     grades = grader([r.text for r in rollouts], [r.problem.answer for r in rollouts])
     texts = [[r.text for r in rollouts[i : i + samples]] for i in range(0, len(rollouts), samples)]
     votes = [v for group in vote(ballot, texts) for v in group] if ballot else [None] * len(rollouts)
     scored = [Scored(*parts) for parts in zip(rollouts, grades, votes, strict=True)]
-    whole = gather([scored[i : i + samples] for i in range(0, len(scored), samples)])
+    whole = gather([scored[i : i + samples] for i in range(0, len(scored), samples)], tp)
     return [s for group in whole for s in group]
 
 

@@ -4,13 +4,16 @@ import importlib.util
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss, linear_logprob
@@ -76,6 +79,7 @@ class Objective:
     clip_high: float = 0.2
     tis_cap: float | None = None
     temperature: float = 1.0
+    kl_coef: float = 0.0
 
 
 class Policy(nn.Module):
@@ -86,9 +90,11 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.kernel = lm, kernel
 
-    def forward(self, batch: Batch, objective: Objective, old_logprob_N: Tensor | None = None, scale: float | None = None):
-        """With `scale`: (loss, stats), the loss being scale * sum over tokens of the clipped objective (paper, Fig. 1) and
-        old_logprob_N=None meaning ratio 1. Without: (logprob_N, entropy_N), no gradient."""
+    def forward(self, batch: Batch, objective: Objective, old_logprob_N: Tensor | None = None,
+                ref_logprob_N: Tensor | None = None, scale: float | None = None):  # fmt: skip
+        """With `scale`: (loss, stats), the loss being scale * sum over tokens of the clipped objective (paper, Fig. 1);
+        old_logprob_N=None means ratio 1, and ref_logprob_N is a reference model's, for a KL penalty. Without `scale`:
+        (logprob_N, entropy_N), no gradient."""
         hidden_TD = self.lm.base_model(
             input_ids=batch.token_T[None], position_ids=batch.position_T[None], use_cache=False,
             cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
@@ -103,6 +109,7 @@ class Policy(nn.Module):
             hidden_ND, weight_VD, batch.target_N, batch.advantage_N, old_logprob=old_logprob_N,
             sampler_logprob=batch.sampler_logprob_N, clip_low=objective.clip_low, clip_high=objective.clip_high,
             tis_cap=objective.tis_cap, temperature=objective.temperature, scale=scale, backend=self.kernel,
+            ref_logprob=ref_logprob_N, kl_coef=objective.kl_coef if ref_logprob_N is not None else 0.0,
         )  # fmt: skip
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -114,23 +121,61 @@ class Policy(nn.Module):
 
 
 def load_policy(path: str, *, dtype: torch.dtype, device: torch.device, attention: str = "auto", kernel: str = "auto",
-                checkpoint_activations: bool = False) -> Policy:  # fmt: skip
+                checkpointing: str = "none", compile: bool = False, dp_replicate: int = 1) -> Policy:  # fmt: skip
     """The causal LM of a Hugging Face folder or hub name with float32 master weights, ready to train.
 
-    Sharded over all processes if there are several, and wherever the compute type is not float32: FSDP2 is also what
-    keeps the master weights apart from the bfloat16 ones."""
-    lm = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=ATTENTION[resolve_attention(attention, device, dtype)]
-    ).to(device)
-    if checkpoint_activations:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    Sharded by FSDP2 over all processes if there are several, and wherever the compute type is not float32: FSDP2 is also
+    what keeps the master weights apart from the bfloat16 ones. `dp_replicate` > 1 is HSDP: that many copies, each sharded
+    over world / dp_replicate processes. The checkpoint is read in its own type and widened block by block, so that a process
+    holds 2 bytes a parameter on the host, and on the device its shard and one whole block."""
+    implementation = ATTENTION[resolve_attention(attention, device, dtype)]
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=implementation)
+    recompute_activations(lm, checkpointing)
     policy = Policy(lm, kernel).train()
-    if dtype != torch.float32 or (dist.is_initialized() and dist.get_world_size() > 1):
-        precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for block in lm.base_model.layers:
-            fully_shard(block, mp_policy=precision)
-        fully_shard(policy, mp_policy=precision)
-    return policy
+    blocks = lm.base_model.layers
+    if compile:
+        for block in blocks:
+            block.compile(dynamic=True)
+    if dtype == torch.float32 and (not dist.is_initialized() or dist.get_world_size() == 1):
+        return policy.float().to(device)
+    mesh = device_mesh(device, dp_replicate)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in blocks:
+        fully_shard(block.float(), mesh=mesh, mp_policy=precision)
+    fully_shard(policy.float(), mesh=mesh, mp_policy=precision)
+    return policy.to(device)  # buffers
+
+
+def device_mesh(device: torch.device, replicate: int) -> DeviceMesh:
+    """All processes in one dimension, or replicate x shard: consecutive ranks, those of a node, share one copy."""
+    world = dist.get_world_size()
+    if world % replicate:
+        raise UserError(f"--dp-replicate {replicate} does not divide the {world} processes")
+    if replicate == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
+
+
+def recompute_activations(lm: nn.Module, policy: str) -> None:
+    """What the backward pass computes anew: nothing (none), all but matmul and attention outputs (selective), or
+    everything inside a block (full)."""
+    if policy == "none":
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
+    if policy == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_matmuls)
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+EXPENSIVE = {
+    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.aten._flash_attention_forward.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default, torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}  # fmt: skip
+
+
+def keep_matmuls(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def max_positions(path: str) -> int:

@@ -2,11 +2,12 @@
 
 import hashlib
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 
 from drgrpo.engine import Sampling
 from drgrpo.templates import Template, encode
-from drgrpo.types import Problem, Request, Rollout, UserError
+from drgrpo.types import Completion, Problem, Request, Rollout, UserError
 
 
 def tokenize(problems: list[Problem], template: Template, tokenizer, longest: int) -> tuple[list[Problem], int]:
@@ -29,13 +30,17 @@ def sample_seed(*key: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def rollout(engine, tokenizer, problems: list[Problem], samples: int, sampling: Sampling, seed: int,
-            step: int) -> list[Rollout]:  # fmt: skip
-    """`samples` responses to each problem, grouped by problem."""
-    grouped = [(p, Request(p.prompt_ids, sample_seed(seed, step, p.id, k))) for p in problems for k in range(samples)]
-    completions = engine.generate([request for _, request in grouped], sampling)
-    texts = tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-    return [
-        Rollout(problem, completion, text)
-        for (problem, _), completion, text in zip(grouped, completions, texts, strict=True)
-    ]
+def rollout(engine, tokenizer, problems: list[Problem], samples: int, sampling: Sampling, seed: int, step: int,
+            on_finish: Callable[[int, Rollout], None] = lambda i, r: None) -> list[Rollout]:  # fmt: skip
+    """`samples` responses to each problem, grouped by problem. `on_finish(i, rollout)` is called as rollout i finishes."""
+    asked = [p for p in problems for _ in range(samples)]
+    requests = [Request(p.prompt_ids, sample_seed(seed, step, p.id, i % samples)) for i, p in enumerate(asked)]
+    rollouts: dict[int, Rollout] = {}
+
+    def finish(i: int, completion: Completion) -> None:
+        text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        rollouts[i] = Rollout(asked[i], completion, text)
+        on_finish(i, rollouts[i])
+
+    engine.generate(requests, sampling, finish)
+    return [rollouts[i] for i in range(len(requests))]

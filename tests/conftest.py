@@ -1,6 +1,7 @@
 """One process, one thread, no network, no GPU needed: what every test runs under."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -59,3 +60,20 @@ def group_of_one():
     distributed.start()
     yield
     distributed.stop()
+
+
+@pytest.fixture(autouse=True)
+def no_group_left_behind():
+    """A run that fails half-way leaves its process group to the next test."""
+    yield
+    if "drgrpo.distributed" in sys.modules:
+        sys.modules["drgrpo.distributed"].stop()
+
+
+@pytest.fixture(scope="session")
+def base(warm_model, tmp_path_factory):
+    """(folder, metrics) of one short run that others are compared with."""
+    from runs import run, small
+
+    out = tmp_path_factory.mktemp("runs") / "base"
+    return out, run(small(warm_model, out, samples_logged=3))

@@ -39,10 +39,16 @@ def flat(policy) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in policy.parameters()])
 
 
-def test_a_new_or_empty_folder_is_free(config, tmp_path):
-    assert checkpoint.claim(config) is None
+def save(config, step, policy, optimizer, tokenizer, dtype=torch.float32):
+    checkpoint.write(config, step, policy, optimizer, tokenizer, dtype, hours_used=0.5, versions={"torch": "x"})
+    checkpoint.commit(config, step)
+
+
+def test_a_new_or_empty_folder_is_free(config, tmp_path, group_of_one):
+    checkpoint.claim(config)
     (tmp_path / "run").mkdir()
-    assert checkpoint.claim(config) is None
+    checkpoint.claim(config)
+    assert checkpoint.newest_whole(config) is None
 
 
 def test_a_folder_with_something_else_in_it_is_refused(config, tmp_path):
@@ -66,7 +72,7 @@ def test_another_config_is_refused_with_a_name_for_its_own_folder(config, change
 
 def test_fields_that_only_say_when_may_change(config):
     checkpoint.open_run(config, resumed_step=0)
-    assert checkpoint.claim(replace(config, steps=500, save_every=7, keep=9)) is None
+    checkpoint.claim(replace(config, steps=500, save_every=7, keep=9))
 
 
 def test_records_are_cut_back_to_the_checkpoint_and_torn_lines_go(config, tmp_path):
@@ -79,13 +85,18 @@ def test_records_are_cut_back_to_the_checkpoint_and_torn_lines_go(config, tmp_pa
 def test_saved_and_loaded_weights_and_optimizer_are_the_same_bits(config, trained, random_model, tokenizer):
     policy, optimizer = trained
     checkpoint.open_run(config, resumed_step=0)
-    checkpoint.save(config, 1, policy, optimizer, tokenizer, torch.float32, hours_used=0.5)
+    torch.manual_seed(11)
+    save(config, 1, policy, optimizer, tokenizer)
+    expected = torch.rand(2)
 
     other = load_policy(random_model, dtype=torch.float32, device=torch.device("cpu"))
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
-    latest = checkpoint.claim(config)
-    assert latest.name == "step-000001"
-    assert checkpoint.load(latest, other, other_optimizer) == {"step": 1, "hours_used": 0.5}
+    newest = checkpoint.newest_whole(config)
+    assert newest.name == "step-000001"
+    trainer = checkpoint.load(newest, other, other_optimizer)
+    assert (trainer["step"], trainer["hours_used"], trainer["processes"], trainer["versions"]) == (1, 0.5, 1, {"torch": "x"})
+    assert trainer["config"] == asdict(config)
+    assert torch.equal(torch.rand(2), expected), "the random generators were not restored"
     assert torch.equal(flat(policy), flat(other))
     for p, o in ((policy, optimizer), (other, other_optimizer)):  # one more step shows the optimizer's state
         update(p, o)
@@ -95,7 +106,7 @@ def test_saved_and_loaded_weights_and_optimizer_are_the_same_bits(config, traine
 def test_the_hf_folder_holds_the_policy(config, trained, tokenizer, tmp_path):
     policy, optimizer = trained
     checkpoint.open_run(config, resumed_step=0)
-    checkpoint.save(config, 1, policy, optimizer, tokenizer, torch.bfloat16, hours_used=0)
+    save(config, 1, policy, optimizer, tokenizer, torch.bfloat16)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf")
     assert loaded.dtype == torch.bfloat16
     for (name, ours), (_, theirs) in zip(policy.lm.named_parameters(), loaded.named_parameters(), strict=True):
@@ -106,20 +117,55 @@ def test_the_hf_folder_holds_the_policy(config, trained, tokenizer, tmp_path):
 def test_old_checkpoints_go_and_latest_points_at_the_newest(config, trained, tokenizer, tmp_path):
     checkpoint.open_run(config, resumed_step=0)
     for step in (1, 2, 3):
-        checkpoint.save(config, step, *trained, tokenizer, torch.float32, hours_used=0)
+        save(config, step, *trained, tokenizer)
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step-000002", "step-000003"]
     assert (folder / "latest").resolve() == (folder / "step-000003").resolve()
 
 
-def test_a_save_that_dies_half_way_leaves_the_last_one_in_place(config, trained, tokenizer, tmp_path, monkeypatch):
+def test_a_full_disk_during_a_save_leaves_the_last_one_in_place(config, trained, tokenizer, monkeypatch):
     checkpoint.open_run(config, resumed_step=0)
-    checkpoint.save(config, 1, *trained, tokenizer, torch.float32, hours_used=0)
-    monkeypatch.setattr(checkpoint, "save_hf", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(config, 2, *trained, tokenizer, torch.float32, hours_used=0)
-    assert checkpoint.claim(config).name == "step-000001"
-    assert json.loads((checkpoint.claim(config) / "trainer.json").read_text())["step"] == 1
+    save(config, 1, *trained, tokenizer)
+    monkeypatch.setattr(checkpoint, "save_hf", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        save(config, 2, *trained, tokenizer)
+    assert checkpoint.newest_whole(config).name == "step-000001"
+
+
+DAMAGE = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-7]),
+    "one bit": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("pattern", ["state/*.distcp", "hf/model.safetensors", "trainer.json", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(config, trained, tokenizer, pattern, damage):
+    checkpoint.open_run(config, resumed_step=0)
+    for step in (1, 2):
+        save(config, step, *trained, tokenizer)
+    (file,) = (checkpoint.found(config)[0]).glob(pattern)
+    DAMAGE[damage](file)
+    said = []
+    assert checkpoint.newest_whole(config, said.append).name == "step-000001"
+    assert len(said) == 1 and "step-000002 is damaged" in said[0] and file.name in said[0]
+
+
+def test_a_checkpoint_counts_from_its_commit_on(config, trained, tokenizer):
+    checkpoint.open_run(config, resumed_step=0)
+    checkpoint.write(config, 1, *trained, tokenizer, torch.float32, hours_used=0, versions={})
+    assert checkpoint.newest_whole(config) is None
+    checkpoint.commit(config, 1)
+    assert checkpoint.newest_whole(config).name == "step-000001"
+
+
+def test_resume_never_refuses_a_folder_with_checkpoints(config, trained, tokenizer):
+    checkpoint.open_run(config, resumed_step=0)
+    checkpoint.claim(replace(config, resume="never"))
+    save(config, 1, *trained, tokenizer)
+    with pytest.raises(UserError, match="--resume never"):
+        checkpoint.claim(replace(config, resume="never"))
 
 
 def test_the_config_is_written_as_it_is_used(config, tmp_path):

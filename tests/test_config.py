@@ -39,6 +39,8 @@ def test_the_papers_recipe():
         (["--recipe", "tiny", "--old-logprob", "none"], "--minibatches 1"),
         (["--recipe", "tiny", "--drop-zero-advantage", "maybe"], "neither true nor false"),
         (["--recipe", "tiny", "stray"], "unexpected argument 'stray'"),
+        (["--recipe", "tiny", "--top-p", "0.9"], "truncated distribution"),
+        (["--recipe", "tiny", "--top-k", "20"], "truncated distribution"),
         (["--steps", "3"], "required: --recipe"),
     ],
     ids=lambda x: " ".join(x[1:] or x) if isinstance(x, list) else "",
@@ -47,6 +49,17 @@ def test_mistakes_are_named_with_the_way_out(argv, message):
     with pytest.raises(UserError) as error:
         parse_args(argv)
     assert message in str(error.value)
+
+
+def test_a_switch_needs_no_value():
+    assert parse_args(["--recipe", "tiny", "--compile", "--seed", "1"]).compile
+    assert not parse_args(["--recipe", "tiny", "--compile", "false"]).compile
+
+
+def test_a_kl_penalty_keeps_every_response():
+    """With it a response without advantage has a gradient all the same."""
+    assert parse_args(["--recipe", "tiny"]).drops
+    assert not parse_args(["--recipe", "tiny", "--kl-coef", "0.01"]).drops
 
 
 def test_every_field_is_documented_and_shown_by_help(capsys):
@@ -58,6 +71,8 @@ def test_every_field_is_documented_and_shown_by_help(capsys):
     for f in fields(Config):
         assert f"--{f.name.replace('_', '-')} " in shown
     assert all(recipe in shown for recipe in RECIPES)
+    groups = ("model:", "data:", "rollout:", "algorithm:", "optimizer (AdamW):", "processes:", "run:", "debug:")
+    assert all(f"\n{group}\n" in shown for group in groups)
 
 
 def test_derived_numbers_are_shown_with_their_formula():

@@ -1,19 +1,14 @@
 """Real vLLM, in this process: its log-probs are the trainer's, after every weight sync, and what breaks that is noticed."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from drgrpo.engine import Sampling, make_engine
-from drgrpo.log import read_jsonl
 from drgrpo.types import Request
+from runs import assert_close_run, finish, launch, metrics, small
 
 pytestmark = [
     pytest.mark.vllm,
@@ -21,6 +16,11 @@ pytestmark = [
 ]
 
 MAX_GAP = 1e-4  # nats, float32; measured: 1e-6 at this size
+
+
+@pytest.fixture(autouse=True)
+def no_group_left_behind():
+    """Not between the tests of this file: their engines live in one group."""
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,15 @@ def test_responses_end_with_a_stop_token_a_stop_string_or_at_the_limit(tied, tok
     assert cut.finished and tokenizer.decode(cut.token_ids) == text[: text.index(needle) + 1]
 
 
+def test_completions_are_handed_out_as_they_finish(tied):
+    engine, _ = tied
+    finished, stops = [], tuple(range(0, 256, 4))
+    completions = engine.generate(requests(), sampling(stop_token_ids=stops), lambda i, c: finished.append((i, c)))
+    assert sorted(i for i, _ in finished) == list(range(12)) and all(completions[i] == c for i, c in finished)
+    lengths = [len(c.token_ids) for _, c in finished]
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1], "all were held back to the end"
+
+
 def test_the_trainers_random_numbers_are_left_alone(group, random_model, tokenizer):
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -169,28 +178,69 @@ def test_the_trainers_random_numbers_are_left_alone(group, random_model, tokeniz
     assert torch.equal(torch.rand(3), expected)
 
 
+# ---- the parity gate, in training: a sampler that is wrong in one thing stops the run before it trains on its samples
+
+
+PREPARE = "from drgrpo.engine_vllm import prepare_environment; prepare_environment(on_gpu=False)"
+MISTAKES = {
+    "lm_head": """
+from drgrpo.model import Policy
+send = Policy.named_weights
+Policy.named_weights = lambda self, dtype: (p for p in send(self, dtype) if p[0] != "lm_head.weight")
+""",
+    "one layer": """
+from drgrpo.model import Policy
+send = Policy.named_weights
+Policy.named_weights = lambda self, dtype: (p for p in send(self, dtype) if "layers.1.self_attn.q_proj" not in p[0])
+""",
+    "no cache reset": """
+import vllm
+vllm.LLM.reset_prefix_cache = lambda self: True
+""",
+}
+MOVE = """
+import torch, train
+train.group_advantage = lambda reward_PG, algo: torch.randn(reward_PG.shape)
+"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_gate_stops_a_run_whose_sampler_is_wrong(random_model, tmp_path, mistake):
+    """Its weights move (on random advantages), and its prompts fill many blocks of the prefix cache."""
+    config = small(random_model, tmp_path / "run", engine="vllm", steps=3, eval_data="", lr=1e-2, template="qwen_math",
+                   prompts_per_step=4, max_new_tokens=16)  # fmt: skip
+    shown = finish(launch(config, prelude=PREPARE + MISTAKES[mistake] + MOVE), status=1)
+    assert "ParityError" in shown and "disagree on fresh samples" in shown
+    assert len(metrics(tmp_path / "run")) < 3
+
+
 # ---- the whole job
 
 
-def launch(model: str, out: Path, processes: int) -> list[dict]:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "train.py",
-        "--recipe", "tiny", "--engine", "vllm", "--model", model, "--out", str(out), "--prompts-per-step", "8",
-        "--minibatches", "2", "--steps", "3", "--eval-every", "0",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "engine vllm" in done.stdout
-    return read_jsonl(out / "metrics.jsonl")
+CRASH_ON_RANK_1 = """
+import os
+from drgrpo.engine_vllm import VLLMEngine
+generate, calls = VLLMEngine.generate, []
+def crash_once(self, *args):
+    calls.append(1)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        raise RuntimeError("a worker died")
+    return generate(self, *args)
+VLLMEngine.generate = crash_once
+"""
 
 
-def test_training_samples_from_vllm_on_one_process_and_on_two(group, warm_model, tokenizer, tmp_path):
-    one, two = (launch(warm_model, tmp_path / str(n), n) for n in (1, 2))
-    for a, b in zip(one, two, strict=True):
-        assert a["parity_max"] < MAX_GAP and b["parity_max"] < MAX_GAP
-        for column in ("reward_mean", "tokens", "loss", "grad_norm"):
-            assert a[column] == pytest.approx(b[column], rel=1e-4), column
-    assert {r["step"] for r in one} == {1, 2, 3} and max(r["reward_mean"] for r in one) > 0
+def test_training_samples_from_vllm(group, warm_model, tokenizer, tmp_path):
+    """On one process; on two, one of whose engines crashes and is rebuilt; on two that share an engine: one result."""
+    runs = {"one": (1, "", {}), "two": (2, CRASH_ON_RANK_1, {}), "shared": (2, "", {"tp": 2})}
+    for name, (processes, prelude, changes) in runs.items():
+        config = small(warm_model, tmp_path / name, engine="vllm", eval_data="", **changes)
+        shown = finish(launch(config, processes, prelude))
+        assert "engine vllm" in shown and ("a sampler crashed" in shown) == (name == "two")
+        assert max(row["parity_max"] for row in metrics(config.out)) < MAX_GAP
+        assert_close_run(tmp_path / "one", tmp_path / name)
+    assert max(row["reward_mean"] for row in metrics(tmp_path / "one")) > 0
 
-    engine, model = build(str(tmp_path / "1" / "hf"), tokenizer), AutoModelForCausalLM.from_pretrained(tmp_path / "1" / "hf")
-    assert gap(engine, model.float()) < MAX_GAP, "vLLM reads the written folder otherwise than transformers"
+    written = tmp_path / "one" / "hf"
+    engine, model = build(str(written), tokenizer), AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
+    assert gap(engine, model) < MAX_GAP, "vLLM reads the written folder otherwise than transformers"

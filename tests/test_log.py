@@ -10,7 +10,8 @@ from drgrpo.log import Log, Stopwatch, read_jsonl
 ROW = {
     "step": 7, "reward_mean": 0.25, "response_len_mean": 20.0, "response_len_correct": None, "response_len_incorrect": 21.0,
     "truncated_frac": 0.5, "entropy": 0.1, "clip_frac": None, "grad_norm": 0.125, "parity_max": 1e-6, "tokens_per_s": 12345.6,
-    "hours_used": 0.5, "seconds": {"rollout": 1.25, "grade": 0.001, "total": 2.5},
+    "hours_used": 0.5, "mfu": 0.451, "gb": {"rollout": 3.0, "train": 61.04},
+    "seconds": {"rollout": 1.25, "grade": 0.001, "total": 2.5},
 }  # fmt: skip
 
 
@@ -34,9 +35,27 @@ def test_records_are_json_lines_and_refuse_nan(tmp_path):
 def test_a_step_line_shows_phases_and_budget(tmp_path, capsys):
     Log(tmp_path, active=True).step(ROW, steps=100, budget_hours=27.0)
     line = capsys.readouterr().out
-    for part in ("step    7/100", "reward 0.250", "right - wrong 21.0 cut 50%", "2.50 s (rollout 1.25)", "12,346 tok/s"):
+    for part in ("step    7/100", "reward 0.250", "right - wrong 21.0 cut 50%", "2.50 s (rollout 1.25)", "12,346 tok/s",
+                 "mfu 45.1%  61.0 GB"):  # fmt: skip
         assert part in line
     assert line.endswith("0.500 of 27 h\n")
+
+
+def test_trackers_get_the_numbers_flat(tmp_path):
+    log, seen = Log(tmp_path, active=True), []
+    log.trackers.append(lambda row, step: seen.append((step, row)))
+    log.step(ROW, steps=100, budget_hours=27.0)
+    ((step, row),) = seen
+    assert step == 7 and row["seconds/rollout"] == 1.25 and row["gb/train"] == 61.04 and row["reward_mean"] == 0.25
+    assert "clip_frac" not in row and "seconds" not in row
+
+
+def test_the_stopwatch_names_the_phase_before_it_begins_and_measures_memory():
+    phases = []
+    watch = Stopwatch(phases.append)
+    with watch("train"):
+        assert phases == ["train"]
+    assert 0.01 < watch.gb["train"] < 100
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):

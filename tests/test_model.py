@@ -1,5 +1,8 @@
 """The policy on packed sequences is the model on each sequence alone, outputs and gradients."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -43,15 +46,61 @@ def separate(model_dir):
     return torch.cat(logprobs).detach(), {name: p.grad for name, p in lm.named_parameters()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_packed_equals_one_sequence_at_a_time(model_dir, checkpointing):
     logprob_N, grads = separate(model_dir)
-    policy = load_policy(model_dir, dtype=torch.float32, device=CPU, checkpoint_activations=checkpointing)
+    policy = load_policy(model_dir, dtype=torch.float32, device=CPU, checkpointing=checkpointing)
     loss, stats = policy(pack(sequences()), Objective(), scale=0.25)  # on-policy: the gradient is that of -A logp
     loss.backward()
     torch.testing.assert_close(stats["logprob"], logprob_N, atol=1e-5, rtol=0)
     for name, p in policy.lm.named_parameters():
         torch.testing.assert_close(p.grad, grads[name], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_activation_checkpointing_computes_again_what_it_says(random_model):
+    """Matmuls of a forward and backward pass, counted by the profiler: full runs those of the blocks once more."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops = {}
+    for checkpointing in ("none", "selective", "full"):
+        policy = load_policy(random_model, dtype=torch.float32, device=CPU, checkpointing=checkpointing)
+        with FlopCounterMode(display=False) as counter:
+            policy(pack(sequences()), Objective(), scale=1.0)[0].backward()
+        counts = counter.get_flop_counts()["Global"]
+        flops[checkpointing] = sum(n for op, n in counts.items() if "attention" not in str(op))
+    assert flops["none"] == flops["selective"] < 0.85 * flops["full"]
+
+
+def test_compiled_blocks_compute_the_same(random_model):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    results = []
+    for compile in (False, True):
+        policy = load_policy(random_model, dtype=torch.float32, device=CPU, compile=compile)
+        loss, stats = policy(pack(sequences()), Objective(), scale=0.25)
+        loss.backward()
+        results.append((stats["logprob"], torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
+
+
+def test_a_kl_penalty_pulls_towards_the_reference(random_model):
+    """The gradient of the k3 estimator, by autograd on its formula."""
+    policy = load_policy(random_model, dtype=torch.float32, device=CPU)
+    batch = pack([(prompt, response, old, 0.0) for prompt, response, old, _ in sequences()])
+    ref_N = torch.linspace(-6, -5, len(batch.target_N))
+    loss, stats = policy(batch, Objective(kl_coef=0.3), batch.sampler_logprob_N, ref_N, scale=0.5)
+    loss.backward()
+    got = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    policy.zero_grad()
+    logprob_N = stats["logprob"]
+    k3_N = (ref_N - logprob_N).exp() - 1 - (ref_N - logprob_N)
+    torch.testing.assert_close(stats["kl"], k3_N)
+    torch.testing.assert_close(loss.detach(), 0.5 * 0.3 * k3_N.sum())
+    slope_N = 1 - (ref_N - logprob_N).exp()  # of k3 with respect to the log-prob
+    weighted = pack([(p, r, o, 0.0) for p, r, o, _ in sequences()])
+    weighted = replace(weighted, advantage_N=-0.3 * slope_N)
+    policy(weighted, Objective(), scale=0.5)[0].backward()  # on-policy: the gradient of -advantage * logp
+    torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in policy.parameters()]), atol=1e-5, rtol=1e-4)
 
 
 def test_packed_sequences_do_not_see_each_other(random_model):

@@ -9,7 +9,8 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-SOURCES = sorted(p for pattern in ("*.py", "kernels/*.py", "drgrpo/*.py", "tests/*.py", "bench/*.py") for p in ROOT.glob(pattern))
+FOLDERS = (".", "kernels", "drgrpo", "tests", "bench")
+SOURCES = sorted(p for folder in FOLDERS for p in (ROOT / folder).glob("*.py"))
 
 
 def imports(path) -> set[str]:

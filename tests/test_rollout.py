@@ -9,15 +9,21 @@ from drgrpo.types import Completion, Problem, UserError
 
 
 class Echo:
-    """An engine that answers with its prompt, backwards, and an end token."""
+    """An engine that answers with its prompt, backwards, and an end token; the last request finishes first."""
 
-    def generate(self, requests, sampling):
-        return [Completion([*r.prompt_ids[::-1], 256], [-0.5] * (len(r.prompt_ids) + 1), True) for r in requests]
+    def generate(self, requests, sampling, on_finish):
+        completions = [Completion([*r.prompt_ids[::-1], 256], [-0.5] * (len(r.prompt_ids) + 1), True) for r in requests]
+        for i in reversed(range(len(requests))):
+            on_finish(i, completions[i])
+        return completions
 
 
 def test_groups_are_contiguous_and_texts_have_no_special_tokens(tokenizer):
     problems, dropped = tokenize([Problem(0, "ab", "1"), Problem(1, "cde", "2")], get_template("none"), tokenizer, 10)
-    rollouts = rollout(Echo(), tokenizer, problems, 3, Sampling(max_new_tokens=9, stop_token_ids=(256,)), seed=0, step=1)
+    finished = []
+    rollouts = rollout(Echo(), tokenizer, problems, 3, Sampling(max_new_tokens=9, stop_token_ids=(256,)), seed=0, step=1,
+                       on_finish=lambda i, r: finished.append((i, r.text)))  # fmt: skip
+    assert finished == [(5, "edc"), (4, "edc"), (3, "edc"), (2, "ba"), (1, "ba"), (0, "ba")]
     assert [r.problem.id for r in rollouts] == [0, 0, 0, 1, 1, 1]
     assert [r.text for r in rollouts] == ["ba"] * 3 + ["edc"] * 3
     assert [r.length for r in rollouts] == [3] * 3 + [4] * 3

@@ -1,0 +1,59 @@
+"""Several processes do what one does, on one node and on two."""
+
+import socket
+
+import pytest
+from runs import assert_close_run, finish, launch, small
+
+from drgrpo.distributed import gather, share
+
+
+def test_two_processes_equal_one(base, warm_model, tmp_path):
+    finish(launch(small(warm_model, tmp_path / "two"), processes=2))
+    assert_close_run(base[0], tmp_path / "two")
+
+
+def test_two_nodes_of_two_processes_with_a_copy_each_equal_one(base, warm_model, tmp_path):
+    """A real rendezvous between two torchruns on this machine, FSDP2 inside a node and replication across (HSDP), and the
+    paper's recomputed log-probs: more collectives, in the same order everywhere."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    config = small(warm_model, tmp_path / "nodes", dp_replicate=2)
+    nodes = [
+        launch(config, processes=2, torchrun=("--nnodes=2", f"--node-rank={n}", "--rdzv-backend=c10d", "--rdzv-id=test",
+                                              f"--rdzv-endpoint=localhost:{port}"))
+        for n in (0, 1)
+    ]  # fmt: skip
+    shown = [finish(node) for node in nodes]
+    assert sum("runs on: 4 x cpu" in text for text in shown) == 1
+    assert_close_run(base[0], tmp_path / "nodes")
+
+
+def test_one_process_that_is_told_to_stop_stops_all(warm_model, tmp_path):
+    prelude = """
+import os, signal
+from drgrpo.engine import TorchEngine
+original, calls = TorchEngine.sync, []
+def sync(self, weights):
+    calls.append(original(self, weights))
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGUSR1)
+TorchEngine.sync = sync
+"""
+    shown = finish(launch(small(warm_model, tmp_path / "stop", steps=20), processes=2, prelude=prelude))
+    assert "stopping after step 1: another process was asked to" in shown
+    assert (tmp_path / "stop" / "checkpoints" / "step-000001").exists()
+
+
+@pytest.mark.parametrize("flags", [{"dp_replicate": 2}, {"tp": 2}], ids=str)
+def test_processes_that_do_not_divide_are_refused(warm_model, tmp_path, flags):
+    import train
+    from drgrpo.types import UserError
+
+    with pytest.raises(UserError, match="does not divide the 1 processes"):
+        train.main(small(warm_model, tmp_path / "run", dtype="bfloat16", **flags))
+
+
+def test_share_and_gather_are_inverse(group_of_one):
+    assert gather(share(list("abcde"))) == list("abcde")

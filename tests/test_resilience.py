@@ -1,0 +1,196 @@
+"""Never lose a run: killed, interrupted, damaged or crashed, it goes on as if nothing had happened, or says what did."""
+
+import os
+import random
+import signal
+
+import pytest
+import torch
+from runs import assert_close_run, assert_same_run, finish, launch, metrics, run, small
+
+import train
+from drgrpo import checkpoint
+from drgrpo.engine import TorchEngine
+
+SETTINGS = {"save_every": 1, "eval_every": 2, "steps": 4, "keep": 3}
+
+
+@pytest.fixture(scope="module")
+def straight(warm_model, tmp_path_factory):
+    """Four steps without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    run(small(warm_model, out, **SETTINGS))
+    return out
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("old_logprob", ["recompute", "sampler"])
+def test_a_resumed_run_continues_as_if_it_had_never_stopped(warm_model, straight, tmp_path, old_logprob):
+    settings = SETTINGS | {"old_logprob": old_logprob}
+    run(small(warm_model, tmp_path / "halves", **settings | {"steps": 2}))
+    with open(tmp_path / "halves" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "torn')  # killed while it wrote a step that no checkpoint holds
+    run(small(warm_model, tmp_path / "halves", **settings))
+    if old_logprob == "recompute":
+        run(small(warm_model, tmp_path / "straight", **settings))
+    assert_same_run(tmp_path / "straight" if old_logprob == "recompute" else straight, tmp_path / "halves")
+    left = sorted(p.name for p in (tmp_path / "halves" / "checkpoints").iterdir())
+    assert left == ["latest", "step-000002", "step-000003", "step-000004"]
+
+
+KILL = """
+import os, signal, torch
+from drgrpo import checkpoint
+from drgrpo.engine import TorchEngine
+
+def kill_at(owner, name, count):
+    original, calls = getattr(owner, name), []
+    def patched(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, name, patched)
+
+kill_at({owner}, {name!r}, {count})
+"""
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "most"),
+    [
+        ("TorchEngine", "_forward", 150),  # some token of some rollout or evaluation
+        ("torch.optim.AdamW", "step", 7),  # some update
+        ("checkpoint", "save_hf", 3),  # half a checkpoint is written
+        ("checkpoint", "commit", 3),  # it is whole, and the records are written, but it has no name yet
+        ("checkpoint", "point", 5),  # it has its name, `latest` does not yet say so
+    ],
+    ids=["rollout", "update", "save", "before commit", "in commit"],
+)
+def test_killed_at_a_random_moment_it_resumes_bit_for_bit(warm_model, straight, tmp_path, owner, name, most):
+    count = random.Random(f"{owner}.{name}").randint(2, most)
+    config = small(warm_model, tmp_path / "killed", **SETTINGS)
+    shown = finish(launch(config, prelude=KILL.format(owner=owner, name=name, count=count)), status=None)
+    assert "SIGKILL" in shown or "exitcode: -9" in shown or "Signal 9" in shown, shown
+    assert not (tmp_path / "killed" / "checkpoints" / "step-000004").exists(), "it was not killed in time"
+    run(config)
+    assert_same_run(straight, tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_asked_to_stop_it_saves_and_ends_in_good_order(warm_model, straight, tmp_path, monkeypatch, capsys, number):
+    original, calls = TorchEngine.sync, []
+
+    def signal_in_second_step(self, named_weights):
+        calls.append(original(self, named_weights))
+        if len(calls) == 3:  # the first sync is at the start
+            os.kill(os.getpid(), number)
+
+    settings = SETTINGS | {"save_every": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "sync", signal_in_second_step)
+        run(small(warm_model, tmp_path / "asked", **settings))
+    assert f"stopping after step 2: {number.name}" in capsys.readouterr().out
+    assert [p.name for p in checkpoint.found(small(warm_model, tmp_path / "asked"))] == ["step-000002"]
+    run(small(warm_model, tmp_path / "asked", **settings))
+    assert_same_run(straight, tmp_path / "asked")
+
+
+def test_a_time_limit_saves_and_stops(warm_model, tmp_path, capsys):
+    rows = run(small(warm_model, tmp_path / "limit", steps=50, max_hours=1e-6))
+    assert len(rows) == 1 and "stopping after step 1: --max-hours" in capsys.readouterr().out
+    assert (tmp_path / "limit" / "hf" / "config.json").exists()
+
+
+@pytest.mark.parametrize("pattern", ["state/*.distcp", "trainer.json"])
+def test_a_damaged_checkpoint_costs_one_step_and_nothing_else(warm_model, straight, tmp_path, capsys, pattern):
+    run(small(warm_model, tmp_path / "hurt", **SETTINGS | {"steps": 3}))
+    (file,) = (tmp_path / "hurt" / "checkpoints" / "step-000003").glob(pattern)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    run(small(warm_model, tmp_path / "hurt", **SETTINGS))
+    shown = capsys.readouterr().out
+    assert "WARNING" in shown and "step-000003 is damaged" in shown and "resumed from" in shown and "step-000002" in shown
+    assert_same_run(straight, tmp_path / "hurt")
+
+
+def test_resuming_on_another_number_of_processes(warm_model, straight, tmp_path):
+    config = small(warm_model, tmp_path / "two", **SETTINGS | {"steps": 2})
+    finish(launch(config, processes=2))
+    run(small(warm_model, tmp_path / "two", **SETTINGS))
+    assert_close_run(straight, tmp_path / "two")
+
+
+def crash(monkeypatch, calls_that_crash: set[int]):
+    original, calls = TorchEngine.generate, []
+
+    def generate(self, *args):
+        calls.append(1)
+        if len(calls) in calls_that_crash:
+            raise RuntimeError("illegal memory access")
+        return original(self, *args)
+
+    monkeypatch.setattr(TorchEngine, "generate", generate)
+
+
+def test_a_crashed_sampler_is_rebuilt_from_the_current_weights(base, warm_model, tmp_path, monkeypatch, capsys):
+    crash(monkeypatch, {4})  # two evaluations, step 1, step 2
+    run(small(warm_model, tmp_path / "crashed"))
+    assert "WARNING: a sampler crashed (RuntimeError('illegal memory access')" in capsys.readouterr().out
+    assert_same_run(base[0], tmp_path / "crashed")
+
+
+def test_a_sampler_that_crashes_again_ends_the_run(warm_model, tmp_path, monkeypatch):
+    crash(monkeypatch, {3, 5})
+    with pytest.raises(RuntimeError, match="crashed again"):
+        run(small(warm_model, tmp_path / "crashed"))
+
+
+def test_non_finite_gradients_are_skipped_counted_kept_and_stop_the_run(warm_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(float("nan")))
+    with pytest.raises(FloatingPointError, match="3 optimizer steps in a row"):
+        run(small(warm_model, tmp_path / "nan"))
+    rows = metrics(tmp_path / "nan")
+    assert [r["skipped_updates"] for r in rows] == [2] and rows[0]["grad_norm"] is None
+    batches = torch.load(tmp_path / "nan" / "nonfinite-step-000002-update-0-rank-0.pt", weights_only=False)
+    assert batches and len(batches[0].target_N) > 0
+
+
+def test_a_single_bad_step_is_skipped_and_training_goes_on(warm_model, tmp_path, monkeypatch):
+    original, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def once(*args, **kwargs):
+        calls.append(1)
+        return torch.tensor(float("inf")) if len(calls) == 2 else original(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", once)
+    rows = run(small(warm_model, tmp_path / "once"))
+    assert [r["skipped_updates"] for r in rows] == [1, 0] and rows[1]["grad_norm"] > 0
+
+
+def test_a_replayed_run_is_the_run_that_was_dumped(warm_model, tmp_path, monkeypatch):
+    run(small(warm_model, tmp_path / "dumped", dump_rollouts=True, eval_data=""))
+    sampled = []
+    monkeypatch.setattr(train, "rollout", lambda *args, original=train.rollout: sampled.append(args[6]) or original(*args))
+    run(small(warm_model, tmp_path / "replayed", replay=str(tmp_path / "dumped" / "rollouts"), eval_data=""))
+    assert sampled == [-1], "only the last parity probe samples"
+    assert_same_run(tmp_path / "dumped", tmp_path / "replayed")
+
+
+def test_a_dry_run_measures_and_leaves_no_trace(warm_model, tmp_path, capsys):
+    train.main(small(warm_model, tmp_path / "dry", dry_run=True, tokens_per_microbatch=2048, checkpointing="full"))
+    shown = capsys.readouterr().out
+    assert "memory ledger" in shown and "dry run: a micro-batch of 2 x 1024 tokens takes" in shown
+    assert not (tmp_path / "dry").exists()
+
+
+def test_the_resolved_config_can_be_shown(capsys):
+    train.cli(["--recipe", "oat_zero_7b", "--print-config", "--seed", "7"])
+    shown = capsys.readouterr().out
+    assert '"seed": 7' in shown and '"lr": 1e-06' in shown and "1024 rollouts/step" in shown
