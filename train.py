@@ -52,9 +52,11 @@ def main(config: Config) -> None:
     # ---- check everything that can be wrong before anything expensive
     checkpoint.claim(config)
     template = get_template(config.template)
-    problems = data.load_problems(config.train_data, problem_field=config.problem_field, answer_field=config.answer_field)
+    notices: list[str] = []
+    problems = data.load_problems(config.train_data, problem_field=config.problem_field, answer_field=config.answer_field,
+                                  say=notices.append)  # fmt: skip
     eval_sources = [name.strip() for name in config.eval_data.split(",") if name.strip()]
-    eval_sets = {name: data.load_problems(name) for name in eval_sources}
+    eval_sets = {name: data.load_problems(name, say=notices.append) for name in eval_sources}
 
     # ---- setup: processes, log, prompts
     rank, world, device = distributed.start()
@@ -66,6 +68,8 @@ def main(config: Config) -> None:
         raise UserError(f"--tp {config.tp} does not divide the {world} processes")
     log.say(f"config: {json.dumps(asdict(config))}")
     log.say(f"derived: {config.derived()}")
+    for notice in notices:
+        log.say(f"data: {notice}")
 
     tiny, warmup = config.model == "tiny", Warmup(seed=config.seed)
     tokenizer = byte_tokenizer() if tiny else AutoTokenizer.from_pretrained(config.model)

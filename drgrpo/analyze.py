@@ -25,7 +25,7 @@ KEYWORDS = ("recheck", "rethink", "reassess", "reevaluate", "re-evaluate", "reev
             "reconsider", "reanalyze", "double-check", "check again", "think again", "verify again",
             "go over the steps")  # fmt: skip
 
-FOUND = re.compile(r"\b(?:" + "|".join(map(re.escape, sorted(KEYWORDS, key=len, reverse=True))) + ")", re.IGNORECASE)
+FOUND = re.compile(r"\b(?:" + "|".join(map(re.escape, KEYWORDS)) + ")", re.IGNORECASE)
 
 
 KINDS = ("unformatted", "correct", "incorrect")

@@ -1,5 +1,6 @@
 """What a person sees and what a run leaves behind: step lines, a progress bar on a terminal, JSON lines, a table."""
 
+import importlib.util
 import json
 import os
 import time
@@ -11,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from drgrpo.types import UserError
 
 
 class Stopwatch:
@@ -59,6 +62,9 @@ class Log:
 
     def track(self, tensorboard: bool, wandb: str, config: dict) -> None:
         """Send the numbers of every step to TensorBoard and to a Weights & Biases project too."""
+        for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
+            if wanted and importlib.util.find_spec(package) is None:
+                raise UserError(f"--{package} needs the package {package}: pip install {package}")
         if self.active and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

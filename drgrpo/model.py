@@ -107,9 +107,10 @@ class Policy(nn.Module):
             )
         return linear_drgrpo_loss(
             hidden_ND, weight_VD, batch.target_N, batch.advantage_N, old_logprob=old_logprob_N,
-            sampler_logprob=batch.sampler_logprob_N, clip_low=objective.clip_low, clip_high=objective.clip_high,
-            tis_cap=objective.tis_cap, temperature=objective.temperature, scale=scale, backend=self.kernel,
-            ref_logprob=ref_logprob_N, kl_coef=objective.kl_coef if ref_logprob_N is not None else 0.0,
+            clip_low=objective.clip_low, clip_high=objective.clip_high, tis_cap=objective.tis_cap,
+            sampler_logprob=batch.sampler_logprob_N if objective.tis_cap else None, temperature=objective.temperature,
+            scale=scale, backend=self.kernel, ref_logprob=ref_logprob_N,
+            kl_coef=objective.kl_coef if ref_logprob_N is not None else 0.0,
         )  # fmt: skip
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

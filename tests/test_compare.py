@@ -7,7 +7,7 @@ import pytest
 from drgrpo.compare import compare, difference, next_to_paper, pair_up, paired, with_paper
 from drgrpo.data import BENCHMARKS
 from drgrpo.published import PUBLISHED, N
-from drgrpo.scores import mcnemar, two_proportions
+from drgrpo.scores import mcnemar, sign_flip, two_proportions
 from drgrpo.types import UserError
 
 OAT_ZERO_7B = dict(zip(BENCHMARKS, (13, 52, 400, 82, 277), strict=True))  # problems solved, of 30, 83, 500, 272, 675
@@ -55,8 +55,8 @@ def test_noise_is_what_two_proportions_say():
     base = row(result, "Qwen2.5-Math-7B, qwen_math")["scores"]
     assert base["aime24"]["published"] == pytest.approx(0.167)
     assert base["aime24"]["difference"] == pytest.approx(13 / 30 - 0.167)
-    assert base["aime24"]["p"] == pytest.approx(two_proportions([(13 / 30, 30, 0.167, 30)])) < 0.05
-    assert not base["aime24"]["within_noise"]
+    assert base["aime24"]["p"] == pytest.approx(two_proportions([(13 / 30, 30, 0.167, 30)]))
+    assert base["aime24"]["p"] < 0.05 and not base["aime24"]["within_noise"]
     assert not base["math500"]["within_noise"] and base["math500"]["p"] < 1e-9
     assert row(result, "SimpleRL-Zero-7B")["scores"]["aime24"]["within_noise"], "5 problems of 30 apart"
     assert base["average"]["difference"] == pytest.approx(result["ours"]["average"] - 0.2648)
@@ -119,10 +119,11 @@ def test_pairing_sees_what_two_proportions_cannot():
 
 
 def test_several_answers_are_compared_by_permutation():
-    a, b = [[0, 1], [0, 0], [1, 1]] * 8, [[1, 1], [0, 1], [1, 1]] * 8
-    result = difference({"m": benchmark("m", a)}, {"m": benchmark("m", b)})
-    m = result["benchmarks"]["m"]
-    assert m["test"] == "sign flip" and m["p"] < 0.001 and m["difference"] == pytest.approx(1 / 3) and m["b_better"] == 16
+    """B gains 1 on three problems and loses 1/2 on three: a tie by count, and not by size."""
+    a, b = [[0, 0]] * 3 + [[1, 1]] * 3 + [[0, 1]] * 4, [[1, 1]] * 3 + [[0, 1]] * 3 + [[0, 1]] * 4
+    m = difference({"m": benchmark("m", a)}, {"m": benchmark("m", b)})["benchmarks"]["m"]
+    assert (m["test"], m["a_better"], m["b_better"]) == ("sign flip", 3, 3) and m["difference"] == pytest.approx(0.15)
+    assert m["p"] == sign_flip([1.0] * 3 + [-0.5] * 3 + [0.0] * 4) and m["p"] < 0.6 < mcnemar(3, 3)
 
 
 def test_the_average_weighs_benchmarks_and_not_problems():
@@ -132,6 +133,14 @@ def test_the_average_weighs_benchmarks_and_not_problems():
     assert result["average"]["difference"] == pytest.approx((0.5 - 0.1) / 2)
     assert result["average"]["n"] == 110 and result["left_out"] == []
     assert result["average"]["p"] < 0.2 < difference(a, a)["average"]["p"] == 1
+
+
+def test_benchmarks_are_resampled_apart():
+    """Of two like benchmarks the average is surer by sqrt 2; drawn alike, it would be as unsure as one."""
+    a, b = benchmark("m", [0, 1] * 200), benchmark("m", [1, 1, 0, 0] * 100)
+    result = difference({"x": a, "y": a}, {"x": b, "y": b})
+    widths = [high - low for low, high in (result["average"]["interval"], result["benchmarks"]["x"]["interval"])]
+    assert widths[0] / widths[1] == pytest.approx(0.5**0.5, rel=0.08)
 
 
 def test_runs_on_other_problems_are_refused():

@@ -3,9 +3,9 @@
 import socket
 
 import pytest
-from runs import assert_close_run, finish, launch, small
 
 from drgrpo.distributed import gather, share
+from runs import assert_close_run, finish, launch, small
 
 
 def test_two_processes_equal_one(base, warm_model, tmp_path):

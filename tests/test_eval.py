@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHARED_DATA
 
+from conftest import ROOT, SHARED_DATA
 from drgrpo import distributed
 from drgrpo.data import BENCHMARKS
 from drgrpo.grade import grade

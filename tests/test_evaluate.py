@@ -34,12 +34,15 @@ def test_lengths_without_answers_are_none():
 class Oracle:
     """Knows the answer to every second problem."""
 
-    def generate(self, requests: list[Request], sampling: Sampling):
+    def generate(self, requests: list[Request], sampling: Sampling, on_finish):
         answers = [b"#%d" % (r.prompt_ids[0] - 15 if r.prompt_ids[0] % 2 else 0) for r in requests]
         from drgrpo.tokenizer import byte_tokenizer
 
         ids = [byte_tokenizer()(a.decode()).input_ids for a in answers]
-        return [Completion(i, [0.0] * len(i), True) for i in ids]
+        completions = [Completion(i, [0.0] * len(i), True) for i in ids]
+        for i, completion in enumerate(completions):
+            on_finish(i, completion)
+        return completions
 
 
 @pytest.mark.parametrize("samples", [1, 2])

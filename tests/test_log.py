@@ -1,11 +1,15 @@
 """Step lines, tables and records say what was measured."""
 
+import importlib.util
 import json
+import sys
 import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from drgrpo.log import Log, Stopwatch, read_jsonl
+from drgrpo.types import UserError
 
 ROW = {
     "step": 7, "reward_mean": 0.25, "response_len_mean": 20.0, "response_len_correct": None, "response_len_incorrect": 21.0,
@@ -48,6 +52,43 @@ def test_trackers_get_the_numbers_flat(tmp_path):
     ((step, row),) = seen
     assert step == 7 and row["seconds/rollout"] == 1.25 and row["gb/train"] == 61.04 and row["reward_mean"] == 0.25
     assert "clip_frac" not in row and "seconds" not in row
+
+
+class FakeWriter:
+    """Stands for TensorBoard's writer, which is not installed here."""
+
+    def __init__(self, folder):
+        self.folder, self.scalars = folder, []
+
+    def add_scalar(self, name, value, step):
+        self.scalars.append((name, value, step))
+
+    def flush(self):
+        pass
+
+
+def test_tensorboard_and_wandb_get_every_step(tmp_path, monkeypatch):
+    writers, logged = [], []
+    board = ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = lambda folder: writers.append(FakeWriter(folder)) or writers[-1]
+    client = ModuleType("wandb")
+    client.init = lambda **kwargs: SimpleNamespace(log=lambda row, step: logged.append((kwargs["project"], step, row)))
+    for name, module in (("torch.utils.tensorboard", board), ("wandb", client)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    log = Log(tmp_path, active=True)
+    log.track(tensorboard=True, wandb="math", config={"lr": 1})
+    log.step(ROW, steps=100, budget_hours=27.0)
+    assert writers[0].folder == tmp_path / "tensorboard" and ("reward_mean", 0.25, 7) in writers[0].scalars
+    assert logged[0][:2] == ("math", 7) and logged[0][2]["seconds/rollout"] == 1.25
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed here")
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        Log(tmp_path, active=True).track(tensorboard=package == "tensorboard", wandb="p" * (package == "wandb"), config={})
 
 
 def test_the_stopwatch_names_the_phase_before_it_begins_and_measures_memory():

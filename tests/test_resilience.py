@@ -6,11 +6,11 @@ import signal
 
 import pytest
 import torch
-from runs import assert_close_run, assert_same_run, finish, launch, metrics, run, small
 
 import train
 from drgrpo import checkpoint
 from drgrpo.engine import TorchEngine
+from runs import assert_close_run, assert_same_run, finish, launch, metrics, run, small
 
 SETTINGS = {"save_every": 1, "eval_every": 2, "steps": 4, "keep": 3}
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, SHARED_DATA
-from runs import assert_close_run, assert_same_run, run, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from conftest import ROOT, SHARED_DATA
 from drgrpo import parity
 from drgrpo.log import read_jsonl
 from drgrpo.types import UserError
+from runs import assert_close_run, assert_same_run, run, small
 
 
 def test_every_step_writes_the_documented_columns(base):
