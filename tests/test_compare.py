@@ -123,7 +123,7 @@ def test_several_answers_are_compared_by_permutation():
     a, b = [[0, 0]] * 3 + [[1, 1]] * 3 + [[0, 1]] * 4, [[1, 1]] * 3 + [[0, 1]] * 3 + [[0, 1]] * 4
     m = difference({"m": benchmark("m", a)}, {"m": benchmark("m", b)})["benchmarks"]["m"]
     assert (m["test"], m["a_better"], m["b_better"]) == ("sign flip", 3, 3) and m["difference"] == pytest.approx(0.15)
-    assert m["p"] == sign_flip([1.0] * 3 + [-0.5] * 3 + [0.0] * 4) and m["p"] < 0.6 < mcnemar(3, 3)
+    assert m["p"] == sign_flip([1.0] * 3 + [-0.5] * 3 + [0.0] * 4) and m["p"] < 0.7 < mcnemar(3, 3)
 
 
 def test_the_average_weighs_benchmarks_and_not_problems():
