@@ -14,7 +14,8 @@ def mean(values: list) -> float | None:
 
 def step_row(step: int, algo: str, rollouts: list[Rollout], reward_PG: Tensor, advantage_PG: Tensor, updates: list[dict],
              seconds: dict[str, float]) -> dict:  # fmt: skip
-    """Statistics of responses cover all of them, those of the update the ones that were trained on."""
+    """Statistics of responses cover all of them. A token without advantage cannot be clipped, so `clip_frac` does too;
+    `ratio_max`, `kl` and parity cover the tokens that were trained on."""
     reward_B, length_B = reward_PG.flatten().tolist(), [r.length for r in rollouts]
     right = [n for n, reward in zip(length_B, reward_B, strict=True) if reward > 0]
     wrong = [n for n, reward in zip(length_B, reward_B, strict=True) if reward <= 0]
@@ -30,7 +31,7 @@ def step_row(step: int, algo: str, rollouts: list[Rollout], reward_PG: Tensor, a
         "truncated_frac": fmean(not r.completion.finished for r in rollouts),
         "zero_adv_frac": (advantage_PG == 0).float().mean().item(),
         "entropy": -sum(sum(r.completion.logprobs) for r in rollouts) / sampled,
-        "clip_frac": sum(u["clipped"] for u in updates) / trained if trained else None,
+        "clip_frac": sum(u["clipped"] for u in updates) / sampled,
         "ratio_max": max(u["ratio_max"] for u in updates) if trained else None,
         "kl": sum(u["kl_sum"] for u in updates) / trained if trained else None,
         "loss": mean([u["loss"] for u in applied]),

@@ -20,8 +20,10 @@ TIMES = ("seconds", "gb", "tflops", "hours_used", "tokens_per_s")
 
 
 def small(model: str, out: Path, **changes) -> Config:
-    """The tiny recipe on a quarter of the prompts, from a model that is already warm."""
-    settings = {"model": model, "prompts_per_step": 8, "minibatches": 2, "steps": 2, "eval_every": 0, "eval_samples": 1}
+    """The tiny recipe on a quarter of the rollouts, from a model that is already warm. Groups of four: some are all right
+    or all wrong, so that there are responses without advantage."""
+    settings = {"model": model, "prompts_per_step": 16, "group_size": 4, "minibatches": 2, "steps": 2, "eval_every": 0,
+                "eval_samples": 1}  # fmt: skip
     return replace(RECIPES["tiny"](), **settings | {"out": str(out)} | changes)
 
 

@@ -104,7 +104,7 @@ def test_truncated_responses_earn_nothing_whatever_they_say(warm_model, tmp_path
     assert row["truncated_frac"] == 1 and row["reward_mean"] == 0
     assert row["zero_adv_frac"] == 1 and row["tokens_trained"] == 0
     assert row["grad_norm"] == 0 and row["skipped_updates"] == 0, "an empty minibatch still steps"
-    assert row["parity_mean"] is None and row["clip_frac"] is None
+    assert row["parity_mean"] is None and row["ratio_max"] is None
 
 
 def test_a_sampler_that_missed_a_sync_stops_the_run(warm_model, tmp_path, monkeypatch):
