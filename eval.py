@@ -66,6 +66,8 @@ class EvalConfig:
     """of the samples"""
     sampler_batch: int = 256
     """sequences that a sampler runs at once, per process"""
+    tp: int = 1
+    """GPUs that one vLLM sampler spans (tensor parallel); each group of so many processes answers its share"""
     kv_cache_gb: float = 0.0
     """vLLM's key-value cache per process; 0: a third of the GPU, or 0.25 without one"""
     write_every: int = 1024
@@ -79,7 +81,7 @@ class EvalConfig:
         check_name("--grader", self.grader, ("correct", "paper"))
         check_name("--dtype", self.dtype or "float32", ("float32", "bfloat16"))
         check_name("--engine", self.engine, ("auto", "torch", "vllm"))
-        for name in ("samples", "max_new_tokens", "sampler_batch", "write_every"):
+        for name in ("samples", "max_new_tokens", "sampler_batch", "write_every", "tp"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be at least 1")
         for temperature in self.all_temperatures:
@@ -108,16 +110,21 @@ class EvalConfig:
 def main(config: EvalConfig, against: str = "") -> None:
     # ---- check before anything expensive
     templates = [get_template(name) for name in config.all_templates]
-    sets = {name: data.load_problems(source(name, config.data_dir)) for name in listed(config.benchmarks)}
+    notices: list[str] = []
+    sets = {name: data.load_problems(source(name, config.data_dir), say=notices.append) for name in listed(config.benchmarks)}
     if against not in ("", "paper"):
         responses.read(against)
 
     # ---- setup: processes, prompts, and what is answered already
     rank, world, device = distributed.start()
+    if world % config.tp:
+        raise UserError(f"--tp {config.tp} does not divide the {world} processes")
     transformers.utils.logging.disable_progress_bar()
     out = config.folder
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out, active=rank == 0)
+    for notice in notices:
+        log.say(f"data: {notice}")
     engine_name = resolve_engine(config.engine, device)
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     tokenizer, positions = AutoTokenizer.from_pretrained(config.model), max_positions(config.model)
@@ -130,7 +137,7 @@ def main(config: EvalConfig, against: str = "") -> None:
                 "engine": engine_name, "dtype": dtype, "positions": positions, "weights": provenance.fingerprint(config.model),
                 "data": {name: provenance.problems_digest(problems) for name, problems in sets.items()},
             },
-            "versions": provenance.versions(engine_name),
+            "versions": provenance.versions(engine_name), "notices": notices,
         }  # fmt: skip
         rows, before = responses.claim(out, about, FREE)
         about |= {"device": f"{world} x {provenance.device_name(device)}", "counters": before.get("counters", {}),
@@ -151,11 +158,11 @@ def main(config: EvalConfig, against: str = "") -> None:
         longest = config.max_new_tokens + max(len(p.prompt_ids) for kept in prompts.values() for p in kept)
         engine = make_engine(engine_name, config.model, tokenizer, dtype=getattr(torch, dtype), device=device,
                              batch=config.sampler_batch, max_tokens=min(positions, longest),
-                             kv_cache_gb=config.kv_cache_gb)  # fmt: skip
+                             kv_cache_gb=config.kv_cache_gb, tp=config.tp)  # fmt: skip
         log.say(f"{config.model}: engine {engine.name}, {dtype}, answers of up to {config.max_new_tokens} tokens, "
                 f"{positions} with the prompt")  # fmt: skip
     watch, before, seconds = Stopwatch(), about.get("counters", {}), about.get("seconds", 0.0)
-    size = max(1, config.write_every * world // config.samples)
+    size = max(1, config.write_every * world // config.tp // config.samples)
     with judges({t.answer for t in templates}, config.grader) as judge:
         for (template, temperature, name), problems in left.items():
             fitting = {p.id: p for p in prompts[template.name, name]}
@@ -164,8 +171,9 @@ def main(config: EvalConfig, against: str = "") -> None:
             tag = {"benchmark": name, "template": template.name, "temperature": temperature}
             for start in range(0, len(problems), size):
                 chunk = [fitting.get(p.id, p) for p in problems[start : start + size]]  # what does not fit has no prompt_ids
-                part = answer(engine, tokenizer, judge[template.answer], chunk, config.samples, sampling, config.seed)
-                everyone = distributed.gather([counters(judge)])
+                part = answer(engine, tokenizer, judge[template.answer], chunk, config.samples, sampling, config.seed,
+                              config.tp)  # fmt: skip
+                everyone = distributed.gather([counters(judge)], config.tp)
                 if rank == 0:
                     rows += [tag | row for row in part]
                     log.record("responses", *rows[-len(part) :])

@@ -9,7 +9,6 @@ from drgrpo.grade import MAX_CHARS, Grade, Grader, extract
 from drgrpo.responses import too_long
 from drgrpo.rollout import rollout
 from drgrpo.scores import columns
-from drgrpo.scores import mean as mean
 from drgrpo.types import Problem, Rollout
 
 GRADE_SECONDS, VOTE_SECONDS = 5.0, 1.0  # of CPU time; what two wrong answers have in common is worth less of it
@@ -54,12 +53,17 @@ def evaluate(engine, tokenizer, grader: Grader, problems: list[Problem], samples
              step: int = 0, tp: int = 1, ballot: Grader | None = None) -> list[Scored]:  # fmt: skip
     """`samples` graded responses to each problem, over all processes, in the order of the problems. With a `ballot`, a
     second grader that compares the answers to one problem with each other, every response gets its vote."""
-    mine = share(problems, tp)
-    rollouts = rollout(engine, tokenizer, mine, samples, sampling, seed, step) if mine else []
-    grades = grader([r.text for r in rollouts], [r.problem.answer for r in rollouts])
+    order = []  # responses finish in any order, and are graded while others are sampled
+
+    def submit(i: int, r: Rollout) -> None:
+        order.append(i)
+        grader.submit(r.text, r.problem.answer)
+
+    rollouts = rollout(engine, tokenizer, share(problems, tp), samples, sampling, seed, step, submit)
+    graded = dict(zip(order, grader.collect(), strict=True))
     texts = [[r.text for r in rollouts[i : i + samples]] for i in range(0, len(rollouts), samples)]
     votes = [v for group in vote(ballot, texts) for v in group] if ballot else [None] * len(rollouts)
-    scored = [Scored(*parts) for parts in zip(rollouts, grades, votes, strict=True)]
+    scored = [Scored(r, graded[i], v) for i, (r, v) in enumerate(zip(rollouts, votes, strict=True))]
     whole = gather([scored[i : i + samples] for i in range(0, len(scored), samples)], tp)
     return [s for group in whole for s in group]
 
@@ -86,11 +90,12 @@ def vote(ballot: Grader, texts: list[list[str]]) -> list[list[int | None]]:
     return votes
 
 
-def answer(engine, tokenizer, judge: Judge, problems: list[Problem], samples: int, sampling: Sampling, seed: int) -> list[dict]:
+def answer(engine, tokenizer, judge: Judge, problems: list[Problem], samples: int, sampling: Sampling, seed: int,
+           tp: int = 1) -> list[dict]:  # fmt: skip
     """The rows of `responses.jsonl` for these problems, in their order. A problem without `prompt_ids` is too long to ask."""
     asked = [p for p in problems if p.prompt_ids]
     ballot = judge.ballot if samples > 1 else None
-    scored = iter(evaluate(engine, tokenizer, judge.grader, asked, samples, sampling, seed, ballot=ballot))
+    scored = iter(evaluate(engine, tokenizer, judge.grader, asked, samples, sampling, seed, tp=tp, ballot=ballot))
     rows = []
     for p in problems:
         rows += [response_row(next(scored), k) for k in range(samples)] if p.prompt_ids else too_long(p, samples)

@@ -44,7 +44,7 @@ def claim(out: Path, asked: dict, free: set[str]) -> tuple[list[dict], dict]:
     there = json.loads(report.read_text())
     changed = [
         f"{name} is {show(there.get(part, {}).get(name))} there and {show(value)} now"
-        for part in asked
+        for part in ("settings", "versions")
         for name, value in asked[part].items()
         if name not in free and there.get(part, {}).get(name) != value
     ]

@@ -90,6 +90,7 @@ def test_several_samples_per_problem_are_averaged(warm_model, benchmarks, tmp_pa
         (["--grader", "strict"], "unknown --grader 'strict'"),
         (["--modle", "x"], "did you mean '--model'"),
         (["--samples", "0"], "--samples 0 must be at least 1"),
+        (["--tp", "2"], "--tp 2 does not divide the 1 processes"),
         (["--temperatures", "0.5,hot"], "numbers with commas"),
         (["--temperatures", "-1"], "temperature -1.0"),
         (["--samples", "2", "--temperatures", "0,1"], "greedy answers would all be the same"),

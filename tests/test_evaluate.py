@@ -40,8 +40,8 @@ class Oracle:
 
         ids = [byte_tokenizer()(a.decode()).input_ids for a in answers]
         completions = [Completion(i, [0.0] * len(i), True) for i in ids]
-        for i, completion in enumerate(completions):
-            on_finish(i, completion)
+        for i in reversed(range(len(completions))):  # a sampler finishes in any order
+            on_finish(i, completions[i])
         return completions
 
 
