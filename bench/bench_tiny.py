@@ -39,14 +39,7 @@ def main() -> None:
 
     jobs = [(algo, "torch", seed) for algo in ("drgrpo", "grpo") for seed in range(args.seeds)] + [("drgrpo", "vllm", 0)]
     results = [measure(train(args, *job), *job) for job in jobs]
-    report = {
-        "what": f"tiny recipe, {args.steps} steps",
-        "machine": f"{os.cpu_count()} x {cpu_name()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else ""),
-        "date": time.strftime("%Y-%m-%d"),
-        "runs": results,
-    }
+    report = {"what": f"tiny recipe, {args.steps} steps"} | machine() | {"runs": results}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "tiny.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(args, results)
@@ -125,6 +118,16 @@ def change(results: list[dict], column: str, form: str) -> str:
     """Before and after: mean over seeds, and the range."""
     ends = [[r[column][i] for r in results] for i in (0, 1)]
     return " → ".join(f"{fmean(e):{form}} ({min(e):{form}}–{max(e):{form}})" for e in ends)
+
+
+def machine() -> dict:
+    """Where, with what and when something was measured."""
+    return {
+        "machine": f"{os.cpu_count()} x {cpu_name()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "commit": git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else ""),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def cpu_name() -> str:
