@@ -116,21 +116,22 @@ def distance(x: Tensor, y: Tensor) -> float:
     return ((x - y).norm() / y.norm()).item()
 
 
-def drop(rows: Rows, dropped_N: Tensor) -> dict[str, float]:
+def drop(rows: Rows, dropped_N: Tensor) -> dict[str, float | None]:
     """Errors and bounds when these rows are left out."""
     dx_ND, dw_VD = rows.dz_NV @ rows.weight_VD, rows.dz_NV.T @ rows.hidden_ND
     kept_N = ~dropped_N
     dx_kept, dw_kept = dx_ND * kept_N[:, None], rows.dz_NV[kept_N].T @ rows.hidden_ND[kept_N]
     square_N = rows.dz_NV.square().sum(1) * rows.hidden_ND.square().sum(1)
-    lost = (dw_VD - dw_kept).norm() / square_N[dropped_N].sum().sqrt() if dropped_N.any() else torch.ones(())
+    lost, alone = (dw_VD - dw_kept).norm().item(), square_N[dropped_N].sum().sqrt().item()
+    bound = bound_dweight(rows.score_N[dropped_N], dw_kept.norm().item())
     share = dropped_N.double().mean().item()
     return {
         "dropped": share,
         "gemm_saved": gemm_saved(share),
         "square_share": (square_N[dropped_N].sum() / square_N.sum()).item(),
-        "alignment": lost.item(),  # of the dropped rows: 1 if their directions are unrelated, more if they add up
+        "alignment": lost / alone if alone else None,  # 1 if the dropped rows' directions are unrelated, more if they add up
         "dweight": distance(dw_kept, dw_VD),
-        "dweight_bound": bound_dweight(rows.score_N[dropped_N], dw_kept.norm().item()),
+        "dweight_bound": bound if math.isfinite(bound) else None,  # None: nothing is certified
         "dhidden": distance(dx_kept, dx_ND),
         "dhidden_bound": bound_dhidden(rows.reach_N[dropped_N], dx_kept.norm().item()),
     }
@@ -282,12 +283,16 @@ def percent(key: str, digits: int = 1) -> Callable[[dict], str]:
 
 
 def small(key: str) -> Callable[[dict], str]:
-    return lambda row: "-" if math.isinf(row[key]) else f"{row[key]:.1e}"
+    return lambda row: "-" if row[key] is None else f"{row[key]:.1e}"
 
 
 def mean_rows(found: list[dict], key: str) -> list[dict]:
-    """The rows of `key`, averaged over batches."""
-    return [{k: fmean(row[k] for row in same) for k in same[0]} for same in zip(*(f[key] for f in found), strict=True)]
+    """The rows of `key`, averaged over batches; None where a batch has none."""
+
+    def mean(values):
+        return None if None in values else fmean(values)
+
+    return [{k: mean([row[k] for row in same]) for k in same[0]} for same in zip(*(f[key] for f in found), strict=True)]
 
 
 def spread(values: list[float]) -> str:
@@ -306,7 +311,7 @@ def show(name: str, measured: dict) -> None:
     columns = {
         "dropped: score / largest <": lambda r: f"{r['threshold']:g}", "rows": percent("dropped"),
         "GEMMs saved": percent("gemm_saved"), "sq. norm": small("square_share"),
-        "alignment": lambda r: f"{r['alignment']:.1f}", "dW": small("dweight"),
+        "alignment": lambda r: "-" if r["alignment"] is None else f"{r['alignment']:.1f}", "dW": small("dweight"),
         "dW bound": small("dweight_bound"), "dX": small("dhidden"), "dX bound": small("dhidden_bound"), "body": small("body"),
     }  # fmt: skip
     print(table(mean_rows(found, "thresholds"), columns))
