@@ -153,7 +153,7 @@ def scores_of(folder) -> dict:
     return {k: report[k] for k in ("average", "average_interval", "benchmarks", "versions", "counters")}
 
 
-def test_an_interrupted_evaluation_goes_on(uninterrupted, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_goes_on(uninterrupted, tmp_path, monkeypatch, capsys):
     argv, expected = uninterrupted
     answer, calls = eval_py.answer, []
 
@@ -170,10 +170,16 @@ def test_an_interrupted_evaluation_goes_on(uninterrupted, tmp_path, monkeypatch)
     assert path.read_bytes() == b"".join(expected.splitlines(keepends=True)[:6]), "three problems, two samples each"
     with open(path, "ab") as file:
         file.write(expected.splitlines(keepends=True)[6] + b'{"benchmark": "am')  # half a problem, torn
+    report = json.loads((tmp_path / "halves" / "eval.json").read_text())
+    report["counters"]["grader_timeouts"] = 2  # of the part before the interruption
+    (tmp_path / "halves" / "eval.json").write_text(json.dumps(report))
+    capsys.readouterr()
     run(*argv, "--out", str(tmp_path / "halves"))
     assert len(calls) == 4 + 2, "only what is left is asked"
     assert path.read_bytes() == expected
-    assert scores_of(tmp_path / "halves") == scores_of(tmp_path / "whole")
+    resumed, whole = scores_of(tmp_path / "halves"), scores_of(tmp_path / "whole")
+    assert resumed.pop("counters") == whole.pop("counters") | {"grader_timeouts": 2} and resumed == whole
+    assert "grader timeouts: 2" in capsys.readouterr().out
 
 
 def test_a_finished_evaluation_is_not_sampled_again(uninterrupted, tmp_path, monkeypatch, capsys):

@@ -52,6 +52,7 @@ def test_every_problem_is_answered_graded_and_returned_in_order(group_of_one, to
     with Grader("hash") as grader:
         result = evaluate(Oracle(), tokenizer, grader, problems, samples, Sampling(max_new_tokens=4, stop_token_ids=()), 0)
     assert [s.rollout.problem.id for s in result] == [p.id for p in problems for _ in range(samples)]
+    assert [s.grade.score for s in result] == [p.prompt_ids[0] % 2 for p in problems for _ in range(samples)]
     assert summarize(result)["accuracy"] == 0.5
     assert summarize(result)["n"] == 8
 
