@@ -508,11 +508,11 @@ def linear_drgrpo_loss(
     tokens = dict(advantage=advantage, old_logprob=old_logprob, sampler_logprob=sampler_logprob, ref_logprob=ref_logprob)
     backend, chunk = _check(hidden, weight, target, tokens, temperature, chunk_tokens, logits_dtype, backend)
     _check_loss(weight, sampler_logprob, tis_cap, clip_low, clip_high, ref_logprob, kl_coef, kl, main_grad)
-    if logits_dtype is None:
-        compared = any(x is not None for x in (old_logprob, sampler_logprob, ref_logprob))
-        logits_dtype = torch.float32 if compared else hidden.dtype
     if tis_cap is None:
         tokens["sampler_logprob"] = None
+    if logits_dtype is None:
+        compared = any(x is not None for name, x in tokens.items() if name != "advantage")
+        logits_dtype = torch.float32 if compared else hidden.dtype
     # Gradients of 1e-7 vanish in fp16: there only the mantissa of `scale` goes into them, its power of two waits for backward.
     unit = 2.0 ** math.frexp(scale)[1] if hidden.dtype == torch.float16 else 1.0
     grad = torch.is_grad_enabled()

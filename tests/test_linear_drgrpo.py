@@ -506,6 +506,19 @@ def test_a_separate_pass_gives_ratio_one_exactly(backend, logits_dtype, small_bl
 
 
 @both
+def test_sampler_log_probs_that_are_not_used_change_nothing(backend, small_blocks):
+    """Without a cap they weigh nothing, and must not buy fp32 logits either."""
+    case = make(10, 16, 130, torch.bfloat16, seed=12, on_policy=True)
+    plain, given = (
+        run(linear_drgrpo_loss, case, backend=backend, sampler_logprob=sampler, chunk_tokens=4)
+        for sampler in (None, torch.full((10,), -3.0))
+    )
+    assert torch.equal(plain[1]["logprob"], given[1]["logprob"]) and torch.equal(plain[3], given[3])
+    fp32 = run(linear_drgrpo_loss, case, backend=backend, logits_dtype=torch.float32, chunk_tokens=4)
+    assert not torch.equal(plain[1]["logprob"], fp32[1]["logprob"]), "this case cannot tell bf16 logits from fp32 ones"
+
+
+@both
 def test_repeating_gives_the_same_bits(backend, small_blocks):
     case = make(10, 16, 130, seed=13)
     one, two = (run(linear_drgrpo_loss, case, backend=backend, chunk_tokens=4, tis_cap=1.2) for _ in range(2))
