@@ -230,7 +230,8 @@ class Config:
         )
 
 
-# ---- recipes: paper section 3.4 and the scripts of its reference implementation; `tiny` for a laptop
+# ---- recipes: `tiny` for a laptop, and the paper's, each value with its source. "script" is examples/qwen2.5-math-7b.sh of
+# the reference (sail-sg/understand-r1-zero), "oat" a default of the library under it (sail-sg/oat, args.py)
 
 
 def tiny() -> Config:
@@ -247,23 +248,53 @@ def tiny() -> Config:
 def oat_zero_7b() -> Config:
     """The paper's 7B run: MATH level 3-5 with the Qwen-Math template, 27 hours on 8 A100-80GB."""
     return Config(
-        recipe="oat_zero_7b", model="Qwen/Qwen2.5-Math-7B", train_data="math_lvl3to5", template="qwen_math",
-        eval_data="aime24,amc,math500,minerva,olympiad_bench",
+        recipe="oat_zero_7b",
+        model="Qwen/Qwen2.5-Math-7B",  # paper, Sec. 1
+        train_data="math_lvl3to5",  # paper, Sec. 1: MATH level 3-5
+        template="qwen_math",  # paper, Sec. 1
+        eval_data="aime24,amc,math500,minerva,olympiad_bench",  # paper, Table 4
+        eval_every=16,  # script; greedy, 3000 tokens
+        prompts_per_step=128,  # script: rollout_batch_size
+        group_size=8,  # script: num_samples
+        minibatches=8,  # script: train_batch_size 128 of 1024 responses
+        max_prompt_tokens=1024,  # script: prompt_max_length
+        max_new_tokens=3000,  # script: generate_max_length, which is also the constant normalizer (paper, Listing 1)
+        temperature=1.0, top_p=1.0, top_k=-1,  # script
+        algo="drgrpo",  # paper, Fig. 1
+        clip_low=0.2, clip_high=0.2,  # oat: cliprange
+        old_logprob="recompute",  # oat: the learner recomputes them; the sampler's are not used for the ratio
+        tis_cap=0.0,  # oat has it since 0.2.1, after the paper
+        kl_coef=0.0,  # paper, Sec. 3: beta = 0 throughout
+        lr=1e-6, warmup_steps=0,  # script: constant; its warm-up ratio has no effect on that schedule
+        beta1=0.9, beta2=0.95, weight_decay=0.0,  # oat
+        max_grad_norm=1.0,  # oat
+        dtype="bfloat16",  # oat: bfloat16, float32 master weights
+        checkpointing="full",  # script: gradient_checkpointing
+        steps=500,  # not published; the guess of a reader of the paper. 27 h / 500 is 194 s a step
+        budget_hours=27.0,  # paper, Sec. 1
+        tokens_per_microbatch=16384,  # ours: the reference runs one response at a time, which gives the same gradient
     )  # fmt: skip
 
 
 def oat_zero_1_5b() -> Config:
     """The paper's 1.5B run, on MATH-12K; fits 40 GB cards."""
     return replace(
-        oat_zero_7b(), recipe="oat_zero_1_5b", model="Qwen/Qwen2.5-Math-1.5B", train_data="math_12k",
-    )  # fmt: skip
+        oat_zero_7b(),
+        recipe="oat_zero_1_5b",
+        model="Qwen/Qwen2.5-Math-1.5B",  # paper, Table 4
+        train_data="math_12k",  # examples/qwen2.5-math-1.5b.sh; the caption of Table 4 can also be read as level 3-5
+    )
 
 
 def oat_zero_3b() -> Config:
     """The paper's Llama run: Llama-3.2-3B continually pretrained on NuminaQA, R1 template."""
     return replace(
-        oat_zero_7b(), recipe="oat_zero_3b", model="lkevinzc/Llama-3.2-3B-NuminaQA", train_data="math_12k", template="r1",
-    )  # fmt: skip
+        oat_zero_7b(),
+        recipe="oat_zero_3b",
+        model="lkevinzc/Llama-3.2-3B-NuminaQA",  # paper, Sec. 3.4; examples/llama3.2-3b-numinaqa.sh
+        train_data="math_12k",  # same script
+        template="r1",  # same script
+    )
 
 
 RECIPES = {recipe.__name__: recipe for recipe in (tiny, oat_zero_1_5b, oat_zero_3b, oat_zero_7b)}
