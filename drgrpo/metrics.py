@@ -4,12 +4,8 @@ from statistics import fmean
 
 from torch import Tensor
 
+from drgrpo.scores import mean
 from drgrpo.types import Rollout
-
-
-def mean(values: list) -> float | None:
-    """None without values: JSON has no NaN."""
-    return fmean(values) if values else None
 
 
 def step_row(step: int, algo: str, rollouts: list[Rollout], reward_PG: Tensor, advantage_PG: Tensor, updates: list[dict],

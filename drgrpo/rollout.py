@@ -17,8 +17,8 @@ def tokenize(problems: list[Problem], template: Template, tokenizer, longest: in
     if not kept:
         shortest = min(len(p.prompt_ids) for p in encoded)
         raise UserError(
-            f"no prompt fits: the shortest of {len(encoded)} has {shortest} tokens and {longest} are allowed; raise "
-            "--max-prompt-tokens, or lower --max-new-tokens if prompt and response exceed the model's positions"
+            f"no prompt fits: the shortest of {len(encoded)} has {shortest} tokens and {longest} are allowed by "
+            "--max-prompt-tokens (in training) and by the model's positions less --max-new-tokens"
         )
     return kept, len(encoded) - len(kept)
 

@@ -115,6 +115,12 @@ def test_draw_follows_the_distribution():
         torch.testing.assert_close(logprob_B, expected.log()[token_B])
 
 
+def test_uniforms_are_splitmix64():
+    """The first outputs of the published generator from state 0."""
+    outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert uniforms([0], 3)[0].tolist() == [(z >> 11) * 2.0**-53 for z in outputs]
+
+
 def test_uniforms_are_stateless_uniform_and_uncorrelated():
     u = uniforms(list(range(400)), 250)
     assert (u >= 0).all() and (u < 1).all()

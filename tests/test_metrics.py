@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from drgrpo.metrics import mean, sample_rows, step_row
+from drgrpo.metrics import sample_rows, step_row
 from drgrpo.types import Completion, Problem, Rollout
 
 REWARD_PG = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
@@ -48,7 +48,3 @@ def test_samples_are_the_first_of_each_prompt():
     rows = sample_rows(3, rollouts(), REWARD_PG, count=5)
     assert [(r["problem"], r["response"], r["reward"]) for r in rows] == [("q0", "text 0", 1.0), ("q1", "text 2", 0.0)]
     assert len(sample_rows(3, rollouts(), REWARD_PG, count=1)) == 1
-
-
-def test_the_mean_of_nothing_is_nothing():
-    assert mean([]) is None and mean([1, 2]) == 1.5

@@ -44,6 +44,11 @@ def test_a_sequence_over_the_budget_goes_alone():
     assert fill([0, 1, 2], {0: 100, 1: 5, 2: 5}, budget=10) == [[0], [1, 2]]
 
 
+def test_the_budget_is_a_limit_to_the_token():
+    assert fill([0, 1], {0: 6, 1: 4}, budget=10) == [[0, 1]]
+    assert fill([0, 1], {0: 6, 1: 5}, budget=10) == [[0], [1]]
+
+
 def test_rows_and_targets_of_a_packed_batch():
     batch = pack([([1, 2, 3], [4, 5], [-0.1, -0.2], 0.5), ([6], [7, 8, 9], [-0.3, -0.4, -0.5], -1.0)])
     assert batch.token_T.tolist() == [1, 2, 3, 4, 6, 7, 8]  # the last response token predicts nothing
