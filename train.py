@@ -314,16 +314,13 @@ def train_minibatch(config: Config, policy: Policy, optimizer: torch.optim.Optim
     """One optimizer step over (Batch, old, reference log-probs) of each micro-batch; what happened, over all processes."""
     # Dr. GRPO (2/2): constant normalizer, not response length. FSDP2 averages gradients over processes: undo it.
     scale = dist.get_world_size() / (config.minibatch_size * config.max_new_tokens)
-    sums, peaks = torch.zeros(5, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    tallies = []
     for batch, old_logprob_N, ref_logprob_N in micro_batches:
         loss, stats = policy(batch, objective, old_logprob_N, ref_logprob_N, scale)
         loss.backward()
-        gap_sum, gap_max, tokens = parity.difference(stats["logprob"], batch.sampler_logprob_N)
-        ratio_max = stats["log_ratio"].max().exp().item() if tokens else 0.0
-        kl_sum = stats["kl"].sum().item() if "kl" in stats else 0.0
-        clipped = (stats["clipped"] != 0).sum().item()
-        sums += torch.tensor([tokens, gap_sum, clipped, loss.item() / dist.get_world_size(), kl_sum], dtype=torch.float64)
-        peaks = torch.maximum(peaks, torch.tensor([gap_max, ratio_max], dtype=torch.float64))
+        tallies.append(tally(batch, loss.detach() / dist.get_world_size(), stats))
+    sums = torch.stack([sums for sums, _ in tallies]).sum(0).cpu()  # the one wait for the device
+    peaks = torch.stack([peaks for _, peaks in tallies]).amax(0).cpu()
     dist.all_reduce(sums)
     dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     (tokens, gap_sum, clipped, loss, kl_sum), (gap_max, ratio_max) = sums.tolist(), peaks.tolist()
@@ -340,6 +337,17 @@ def train_minibatch(config: Config, policy: Policy, optimizer: torch.optim.Optim
     optimizer.zero_grad()
     return {"tokens": tokens, "gap_sum": gap_sum, "gap_max": gap_max, "clipped": clipped, "ratio_max": ratio_max,
             "kl_sum": kl_sum, "loss": loss, "grad_norm": grad_norm, "applied": applied, "lr": lr}  # fmt: skip
+
+
+def tally(batch: Batch, loss: torch.Tensor, stats: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one micro-batch adds to its optimizer step's statistics, left on the device: (sums of tokens, parity gaps,
+    clipped tokens, loss and KL; largest gap and ratio)."""
+    gap_N = (stats["logprob"] - batch.sampler_logprob_N).abs()
+    count, kl = loss.new_tensor(len(gap_N)), stats["kl"].sum() if "kl" in stats else loss.new_zeros(())
+    sums = torch.stack([count, gap_N.sum(), (stats["clipped"] != 0).sum(), loss, kl]).double()
+    if not len(gap_N):
+        return sums, sums.new_zeros(2)
+    return sums, torch.stack([gap_N.max(), stats["log_ratio"].max().exp()]).double()
 
 
 def warm_lr(config: Config, update: int) -> float:

@@ -94,6 +94,7 @@ class VLLMEngine:
     def wake(self) -> None:
         """Make room for the weights that `sync` brings."""
         if self.asleep:
+            torch.cuda.empty_cache()  # what training left in PyTorch's cache is vLLM's room
             self.llm.wake_up(tags=["weights"])
 
     def close(self) -> None:

@@ -103,6 +103,19 @@ def test_a_kl_penalty_pulls_towards_the_reference(random_model):
     torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in policy.parameters()]), atol=1e-5, rtol=1e-4)
 
 
+def test_both_kernel_backends_train_the_same(random_model):
+    """Triton in its interpreter where there is no GPU."""
+    results = []
+    for kernel in ("torch", "triton"):
+        policy = load_policy(random_model, dtype=torch.float32, device=CPU, kernel=kernel)
+        batch = pack(sequences(3))
+        loss, stats = policy(batch, Objective(), batch.sampler_logprob_N, scale=0.25)
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        results.append((loss.detach(), stats["logprob"], stats["entropy"], policy(batch, Objective())[0], grads))
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
+
+
 def test_packed_sequences_do_not_see_each_other(random_model):
     policy = load_policy(random_model, dtype=torch.float32, device=CPU)
     one, *others = sequences()
