@@ -5,8 +5,11 @@ What each setting is for, and what goes wrong without it, stands beside it: most
 
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
+from functools import partial
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from drgrpo.engine import OnFinish, Sampling, ignore
@@ -46,6 +49,8 @@ class VLLMEngine:
                 **({} if on_gpu else {"block_size": 32}),  # the CPU build's unit
                 **cache_size(kv_cache_gb, on_gpu),
             )
+        # on a CPU its log-prob helper would spend 10 s in a C++ compiler; the trainer's own torch.compile is left alone
+        self.uncompiled = nullcontext if on_gpu else partial(torch._dynamo.config.patch, disable=True)
         self.can_sleep, self.asleep, self.names = sleep, False, None
 
     def generate(self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = ignore) -> list[Completion]:
@@ -63,7 +68,9 @@ class VLLMEngine:
             )  # fmt: skip
             engine.add_request(str(i), {"prompt_token_ids": request.prompt_ids}, params)
         while engine.has_unfinished_requests():
-            for output in engine.step():
+            with self.uncompiled():
+                outputs = engine.step()
+            for output in outputs:
                 i = int(output.request_id)
                 completions[i] = completion(output.outputs[0])
                 on_finish(i, completions[i])
@@ -111,7 +118,6 @@ def prepare_environment(on_gpu: bool) -> None:
     }
     if not on_gpu:
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else all engines of a machine bind to the same cores
-        torch._dynamo.config.disable = True  # its log-prob helper would spend 10 s in a C++ compiler
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 

@@ -170,6 +170,13 @@ def test_completions_are_handed_out_as_they_finish(tied):
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1], "all were held back to the end"
 
 
+def test_the_trainers_torch_compile_is_left_alone(tied):
+    tied[0].generate(requests(4), sampling())
+    graphs = []
+    torch.compile(lambda x: x * 2 + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)(torch.ones(3))
+    assert graphs, "vLLM's presence switched torch.compile off"
+
+
 def test_the_trainers_random_numbers_are_left_alone(group, random_model, tokenizer):
     torch.manual_seed(5)
     expected = torch.rand(3)
