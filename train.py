@@ -103,6 +103,7 @@ def main(config: Config) -> None:
         policy.lm.config, policy.lm.num_parameters(), shards=world // config.dp_replicate, bytes_each=dtype.itemsize,
         checkpointing=config.checkpointing, microbatch=config.tokens_per_microbatch, max_tokens=longest + config.max_new_tokens,
         sequences=config.sampler_batch, tp=config.tp, kv_cache_gb=config.kv_cache_gb, sleep=config.sleep, gpu_bytes=gpu_bytes,
+        reference=bool(config.kl_coef),
     )  # fmt: skip
     log.say(str(ledger))
 

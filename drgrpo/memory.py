@@ -32,13 +32,13 @@ class Ledger:
 
 
 def make_ledger(lm: PretrainedConfig, parameters: int, *, shards: int, bytes_each: int, checkpointing: str, microbatch: int,
-                max_tokens: int, sequences: int, tp: int, kv_cache_gb: float, sleep: str,
-                gpu_bytes: int | None) -> Ledger:  # fmt: skip
+                max_tokens: int, sequences: int, tp: int, kv_cache_gb: float, sleep: str, gpu_bytes: int | None,
+                reference: bool = False) -> Ledger:  # fmt: skip
     """The ledger of a causal LM with `parameters` weights.
 
     shards: processes that share master weights, gradients and Adam's moments; bytes_each: of a compute weight;
     microbatch, max_tokens, sequences: packed tokens of a pass, longest sequence, sequences sampled at once;
-    gpu_bytes: None without a GPU. `sleep` "auto" lets vLLM stay if everything fits beside half of the cache it wants.
+    gpu_bytes: None without a GPU; reference: a second model is kept for a KL penalty. `sleep` "auto" lets vLLM stay if everything fits beside half of the cache it wants.
     UserError if training or sampling alone does not fit."""
     head = lm.num_key_value_heads * (getattr(lm, "head_dim", None) or lm.hidden_size // lm.num_attention_heads)
     vocabulary = lm.vocab_size * lm.hidden_size
@@ -47,6 +47,8 @@ def make_ledger(lm: PretrainedConfig, parameters: int, *, shards: int, bytes_eac
             "selective": 4 * lm.hidden_size + 2 * head + 2 * lm.intermediate_size, "full": lm.hidden_size}  # fmt: skip
     activations = microbatch * (lm.num_hidden_layers * wide[checkpointing] + wide["none"]) * bytes_each
     kept = {"master weights": 4 * parameters / shards, "Adam": 8 * parameters / shards}
+    if reference:
+        kept["reference"] = 4 * parameters / shards
     training = {"gradients": 4 * parameters / shards, "gathered weights": bytes_each * (2 * vocabulary + 2 * block),
                 "activations": activations, "LM head": 4 * vocabulary + 2 * 4096 * lm.vocab_size}  # fmt: skip
     wanted = sequences * max_tokens * 2 * lm.num_hidden_layers * head * bytes_each

@@ -27,6 +27,10 @@ def test_shards_of_the_7b_model():
     assert ledger().sampling["vLLM weights"] * GIB == pytest.approx(15.23e9)
 
 
+def test_a_reference_model_is_kept_too():
+    assert ledger(reference=True).kept["reference"] == ledger().kept["master weights"]
+
+
 def test_the_cache_it_wants_holds_all_sequences():
     wanted = 128 * 4024 * 57344  # bytes a token: 2 x 28 layers x 4 heads x 128 x 2
     assert ledger(gb=640).kv_cache * GIB == pytest.approx(wanted)
