@@ -38,8 +38,8 @@ def make_ledger(lm: PretrainedConfig, parameters: int, *, shards: int, bytes_eac
 
     shards: processes that share master weights, gradients and Adam's moments; bytes_each: of a compute weight;
     microbatch, max_tokens, sequences: packed tokens of a pass, longest sequence, sequences sampled at once;
-    gpu_bytes: None without a GPU; reference: a second model is kept for a KL penalty. `sleep` "auto" lets vLLM stay if everything fits beside half of the cache it wants.
-    UserError if training or sampling alone does not fit."""
+    gpu_bytes: None without a GPU; reference: a second model is kept for a KL penalty. `sleep` "auto" lets vLLM stay if
+    everything fits beside half of the cache it wants. UserError if training or sampling alone does not fit."""
     head = lm.num_key_value_heads * (getattr(lm, "head_dim", None) or lm.hidden_size // lm.num_attention_heads)
     vocabulary = lm.vocab_size * lm.hidden_size
     block = (parameters - vocabulary * (1 if lm.tie_word_embeddings else 2)) / lm.num_hidden_layers

@@ -82,6 +82,13 @@ def test_the_other_algorithms_run_and_differ_in_the_update_only(base, warm_model
     assert rows[0]["grad_norm"] != pytest.approx(base[1][0]["grad_norm"], rel=0.02)
 
 
+def test_a_kl_penalty_trains_every_response_and_is_measured(base, warm_model, tmp_path):
+    rows = run(small(warm_model, tmp_path / "kl", kl_coef=0.5, lr=3e-3))
+    assert all(r["tokens_trained"] == r["tokens"] for r in rows), "a response without advantage has a KL gradient"
+    assert 0 < rows[0]["kl"] < rows[1]["kl"], "the policy moves away from where it started"
+    assert base[1][1]["kl"] == 0
+
+
 def test_strictly_on_policy_is_the_sampler_ratio_with_one_update(warm_model, tmp_path):
     """With one update per rollout the old policy is the new one: three ways to say so, one gradient."""
     norms = [
