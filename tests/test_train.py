@@ -91,6 +91,22 @@ def test_a_kl_penalty_trains_every_response_and_holds_the_policy_back(base, warm
     assert base[1][1]["kl"] == 0
 
 
+def test_truncated_importance_sampling_weighs_every_token(warm_model, tmp_path):
+    """Sampler and trainer agree here, so that a cap of one half halves the gradient."""
+    settings = {"old_logprob": "recompute", "minibatches": 1, "steps": 1}
+    norms = [run(small(warm_model, tmp_path / f"cap{c}", tis_cap=c, **settings))[0]["grad_norm"] for c in (0.0, 0.5, 2.0)]
+    assert norms[1] == pytest.approx(norms[0] / 2, rel=1e-3) and norms[2] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_each_side_of_the_clip_is_its_own(warm_model, tmp_path):
+    clipped = {
+        (low, high): run(small(warm_model, tmp_path / f"{low}-{high}", clip_low=low, clip_high=high, steps=1))[0]["clip_frac"]
+        for low, high in ((1e-4, 1e-4), (1e-4, 0.99), (0.99, 1e-4), (0.99, 99.0))
+    }
+    both, low, high, none = clipped.values()
+    assert none == 0 < min(low, high) and both == pytest.approx(low + high)
+
+
 def test_strictly_on_policy_is_the_sampler_ratio_with_one_update(warm_model, tmp_path):
     """With one update per rollout the old policy is the new one: three ways to say so, one gradient."""
     norms = [
