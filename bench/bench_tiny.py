@@ -95,10 +95,11 @@ def draw(args, results: list[dict]) -> None:
             axis.plot(steps, values.mean(0), style, color=color, label=label)
             axis.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, lw=0)
     accuracy.set(title="held-out accuracy, sampled at T=1", xlabel="step", ylim=(0, 1))
-    length.set(title="length of held-out responses (tokens)", xlabel="step", ylim=(0, None))
+    length.set(title="length of held-out responses (tokens)", xlabel="step", ylim=(0, 96))
+    accuracy.legend(fontsize=8, loc="lower right")
+    length.legend(fontsize=8, loc="upper center", ncols=2)
     for axis in (accuracy, length):
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
     figure.savefig(args.out / "tiny.png", dpi=130)
 
 

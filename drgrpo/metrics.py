@@ -39,6 +39,8 @@ def step_row(step: int, algo: str, rollouts: list[Rollout], reward_PG: Tensor, a
         "tokens": sampled,
         "tokens_trained": int(trained),
         "tokens_per_s": sampled / seconds["total"],
+        "rollout_tokens_per_s": sampled / seconds["rollout"],
+        "train_tokens_per_s": trained / seconds["train"],
         "seconds": {phase: round(s, 4) for phase, s in seconds.items()},
     }
 

@@ -16,7 +16,7 @@ from drgrpo.config import RECIPES, Config, flag
 from drgrpo.log import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("seconds", "gb", "tflops", "hours_used", "tokens_per_s")
+TIMES = ("seconds", "gb", "tflops", "hours_used", "tokens_per_s", "rollout_tokens_per_s", "train_tokens_per_s")
 
 
 def small(model: str, out: Path, **changes) -> Config:
