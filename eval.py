@@ -69,7 +69,7 @@ class EvalConfig:
     tp: int = 1
     """GPUs that one vLLM sampler spans (tensor parallel); each group of so many processes answers its share"""
     kv_cache_gb: float = 0.0
-    """vLLM's key-value cache per process; 0: a third of the GPU, or 0.25 without one"""
+    """vLLM's key-value cache per process; 0: what 0.9 of the GPU leaves, or 0.25 without one"""
     write_every: int = 1024
     """responses per process between two writes of responses.jsonl: what an interruption can cost"""
     grader: str = "correct"

@@ -148,7 +148,7 @@ def test_a_sampler_that_missed_a_sync_stops_the_run(warm_model, tmp_path, monkey
 
 
 def test_reward_rises(warm_model, tmp_path):
-    """A tenth of the recipe: held-out accuracy, sampled, goes up by half and more (0.29 -> 0.59 when this was written)."""
+    """The first steps of the recipe: held-out accuracy, sampled, goes up by half and more."""
     run(small(warm_model, tmp_path / "learn", prompts_per_step=32, minibatches=4, steps=15, eval_samples=3))
     before, after = [r["accuracy"] for r in read_jsonl(tmp_path / "learn" / "eval.jsonl") if r["temperature"] == 1]
     assert after > 1.5 * before, (before, after)
