@@ -17,7 +17,7 @@ from typing import get_type_hints
 from drgrpo.types import UserError
 
 CHOICES = {
-    "algo": ("drgrpo", "grpo", "rloo", "dapo"),
+    "algo": ("drgrpo", "grpo", "grpo_length", "grpo_std", "rloo", "dapo"),
     "engine": ("auto", "torch", "vllm"),
     "old_logprob": ("sampler", "recompute", "none"),
     "dtype": ("float32", "bfloat16"),
@@ -101,7 +101,7 @@ class Config:
 
     # algorithm
     algo: str = "drgrpo"
-    """drgrpo, or for comparison grpo, rloo, dapo: the same kernel with rescaled advantages"""
+    """drgrpo, or for comparison grpo, its length or its std term alone, rloo, dapo: the same kernel, rescaled advantages"""
     minibatches: int = 8
     """optimizer steps per rollout phase"""
     clip_low: float = 0.2

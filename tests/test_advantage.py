@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from drgrpo.advantage import group_advantage, token_weight
+from drgrpo.config import CHOICES
 
 REWARD_PG = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
 
@@ -26,7 +27,12 @@ def test_rloo_is_the_leave_one_out_baseline():
         torch.testing.assert_close(advantage_PG[p, g], REWARD_PG[p, g] - others.mean())
 
 
-@pytest.mark.parametrize("algo", ["drgrpo", "grpo", "rloo", "dapo"])
+@pytest.mark.parametrize("algo", ["grpo_std", "dapo"])
+def test_the_std_term_alone_is_grpo_s_advantage(algo):
+    assert torch.equal(group_advantage(REWARD_PG, algo), group_advantage(REWARD_PG, "grpo"))
+
+
+@pytest.mark.parametrize("algo", CHOICES["algo"])
 def test_adding_a_constant_to_all_rewards_changes_nothing(algo):
     torch.testing.assert_close(group_advantage(REWARD_PG + 3, algo), group_advantage(REWARD_PG, algo))
 
@@ -40,6 +46,13 @@ def test_grpo_weighs_a_token_by_one_over_its_response_length():
     torch.testing.assert_close(token_weight(length_B, "grpo", budget) / budget, 1 / length_B.float())
 
 
+def test_each_single_term_keeps_the_other_half_of_dr_grpo():
+    length_B = torch.tensor([4, 32, 96])
+    assert torch.equal(group_advantage(REWARD_PG, "grpo_length"), group_advantage(REWARD_PG, "drgrpo"))
+    assert torch.equal(token_weight(length_B, "grpo_length", 96), token_weight(length_B, "grpo", 96))
+    assert torch.equal(token_weight(length_B, "grpo_std", 96), token_weight(length_B, "drgrpo", 96))
+
+
 def test_dapo_makes_the_loss_a_mean_over_all_tokens():
     length_B, budget = torch.tensor([4, 32, 96]), 96
     weight_B = token_weight(length_B, "dapo", budget)
@@ -49,6 +62,6 @@ def test_dapo_makes_the_loss_a_mean_over_all_tokens():
 
 def test_inputs_are_not_changed():
     before = REWARD_PG.clone()
-    for algo in ("drgrpo", "grpo", "rloo", "dapo"):
+    for algo in CHOICES["algo"]:
         group_advantage(REWARD_PG, algo)
     assert torch.equal(before, REWARD_PG)

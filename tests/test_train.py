@@ -75,7 +75,7 @@ def test_another_config_does_not_touch_the_run(base, warm_model):
     assert (base[0] / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("algo", ["grpo", "rloo", "dapo"])
+@pytest.mark.parametrize("algo", ["grpo", "grpo_length", "grpo_std", "rloo", "dapo"])
 def test_the_other_algorithms_run_and_differ_in_the_update_only(base, warm_model, tmp_path, algo):
     rows = run(small(warm_model, tmp_path / algo, algo=algo, steps=1))
     assert rows[0]["tokens"] == base[1][0]["tokens"]
