@@ -10,7 +10,6 @@ math-verify. `hostile`: `math` with one answer in a hundred that never ends (kil
 """
 
 import argparse
-import os
 import random
 import time
 from pathlib import Path

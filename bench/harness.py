@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 
 def provenance(device: str = "cpu") -> dict:
     """What a number needs beside it to mean something: card or processor, versions (None: not installed), commit, date."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} x {cpu_name()}, {torch.get_num_threads()} used"
+    cpu = f"{os.cpu_count()} x {cpu_name()}, {torch.get_num_threads()} used"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {
         "device": name, "python": platform.python_version(), "torch": torch.__version__,
         **{package: installed(package) for package in ("triton", "transformers", "vllm", "flash_attn")},
