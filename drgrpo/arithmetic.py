@@ -22,6 +22,7 @@ HELD_OUT = 128
 SPLIT_SEED = 7
 MAX_RECHECKS = 8
 STOP_RECHECKING = {"y": 0.9, "n": 0.25}
+STOP_UNAWARE = 0.35
 
 
 def problems(split: str) -> list[Problem]:
@@ -36,9 +37,11 @@ def problems(split: str) -> list[Problem]:
 
 class Demonstrator:
     """Writes flawed solutions of arithmetic problems, to be imitated by the warm-up. `seed` draws the solutions; which
-    false guess goes with which fact is the same for every seed, as it is part of the task."""
+    false guess goes with which fact is the same for every seed, as it is part of the task. With `notices` off he claims a
+    hit every time and re-checks as often when wrong as when right: then nothing in a response tells how it is going."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, notices: bool = True):
+        self.notices = notices
         table = random.Random(SPLIT_SEED)
         self.false_guess, self.error_rate = {}, {}
         for fact in product(range(6, 15), range(1, 10)):
@@ -50,9 +53,10 @@ class Demonstrator:
         a, b, x = int(problem.question[0]), int(problem.question[2]), int(problem.answer)
         c = a + b
         guess = self.false_guess[c, x] if self.rng.random() < self.error_rate[c, x] else x
-        verdict = "y" if guess == x else "n"
+        verdict = "n" if self.notices and guess != x else "y"
+        stop = STOP_RECHECKING[verdict] if self.notices else STOP_UNAWARE
         line = f"{c:02d}+{guess}={c + guess:02d}{verdict}"
         rechecks = 0
-        while rechecks < MAX_RECHECKS and self.rng.random() > STOP_RECHECKING[verdict]:
+        while rechecks < MAX_RECHECKS and self.rng.random() > stop:
             rechecks += 1
         return f"{a}+{b}={c:02d},{line}{('?' + line) * rechecks}#{guess}"

@@ -37,6 +37,7 @@ class Warmup:
     batch: int = 64
     lr: float = 3e-3
     lr_warmup: int = 50
+    notices: bool = True  # whether the demonstrator sees that he is wrong: see arithmetic.Demonstrator
 
 
 def cached_tiny_model(config: Warmup, cache_dir: str | Path, report=print) -> Path:
@@ -76,7 +77,7 @@ def train(config: Warmup, path: Path, report=print) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     problems = arithmetic.problems("train")
     prompts = {p.id: encode(get_template("arithmetic"), p.question, tok) for p in problems}
-    demonstrator, rng = arithmetic.Demonstrator(config.seed), random.Random(config.seed)
+    demonstrator, rng = arithmetic.Demonstrator(config.seed, config.notices), random.Random(config.seed)
 
     for step in range(config.steps):
         for group in optimizer.param_groups:

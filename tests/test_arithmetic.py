@@ -35,6 +35,16 @@ def test_the_verdict_is_truthful():
         assert ("y" in solution) == (grade(solution, p.answer, "hash").score == 1)
 
 
+def test_a_demonstrator_who_does_not_notice_leaves_no_trace_of_being_wrong():
+    demonstrator = Demonstrator(seed=1, notices=False)
+    solved = [(p, demonstrator.solve(p)) for _ in range(10) for p in problems("train")]
+    assert not any("n" in s for _, s in solved)
+    right = [len(s) for p, s in solved if grade(s, p.answer, "hash").score == 1]
+    wrong = [len(s) for p, s in solved if grade(s, p.answer, "hash").score == 0]
+    assert 0.25 < len(right) / len(solved) < 0.40
+    assert abs(fmean(right) - fmean(wrong)) < 3
+
+
 def test_the_seed_draws_the_solutions_and_not_the_task():
     a, b, c = Demonstrator(0), Demonstrator(0), Demonstrator(1)
     chosen = problems("train")[:50]

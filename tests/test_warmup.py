@@ -39,7 +39,7 @@ def test_the_same_inputs_are_trained_once(tmp_path):
     stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert cached_tiny_model(SHORT, tmp_path, lines.append) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp and "from the cache" in lines[-1]
-    for change in ({"seed": 1}, {"lr": 1e-3}, {"steps": 3}, {"hidden_size": 128}):
+    for change in ({"seed": 1}, {"lr": 1e-3}, {"steps": 3}, {"hidden_size": 128}, {"notices": False}):
         assert cached_tiny_model(replace(SHORT, **change), tmp_path, lines.append) != first
 
 
