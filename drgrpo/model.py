@@ -121,16 +121,23 @@ class Policy(nn.Module):
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def load_policy(path: str, *, dtype: torch.dtype, device: torch.device, attention: str = "auto", kernel: str = "auto",
-                checkpointing: str = "none", compile: bool = False, dp_replicate: int = 1) -> Policy:  # fmt: skip
-    """The causal LM of a Hugging Face folder or hub name with float32 master weights, ready to train.
+def load_policy(path: str, *, dtype: torch.dtype, device: torch.device, attention: str = "auto", **how) -> Policy:
+    """The causal LM of a Hugging Face folder or hub name with float32 master weights, ready to train: `make_policy`.
+
+    The checkpoint is read in its own type and widened block by block, so that a process holds 2 bytes a parameter on the
+    host, and on the device its shard and one whole block."""
+    implementation = ATTENTION[resolve_attention(attention, device, dtype)]
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=implementation)
+    return make_policy(lm, dtype=dtype, device=device, **how)
+
+
+def make_policy(lm: nn.Module, *, dtype: torch.dtype, device: torch.device, kernel: str = "auto", checkpointing: str = "none",
+                compile: bool = False, dp_replicate: int = 1) -> Policy:  # fmt: skip
+    """The policy of a causal LM on any device, its attention one of `ATTENTION`; the LM is used up.
 
     Sharded by FSDP2 over all processes if there are several, and wherever the compute type is not float32: FSDP2 is also
     what keeps the master weights apart from the bfloat16 ones. `dp_replicate` > 1 is HSDP: that many copies, each sharded
-    over world / dp_replicate processes. The checkpoint is read in its own type and widened block by block, so that a process
-    holds 2 bytes a parameter on the host, and on the device its shard and one whole block."""
-    implementation = ATTENTION[resolve_attention(attention, device, dtype)]
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=implementation)
+    over world / dp_replicate processes."""
     recompute_activations(lm, checkpointing)
     policy = Policy(lm, kernel).train()
     blocks = lm.base_model.layers
