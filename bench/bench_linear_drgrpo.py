@@ -2,6 +2,7 @@
 
     python -m bench.bench_linear_drgrpo                                  on a GPU: both models, four token counts
     python -m bench.bench_linear_drgrpo --models 7B --tokens 16384       one shape
+    python -m bench.bench_linear_drgrpo --sweep                          also which block and chunk sizes are fastest here
     python -m bench.bench_linear_drgrpo --device cpu                     the torch backend at small sizes
 
 Every contender gets the same hidden states, weight, targets and an advantage of 1, strictly on-policy: there the gradient of
@@ -11,13 +12,17 @@ GEMMs. Entropies are realistic (targets are sampled from the softmax); zeros wou
 First the fused head must be as exact as plain autograd, or nothing is timed. Then, per shape: milliseconds (p20, p50, p80) of
 forward and backward and of log-probs alone, peak memory beyond the inputs, relative error of both gradients against float64
 on the first tokens, host syncs. What is not installed, or does not run on this machine, is listed with the reason. Writes
-OUT.json and OUT.png; the last line of stdout is JSON.
+OUT.json, anew after every shape, and OUT.png; the last line of stdout is JSON.
+
+The sweep times forward and backward at the first token count with other sizes of a row program, then, with the fastest of
+those, other chunks. Its winner is what kernels/linear_drgrpo.py should say in TUNED for such a card.
 """
 
 import argparse
 import math
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,6 +41,10 @@ MODELS = {
 }
 DEFAULTS = {"cuda": (["7B", "1.5B"], [2048, 4096, 16_384, 65_536]), "cpu": (["tiny", "small"], [1024, 4096])}
 ERROR_TOKENS = 256
+# what a sweep tries: (BLOCK_V, NUM_WARPS) that fit the registers, and tokens of a chunk at the widest vocabulary
+PROGRAMS = {"cuda": [(4096, 8), (4096, 16), (8192, 16), (8192, 32), (16_384, 32)], "cpu": []}  # the torch backend has none
+CHUNKS = {"cuda": [2048, 3072, 4096, 6144, 8192], "cpu": [128, 256]}
+NOISE = 0.01  # a gain of a smaller share is none
 
 
 class Skip(Exception):
@@ -361,6 +370,61 @@ def measure(model: str, T: int, device: str, names: list[str], repeats: int) -> 
     return rows
 
 
+# ---- which sizes are fastest
+
+
+@contextmanager
+def sized(sizes: head.Sizes):
+    """The fused head with these sizes, whatever is tuned for the card."""
+    original, head._sizes = head._sizes, lambda device: sizes
+    try:
+        yield
+    finally:
+        head._sizes = original
+
+
+def sweep(models: list[str], T: int, device: str, repeats: int) -> dict:
+    """Forward and backward by sizes: those of the row program, then chunks with the fastest of those. A size's score is its
+    time over the default's, averaged over the models."""
+    cases = {model: make_case(T, *MODELS[model], device) for model in models}
+    steps = {model: ours(None)(case).step for model, case in cases.items()}
+    default, widest = head._sizes(torch.device(device)), max(MODELS[model][1] for model in models)
+
+    def timed(candidates):
+        def run(sizes, model):
+            with sized(sizes):
+                steps[model]()
+
+        runs = {(s, m): lambda s=s, m=m: run(s, m) for s in dict.fromkeys([default, *candidates]) for m in models}
+        for once in runs.values():
+            once()  # compiles
+        times = {key: quantiles(ms) for key, ms in interleaved(runs, device, repeats).items()}
+        score = {s: sum(times[s, m]["p50"] / times[default, m]["p50"] for m in models) / len(models) for s, _ in times}
+        return score, [{**s._asdict(), "model": m, "step_ms": ms, "score": score[s]} for (s, m), ms in times.items()]
+
+    score, rows = timed([default._replace(block_v=block, num_warps=warps) for block, warps in PROGRAMS[device]])
+    fastest = min(score, key=score.get)
+    score, chunk_rows = timed([fastest, *(fastest._replace(chunk_logits=tokens * widest) for tokens in CHUNKS[device])])
+    best = min(score, key=score.get)
+    where = torch.cuda.get_device_capability() if device == "cuda" else device
+    return {"T": T, "rows": rows + chunk_rows, "default": default._asdict(), "best": best._asdict(), "gain": 1 - score[best],
+            "tuned": f"{where}: {best}" if score[best] < 1 - NOISE else None}  # fmt: skip
+
+
+def show_sweep(found: dict) -> None:
+    print(f"\nforward and backward at T = {found['T']} by sizes; score: over the default's time")
+    columns = {
+        "model": lambda r: r["model"],
+        "block": lambda r: str(r["block_v"]),
+        "warps": lambda r: str(r["num_warps"]),
+        "chunk logits": lambda r: str(r["chunk_logits"]),
+        **{p: lambda r, p=p: number(r, "step_ms", p) for p in ("p20", "p50", "p80")},
+        "score": lambda r: number(r, "score", form="{:.3f}"),
+    }
+    print(table(sorted(found["rows"], key=lambda r: (r["model"], r["score"])), columns))
+    print(f"best: {found['gain']:.1%} faster; TUNED should say {found['tuned']}" if found["tuned"] else "the default stays")
+
+
 # ---- reporting
 
 
@@ -434,6 +498,7 @@ def main():
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--only", nargs="+", choices=list(CONTENDERS), help="contenders beside the bare GEMMs")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--sweep", action="store_true", help="also time other block and chunk sizes")
     parser.add_argument("--out", type=Path, help="path without suffix; default bench/results/linear_drgrpo_<device>")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -442,13 +507,18 @@ def main():
     names = [name for name in CONTENDERS if not args.only or name in args.only or name == "3 bare GEMMs"]
     where = provenance(args.device)
     print(" ".join(f"{key}={value}" for key, value in where.items()))
-    rows = []
+    out = args.out or ROOT / f"bench/results/linear_drgrpo_{where['device'].split(',')[0].replace(' ', '-')}"
+    result = {"where": where, "repeats": args.repeats, "rows": []}
+    rows = result["rows"]
     for model in models:
         for T in tokens:
             rows += measure(model, T, args.device, names, args.repeats)
             show(rows[-len(names) :])
-    out = args.out or ROOT / f"bench/results/linear_drgrpo_{where['device'].split(',')[0].replace(' ', '-')}"
-    text = write_json(out.with_suffix(".json"), {"where": where, "repeats": args.repeats, "rows": rows})
+            text = write_json(out.with_suffix(".json"), result)
+    if args.sweep:
+        result["sweep"] = sweep(models, tokens[0], args.device, args.repeats)
+        show_sweep(result["sweep"])
+        text = write_json(out.with_suffix(".json"), result)
     plot(rows, where, out.with_suffix(".png"))
     print(f"\nwrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
     print(text)

@@ -21,6 +21,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -81,28 +82,27 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = {name: SETTINGS[name] for name in args.settings}
-    train_all(chosen, args.runs, args.jobs)
+    for name, setting in chosen.items():
+        train_all(name, setting, args.runs, args.jobs)
     report(chosen, args.runs, args.out)
 
 
 # ---- runs
 
 
-def train_all(settings: dict[str, Setting], runs: Path, jobs: int) -> None:
-    """Every warm-up that is needed, then every run that is not there yet, `jobs` at a time."""
-    arms = [(name, algo, seed) for name, s in settings.items() for seed in range(s.seeds) for algo in s.algos]
-    warmups = list(dict.fromkeys(Warmup(seed=seed, **settings[name].warmup) for name, _, seed in arms))
+def train_all(name: str, setting: Setting, runs: Path, jobs: int) -> None:
+    """The warm-ups of a set-up, then those of its runs that are not there yet, `jobs` at a time."""
+    warmups = [Warmup(seed=seed, **setting.warmup) for seed in range(setting.seeds)]
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        models = dict(zip(warmups, pool.map(partial(cached_tiny_model, cache_dir=runs / "warmup"), warmups), strict=True))
+        models = list(pool.map(partial(cached_tiny_model, cache_dir=runs / "warmup"), warmups))
 
     def train(arm):
-        name, algo, seed = arm
-        setting = settings[name]
-        train_one(setting, models[Warmup(seed=seed, **setting.warmup)], folder(runs, *arm), algo, seed)
+        algo, seed = arm
+        train_one(setting, models[seed], folder(runs, name, algo, seed), algo, seed)
         print(f"{name}, {algo}, seed {seed}: done", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(train, arms))  # the first failure surfaces here
+        list(pool.map(train, product(setting.algos, range(setting.seeds))))  # the first failure surfaces here
 
 
 def folder(runs: Path, name: str, algo: str, seed: int) -> Path:

@@ -127,9 +127,9 @@ def draw(result: dict, path: Path) -> None:
         (axes[1], "by_std", "std", "std of the group's rewards, responses of 100 tokens"),
     ):
         for size, (algo, objective) in zip((10, 8, 6, 4), OBJECTIVES.items(), strict=True):  # so that none hides another
-            found = sorted(result[key][algo], key=lambda p: p[x])
-            axis.plot([p[x] for p in found], [p["formula"] for p in found], color=objective.color, lw=1)
-            axis.plot([p[x] for p in found], [p["low"] for p in found], "o", ms=size, color=objective.color, label=objective.label)
+            at, low, formula = zip(*sorted((p[x], p["low"], p["formula"]) for p in result[key][algo]), strict=True)
+            axis.plot(at, formula, color=objective.color, lw=1)
+            axis.plot(at, low, "o", ms=size, color=objective.color, label=objective.label)
         axis.set(xlabel=title, yscale="log", ylabel="weight of a token / |r - mean r|")
         axis.grid(alpha=0.3)
     axes[0].set_xscale("log")
