@@ -152,9 +152,10 @@ def pooled(evals: list[dict], column: str) -> float | None:
     return float(np.average([r[column] or 0.0 for r in evals], weights=weights)) if sum(weights) else None
 
 
-def difference(ours: list[float], baseline: list[float]) -> dict:
-    """Paired by seed: mean of ours - baseline, 95 % t-interval, p of the t-test and of the exact sign-flip test."""
-    d = np.subtract(ours, baseline)
+def difference(ours: list[float | None], baseline: list[float | None]) -> dict:
+    """Paired by seed: mean of ours - baseline, 95 % t-interval, p of the t-test and of the exact sign-flip test. A seed on
+    which one of them has no value (a run without a wrong answer has no length of them) is left out."""
+    d = np.array([a - b for a, b in zip(ours, baseline, strict=True) if a is not None and b is not None])
     test = stats.ttest_1samp(d, 0.0)
     flips = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=2 ** len(d))
     return {"mean": d.mean(), "interval": list(test.confidence_interval(0.95)), "p": test.pvalue, "p_sign_flip": flips.pvalue,
