@@ -147,7 +147,8 @@ def make_policy(lm: nn.Module, *, dtype: torch.dtype, device: torch.device, kern
     if dtype == torch.float32 and (not dist.is_initialized() or dist.get_world_size() == 1):
         return policy.float().to(device)
     mesh = device_mesh(device, dp_replicate)
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # inputs stay as they are: hidden states have the weights' type anyway, and advantages and log-probs are float32
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block.float(), mesh=mesh, mp_policy=precision)
     fully_shard(policy.float(), mesh=mesh, mp_policy=precision)

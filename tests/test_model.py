@@ -116,6 +116,23 @@ def test_both_kernel_backends_train_the_same(random_model):
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 
 
+def test_bfloat16_compute_keeps_master_weights_and_token_numbers_in_float32(random_model, group_of_one):
+    """FSDP2 would cast a batch's advantages and log-probs to bfloat16 on the way in: a ratio off by a percent."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = load_policy(random_model, dtype=dtype, device=CPU)
+        batch = pack(sequences())
+        logprob_N, _ = policy(batch, Objective())
+        loss, stats = policy(batch, Objective(), logprob_N - 0.001, scale=0.25)
+        loss.backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())
+        grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in policy.parameters()]
+        results.append((stats["log_ratio"], torch.cat([g.flatten() for g in grads])))
+    (_, exact), (log_ratio_N, grads) = results
+    torch.testing.assert_close(log_ratio_N, torch.full_like(log_ratio_N, 0.001), atol=1e-5, rtol=0)
+    assert (grads - exact).norm() <= 0.03 * exact.norm()
+
+
 def test_packed_sequences_do_not_see_each_other(random_model):
     policy = load_policy(random_model, dtype=torch.float32, device=CPU)
     one, *others = sequences()
