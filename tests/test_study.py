@@ -89,7 +89,7 @@ def test_the_report_compares_every_objective_and_draws(runs, tmp_path, capsys):
     for name in ("study", "study_details", "study_settings"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000
     shown = capsys.readouterr().out
-    assert "| one update | GRPO | 2 | 0.50 → 0.51 (0.51–0.51) | 30 → 66 (65–68) |" in shown
+    assert "| one update | GRPO | 2 | 0.51 → 0.51 (0.51–0.51) | 30 → 66 (65–68) |" in shown
     assert "+41 (" in shown and shown.count("| one update |") == 7
 
 
