@@ -406,9 +406,9 @@ def sweep(models: list[str], T: int, device: str, repeats: int) -> dict:
     fastest = min(score, key=score.get)
     score, chunk_rows = timed([fastest, *(fastest._replace(chunk_logits=tokens * widest) for tokens in CHUNKS[device])])
     best = min(score, key=score.get)
-    where = torch.cuda.get_device_capability() if device == "cuda" else device
+    better = device == "cuda" and score[best] < 1 - NOISE
     return {"T": T, "rows": rows + chunk_rows, "default": default._asdict(), "best": best._asdict(), "gain": 1 - score[best],
-            "tuned": f"{where}: {best}" if score[best] < 1 - NOISE else None}  # fmt: skip
+            "tuned": f"{torch.cuda.get_device_capability()}: {best}" if better else None}  # fmt: skip
 
 
 def show_sweep(found: dict) -> None:
@@ -422,7 +422,8 @@ def show_sweep(found: dict) -> None:
         "score": lambda r: number(r, "score", form="{:.3f}"),
     }
     print(table(sorted(found["rows"], key=lambda r: (r["model"], r["score"])), columns))
-    print(f"best: {found['gain']:.1%} faster; TUNED should say {found['tuned']}" if found["tuned"] else "the default stays")
+    advice = f"TUNED should say {found['tuned']}" if found["tuned"] else "the default stays"
+    print(f"best: {found['best']}, {found['gain']:.1%} faster; {advice}")
 
 
 # ---- reporting

@@ -112,6 +112,27 @@ def _jit(**options):
 # then is still in the L2 cache when the second sweep reads it again. Predicted, see bench/static_report.py.
 BLOCK_V, NUM_WARPS = 8192, 32
 
+
+class Sizes(NamedTuple):
+    """What depends on the card, not on the result."""
+
+    block_v: int  # logits that a row program takes at a time
+    num_warps: int
+    chunk_logits: int  # of one chunk
+
+
+TUNED: dict[tuple[int, int], Sizes] = {}
+"""Compute capability -> sizes that beat the ones above on such a card (`make gpu` sweeps them and prints its entry). Empty:
+every architecture runs on the predicted sizes, none of them measured yet."""
+
+
+def _sizes(device):
+    default = Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS["cuda" if device.type == "cuda" else "cpu"])
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return default
+    return TUNED.get(torch.cuda.get_device_capability(device), default)
+
+
 _LOWEST = -1e30  # starts the running maximum: finite, so that no difference is inf - inf and no product 0 * inf
 _LOG2E = 1.4426950408889634
 
@@ -268,6 +289,7 @@ def _rows_triton(z, V, target, tokens, o, stat, clipped, grad_dtype):
     """The row pass over one chunk. Fills the columns of `stat` and `clipped`; returns dZ in `grad_dtype`, None without."""
     dz = z if grad_dtype in (None, z.dtype) else z.view(grad_dtype)[:, z.shape[1] :]
     advantage, old, sampler, ref = tokens
+    sizes = _sizes(z.device)
     with torch.cuda.device_of(z):
         _drgrpo_row_kernel[(len(z),)](
             z, dz, target, advantage, old, sampler, ref, stat, clipped,
@@ -275,7 +297,7 @@ def _rows_triton(z, V, target, tokens, o, stat, clipped, grad_dtype):
             _LOG2E / o.temperature, 1.0 - o.clip_low, 1.0 + o.clip_high, o.tis_cap, o.kl_coef, o.scale / o.temperature,
             LOSS=advantage is not None, GRAD=grad_dtype is not None, HAS_OLD=old is not None,
             HAS_SAMPLER=sampler is not None, KL=0 if ref is None else int(o.kl[1]), SHARED_ROW=dz.dtype != z.dtype,
-            BLOCK_V=BLOCK_V, num_warps=NUM_WARPS,
+            BLOCK_V=sizes.block_v, num_warps=sizes.num_warps,
         )  # fmt: skip
     return dz[:, :V]
 
@@ -621,7 +643,7 @@ def _backend(backend, device):
 
 
 def _chunk(T, V, device):
-    """Equal chunks, multiples of 128 tokens, of at most CHUNK_LOGITS logits (or 128 tokens, however large V is)."""
-    most = max(CHUNK_LOGITS["cuda" if device.type == "cuda" else "cpu"] // V // 128 * 128, 128)
+    """Equal chunks, multiples of 128 tokens, of at most `chunk_logits` logits (or 128 tokens, however large V is)."""
+    most = max(_sizes(device).chunk_logits // V // 128 * 128, 128)
     chunks = max(math.ceil(T / most), 1)
     return max(math.ceil(math.ceil(T / chunks) / 128) * 128, 128)

@@ -66,6 +66,39 @@ def test_fused_memory_is_the_chunk_and_the_gradients():
     assert rows[OURS]["peak_bytes"] < rows["torch, fp32 upcast"]["peak_bytes"] / 4
 
 
+def test_the_sweep_times_what_it_names_and_takes_the_fastest(monkeypatch):
+    """Made-up times: (128, 4) is the fastest program, 256 tokens the fastest chunk, and only with that program."""
+    monkeypatch.setitem(bench.PROGRAMS, "cpu", [(64, 2), (128, 4)])
+    used, sizes_now = [], bench.head._sizes
+    monkeypatch.setattr(bench.head, "linear_drgrpo_loss", lambda *_, **__: (used.append(bench.head._sizes(None)), {}))
+    monkeypatch.setattr(bench.Case, "backward", lambda self, loss: None)
+
+    def fake(runs, device, repeats):
+        times = {}
+        for key, run in runs.items():
+            run()
+            assert used[-1] == key[0], "it timed other sizes than it says"
+            times[key] = [10.0 - 4 * (used[-1][:2] == (128, 4)) - (used[-1].chunk_logits == 256 * 8192)]
+        return times
+
+    monkeypatch.setattr(bench, "interleaved", fake)
+    found = bench.sweep(["tiny", "small"], 64, "cpu", repeats=1)
+    assert found["best"] == {"block_v": 128, "num_warps": 4, "chunk_logits": 256 * 8192} and found["gain"] == 0.5
+    assert {row["model"] for row in found["rows"]} == {"tiny", "small"} and len(found["rows"]) == 2 * (3 + 4)
+    assert bench.head._sizes is sizes_now
+
+
+def test_sizes_tuned_for_a_card_are_used_on_that_card_only(monkeypatch):
+    tuned, cuda = bench.head.Sizes(4096, 16, 8192 * 151_936), torch.device("cuda", 0)
+    monkeypatch.setattr(bench.head, "TUNED", {(9, 0): tuned})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, chunk in (((9, 0), 8192), ((8, 0), 4096)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert (bench.head._sizes(cuda) == tuned) == (capability == (9, 0))
+        assert bench.head._chunk(8192, 151_936, cuda) == chunk
+    assert bench.head._sizes(torch.device("cpu")) != tuned
+
+
 def test_targets_are_samples_of_the_softmax():
     case = bench.make_case(4000, 4, 5, "cpu")
     p = (case.hidden @ case.weight.T).softmax(-1).detach()
@@ -96,7 +129,7 @@ def test_quantiles_and_table():
 
 def test_command_writes_json_and_picture(tmp_path):
     command = [sys.executable, "-m", "bench.bench_linear_drgrpo", "--device", "cpu", "--models", "tiny", "--tokens", "128"]
-    command += ["--repeats", "2", "--only", OURS, "CCE", "--out", str(tmp_path / "result")]
+    command += ["--repeats", "2", "--only", OURS, "CCE", "--sweep", "--out", str(tmp_path / "result")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -104,4 +137,5 @@ def test_command_writes_json_and_picture(tmp_path):
     assert [row["contender"] for row in result["rows"]] == ["3 bare GEMMs", OURS, "CCE"]
     assert {"device", "torch", "triton", "commit", "date"} <= set(result["where"])
     assert "skipped CCE: needs CUDA" in done.stdout
+    assert result["sweep"]["tuned"] is None and "the default stays" in done.stdout, "what a CPU finds is no advice for a card"
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")

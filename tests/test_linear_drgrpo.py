@@ -62,6 +62,7 @@ def small_blocks(monkeypatch):
     """Vocabularies of a few hundred then take several blocks and a tail."""
     monkeypatch.setattr(head, "BLOCK_V", 64)
     monkeypatch.setattr(head, "NUM_WARPS", 2)
+    monkeypatch.setattr(head, "TUNED", {})
 
 
 @dataclass
@@ -511,7 +512,7 @@ def test_sampler_log_probs_that_are_not_used_change_nothing(backend, small_block
     case = make(10, 16, 130, torch.bfloat16, seed=12, on_policy=True)
     plain, given = (
         run(linear_drgrpo_loss, case, backend=backend, sampler_logprob=sampler, chunk_tokens=4)
-        for sampler in (None, torch.full((10,), -3.0))
+        for sampler in (None, torch.full((10,), -3.0, device=DEVICE))
     )
     assert torch.equal(plain[1]["logprob"], given[1]["logprob"]) and torch.equal(plain[3], given[3])
     fp32 = run(linear_drgrpo_loss, case, backend=backend, logits_dtype=torch.float32, chunk_tokens=4)
@@ -888,6 +889,7 @@ def test_random_shapes_and_options():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(head, "BLOCK_V", block)
             patch.setattr(head, "NUM_WARPS", 1)
+            patch.setattr(head, "TUNED", {})
             assert_close_to_float64(case, backend, gradient=1e-4, chunk_tokens=chunk, scale=scale, **options)
 
     check()
