@@ -19,8 +19,8 @@ rewritten after every variant; the last line printed is that JSON.
 import argparse
 import gc
 import importlib.util
-import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -58,7 +58,6 @@ from drgrpo.tokenizer import byte_tokenizer
 from drgrpo.types import Completion, Problem, Rollout, UserError
 from drgrpo.warmup import Warmup, build_tiny_model, cached_tiny_model
 
-RESULTS = ROOT / "bench" / "results"
 CPU = torch.device("cpu")
 WIDE = Warmup(hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=768)
 
@@ -80,8 +79,9 @@ PROMPT, SIGMA, MEDIAN, CUT, NO_ADVANTAGE = 120, 0.75, 0.195, 0.02, 0.45
 (at 3000 tokens the mean is 790), and a share more hits the budget; share of responses whose whole group has one reward."""
 
 PUBLISHED = {"tokens_per_s": 12_327, "mfu": 0.1148, "step_s": 1.92, "what": "prime-rl on one H100 80GB, 2026-01-20",
-             "source": "https://github.com/PrimeIntellect-ai/prime-rl benchmarks/baselines/benchmark-1xh100-Qwen--Qwen3-0.6B-rl-"
-                       "full-1gpu-Recompute-flash_attention_3-16384-cp1-ep1.json at aa1bec0"}  # fmt: skip
+             "source": "https://github.com/PrimeIntellect-ai/prime-rl, commit aa1bec0, benchmarks/baselines/"
+                       "benchmark-1xh100-Qwen--Qwen3-0.6B-rl-full-1gpu-Recompute-flash_attention_3-16384-cp1-ep1.json",
+             }  # fmt: skip
 """Qwen3-0.6B, two micro-batches of 16384 tokens a step, every block recomputed; mfu by its own count of FLOPs."""
 
 PHASES = ("pack", "old log-probs", "forward", "head + loss", "backward", "optimizer")
@@ -263,9 +263,9 @@ class Trainer:
             with clock.watching(self.policy):
                 for batches, logprobs in zip(updates, old, strict=True):
                     work = [(batch, old_N, None) for batch, old_N in zip(batches, logprobs, strict=True)]
-                    update = train.train_minibatch(config, self.policy, self.optimizer, work, objective, 0.0, check_parity=False)
+                    norms.append(train.train_minibatch(config, self.policy, self.optimizer, work, objective, lr=0.0,
+                                                       check_parity=False)["grad_norm"])  # fmt: skip
                     clock.mark("optimizer")
-                    norms.append(update["grad_norm"])
             return norms, clock.seconds()
 
     def trained(self, changes: dict) -> list[tuple[int, int]]:
@@ -297,11 +297,10 @@ class Budget:
         self.longest = max(self.longest, time.perf_counter() - start)
 
 
-def measure(trainer: Trainer, variants: dict[str, dict], repeats: int, budget: Budget, publish: Callable) -> list[dict]:
-    """A row per variant, in turns A B C A B C; the first one is the reference. `publish(rows)` is called after each."""
+def measure(trainer: Trainer, variants: dict[str, dict], repeats: int, budget: Budget, publish: Callable) -> None:
+    """Every variant in turns A B C A B C; the first one is the reference. `publish` gets all rows after each."""
     rows = {name: {"variant": name, "skipped": NOT_REACHED, "turns": []} for name in variants}
     reference = next(iter(rows.values()))
-    publish(summaries := [*rows.values()])
     for _ in range(repeats):
         for name, changes in variants.items():
             if rows[name]["skipped"] == OUT_OF_MEMORY or not budget.allows():
@@ -313,10 +312,9 @@ def measure(trainer: Trainer, variants: dict[str, dict], repeats: int, budget: B
                     rows[name]["skipped"] = OUT_OF_MEMORY
                 if rows[name]["skipped"] == OUT_OF_MEMORY:  # here, where the traceback does not hold the tensors any more
                     trainer.start()
-            publish(summaries := [summary(trainer, variants[n], row, reference) for n, row in rows.items()])
-            if reference["skipped"]:
+            publish([summary(trainer, variants[n], row) for n, row in rows.items()])
+            if reference["skipped"] == OUT_OF_MEMORY:
                 raise UserError(f"{OUT_OF_MEMORY} with everything on: choose fewer --layers or --responses")
-    return summaries
 
 
 def visit(trainer: Trainer, changes: dict, row: dict, reference: dict) -> None:
@@ -341,7 +339,7 @@ def peak(run: Callable, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def summary(trainer: Trainer, changes: dict, row: dict, reference: dict) -> dict:
+def summary(trainer: Trainer, changes: dict, row: dict) -> dict:
     """Medians over the turns, and what follows from them."""
     if row["skipped"]:
         return {"variant": row["variant"], "skipped": row["skipped"]}
@@ -352,7 +350,6 @@ def summary(trainer: Trainer, changes: dict, row: dict, reference: dict) -> dict
         "variant": row["variant"], "turns": len(totals),
         "seconds": {"median": seconds, "low": min(totals), "high": max(totals)},
         "phases": {phase: median(turn[phase] for turn in row["turns"]) for phase in PHASES},
-        "times": seconds / median(sum(turn.values()) for turn in reference["turns"]),
         "tokens_per_s": sum(map(sum, lengths)) / seconds, "peak_bytes": row["peak_bytes"],
         "tflops": speed / 1e12, "mfu": speed / limit if limit else None, "grad_norms": row["grad_norms"],
     }  # fmt: skip
@@ -436,24 +433,23 @@ def made_up(config: Config, device: torch.device, length_B, prompt: int, policy:
     return rollouts, group_advantage(reward_PG, config.algo)
 
 
-def imbalance(config: Config, world: int = 8) -> dict:
-    """Tokens of the busiest of `world` processes over the mean, averaged over the optimizer steps of a paper-sized step, from
-    `pack.microbatches` and from equal counts: over whole optimizer steps, and in lockstep, as FSDP2 makes processes wait for
-    one another at every micro-batch."""
-    count, rng = 1024, np.random.default_rng(0)
-    length_B = PROMPT + lengths_like_a_run(count, 3000, rng)
-    advantage_B = group_advantage(made_up_rewards(count // 8, 8, rng), "drgrpo").flatten().tolist()
-    found = {}
-    for name, split in (("balanced", pack.microbatches), ("equal counts", equal_counts)):
-        whole, lockstep = [], []
-        for chosen in pack.minibatches(count, 8, seed=0, step=1):
+def imbalance(config: Config, world: int = 8) -> dict[str, float]:
+    """Tokens of the busiest of `world` processes over the mean, in a step of the paper's size, by how responses are dealt.
+    FSDP2 makes processes wait for one another at every micro-batch, so the busiest of each one counts."""
+    rng = np.random.default_rng(0)
+    length_B = PROMPT + lengths_like_a_run(config.rollouts_per_step, config.max_new_tokens, rng)
+    advantage_B = group_advantage(made_up_rewards(config.prompts_per_step, config.group_size, rng), config.algo).flatten()
+    budget, found = config.tokens_per_microbatch, {}
+    for name, split, room in (("balanced", pack.microbatches, budget), ("equal counts", equal_counts, budget),
+                              ("equal counts, one response per micro-batch", equal_counts, 1)):  # fmt: skip
+        busiest = total = 0
+        for chosen in pack.minibatches(config.rollouts_per_step, config.minibatches, seed=0, step=1):
             lengths = {i: int(length_B[i]) for i in chosen if advantage_B[i]}
-            plan = split(lengths, world, config.tokens_per_microbatch)
+            plan = split(lengths, world, room)
             tokens = np.array([[sum(lengths[i] for i in part) for part in parts] for parts in plan])  # [world, micro-batches]
-            whole.append(tokens.sum(1).max() * world / tokens.sum())
-            lockstep.append(tokens.max(0).sum() * world / tokens.sum())
-        found[name] = {"optimizer_step": float(np.mean(whole)), "lockstep": float(np.mean(lockstep))}
-    return {"processes": world, "responses": count, "tokens_per_microbatch": config.tokens_per_microbatch, **found}
+            busiest, total = busiest + world * tokens.max(0).sum(), total + tokens.sum()
+        found[name] = float(busiest / total)
+    return found
 
 
 # ---- what is measured where
@@ -475,20 +471,22 @@ def sample(config: Config, path: str, policy: Policy) -> tuple[list[Rollout], Te
 
 
 def on_cpu(report: dict, args, budget: Budget, save: Callable) -> None:
-    """The tiny recipe's two sizes, then whole steps."""
-    config, cache = RECIPES["tiny"](), ROOT / RECIPES["tiny"]().cache_dir
-    config = replace(config, prompts_per_step=args.responses // config.group_size)
+    """The tiny recipe's model and a wider one, then whole steps."""
+    config = RECIPES["tiny"]()
+    config, cache = replace(config, prompts_per_step=args.responses // config.group_size), ROOT / config.cache_dir
+    variants = features(config, sweep=False)
     with tempfile.TemporaryDirectory() as folder:
         build_tiny_model(WIDE, folder)
-        models = {"tiny": str(cached_tiny_model(Warmup(), cache, report=lambda line: None)), "wide": folder}
-        for name, path in models.items():
+        tiny = cached_tiny_model(Warmup(), cache, report=lambda line: None)
+        for name, path, repeats in (("tiny", str(tiny), 3 * args.repeats), ("wide", folder, args.repeats)):
             build = partial(load_policy, path, dtype=torch.float32, device=CPU)
-            run_case(report, name, Trainer(config, CPU, build, partial(sample, config, path)), features(config, sweep=False),
-                     args.repeats, budget, save)  # fmt: skip
-    report["steps"] = []
-    for name, flags in WHOLE_STEPS.items():
-        row = whole_steps(flags, args.steps, cache) if budget.allows() else {"skipped": NOT_REACHED}
-        report["steps"].append({"run": name, **row})
+            make = partial(Trainer, config, CPU, build, partial(sample, config, path))
+            run_case(report, name, make, variants, repeats, budget, save)
+    report["steps"] = [{"run": run, "skipped": NOT_REACHED} for run in WHOLE_STEPS]
+    for row, flags in zip(report["steps"], WHOLE_STEPS.values(), strict=True):
+        if budget.allows():
+            with budget.spending():
+                row |= {"skipped": None} | whole_steps(flags, args.steps, cache)
         save()
 
 
@@ -496,48 +494,42 @@ def at_size(report: dict, args, budget: Budget, save: Callable, device: torch.de
     """A made-up model of that shape on the paper's recipe: one process's share of a step."""
     config = replace(RECIPES["oat_zero_7b"](), prompts_per_step=args.responses // 8, old_logprob="sampler")
     if args.rehearse:
-        config = replace(config, max_new_tokens=96, tokens_per_microbatch=512)
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else GIB
-    whole = SHAPES[shape]["num_hidden_layers"]
+        config = replace(config, minibatches=2, max_new_tokens=96, tokens_per_microbatch=512)
+    whole, free = SHAPES[shape]["num_hidden_layers"], torch.cuda.mem_get_info()[0] if device.type == "cuda" else GIB
     layers = args.layers or layers_that_fit(shape, config, free)
     build = partial(build_policy, shape, layers, torch.bfloat16, device)
     length_B = lengths_like_a_run(config.rollouts_per_step, config.max_new_tokens, np.random.default_rng(0))
     prompt = PROMPT * config.max_new_tokens // 3000
-    trainer = Trainer(config, device, build, partial(made_up, config, device, length_B, prompt))
+    make = partial(Trainer, config, device, build, partial(made_up, config, device, length_B, prompt))
     facts = {"layers": layers, "layers_of_the_model": whole}
     if layers < whole:
-        facts["left_out"] = f"{whole - layers} of {whole} layers: {layers} were asked for" if args.layers else (
-            f"{whole - layers} of {whole} layers: with all of them training needs {needed_bytes(shape, whole, config) / GIB:.0f} "
-            f"GiB by the memory ledger, and {USABLE * free / GIB:.0f} can be used")  # fmt: skip
-    run_case(report, shape, trainer, features(config, sweep=True), args.repeats, budget, save, facts)
-    if layers < whole:
+        needed, room = (f"{x / GIB:.0f} GiB" for x in (needed_bytes(shape, whole, config), USABLE * free))
+        facts["left_out"] = f"{whole - layers} of {whole} layers (the memory ledger says {needed} for all, of {room})"
+    run_case(report, shape, make, features(config, sweep=True), args.repeats, budget, save, facts)
+    if layers < whole and "phases" in report["cases"][shape]["rows"][0]:
         report["cases"][shape]["extrapolated"] = extrapolated(report["cases"][shape])
-    del trainer
     if shape in ("0.6b", "toy"):
         tokens = config.tokens_per_microbatch
         config = replace(config, prompts_per_step=1, group_size=2, minibatches=1, max_new_tokens=tokens - 1)
-        trainer = Trainer(config, device, build, partial(made_up, config, device, [tokens - 1] * 2, 1))
-        facts = {"published": PUBLISHED} if shape == "0.6b" else {}
-        run_case(report, f"{shape}, two sequences of {tokens} tokens", trainer, {"everything on": {}}, args.repeats, budget, save,
-                 facts)  # fmt: skip
+        make = partial(Trainer, config, device, build, partial(made_up, config, device, [tokens - 1] * 2, 1))
+        run_case(report, f"{shape}, two sequences of {tokens} tokens", make, {"everything on": {}}, args.repeats, budget, save,
+                 {"published": PUBLISHED} if shape == "0.6b" else {})  # fmt: skip
 
 
-def run_case(report, name, trainer, variants, repeats, budget, save, facts=None) -> None:
-    case = report["cases"][name] = trainer.facts() | (facts or {})
+def run_case(report, name, make_trainer, variants, repeats, budget, save, facts=None) -> None:
+    """One table of the report. The trainer is made here, so that the one before it is gone."""
+    case = report["cases"][name] = {**(facts or {}), "rows": [{"variant": v, "skipped": NOT_REACHED} for v in variants]}
+    if budget.allows():
+        trainer = make_trainer()
+        case |= trainer.facts()
+        measure(trainer, variants, repeats, budget, lambda rows: save(case.update(rows=rows)))
+    save()
 
-    def publish(rows):
-        case["rows"] = rows
-        save()
 
-    case["rows"] = measure(trainer, variants, repeats, budget, publish)
-
-
-def extrapolated(case: dict) -> dict | None:
-    """Seconds with all layers, if a pass through the blocks grows with their number and nothing else does but the optimizer,
-    which is left as it was: a little too low."""
+def extrapolated(case: dict) -> dict:
+    """Seconds with all layers if the passes through the blocks grow with their number. The optimizer's share is left as it
+    was, so this is a little too low."""
     first = case["rows"][0]
-    if "phases" not in first:
-        return None
     blocks = first["phases"]["forward"] + first["phases"]["backward"]
     grown = blocks * (case["layers_of_the_model"] / case["layers"] - 1)
     return {"variant": first["variant"], "layers": case["layers_of_the_model"], "seconds": first["seconds"]["median"] + grown}
@@ -558,7 +550,7 @@ def whole_steps(flags: tuple[str, ...], steps: int, cache: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train.py"), "--recipe", "tiny", "--out", f"{folder}/run", "--steps", str(steps),
                    "--eval-data", "", "--save-every", "1", "--cache-dir", str(cache), *flags]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         rows = read_jsonl(f"{folder}/run/metrics.jsonl")[steps // 3 :]
@@ -577,6 +569,7 @@ def whole_steps(flags: tuple[str, ...], steps: int, cache: Path) -> dict:
 
 def markdown(rows: list[dict], label: str, phases: tuple[str, ...]) -> str:
     """A table of rows with numbers, or with the reason why there are none."""
+    base = next((row["seconds"]["median"] for row in rows if "seconds" in row), None)
     heads = [label, "seconds (range)", "times", "tok/s", "peak GB", "TFLOP/s (MFU)", *(f"{phase}, ms" for phase in phases)]
     lines = [heads, ["---"] * len(heads)]
     for r in rows:
@@ -585,8 +578,8 @@ def markdown(rows: list[dict], label: str, phases: tuple[str, ...]) -> str:
             continue
         s, mfu = r["seconds"], "-" if r["mfu"] is None else f"{r['mfu']:.1%}"
         lines.append([
-            r[label], f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})", f"{s['median'] / rows[0]['seconds']['median']:.2f}",
-            f"{r['tokens_per_s']:,.0f}", f"{r['peak_bytes'] / 1e9:.2f}", f"{r['tflops']:.3g} ({mfu})",
+            r[label], f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})", f"{s['median'] / base:.2f}",
+            f"{r['tokens_per_s']:,.0f}", f"{r['peak_bytes'] / 1e9:.3g}", f"{r['tflops']:.3g} ({mfu})",
             *(f"{1e3 * r['phases'][phase]:.1f}" for phase in phases),
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -596,22 +589,28 @@ def text(report: dict) -> str:
     """Everything, for people."""
     parts = []
     for name, case in report["cases"].items():
-        parts.append(
-            f"{name}: {case['parameters']:,} parameters, {case['dtype']}; {case['responses']} responses of "
-            f"{case['response_tokens']:,} tokens in {case['optimizer_steps']} optimizer steps, {case['zero_advantage']:.0%} "
-            f"without advantage; micro-batches of {case['tokens_per_microbatch']} tokens, checkpointing {case['checkpointing']}"
-        )
-        if "left_out" in case:
-            parts[-1] += f"\nleft out: {case['left_out']}"
-        parts.append(markdown(case["rows"], "variant", PHASES))
+        parts += [f"{name}: {describe(case)}", markdown(case["rows"], "variant", PHASES)]
         if found := case.get("extrapolated"):
             parts.append(f"extrapolated, not measured: {found['variant']}, {found['layers']} layers, {found['seconds']:.2f} s")
         if found := case.get("published"):
-            parts.append(f"published: {found['what']}, {found['tokens_per_s']:,} tok/s, MFU {found['mfu']:.1%} ({found['source']})")
+            numbers = f"{found['tokens_per_s']:,} tok/s, MFU {found['mfu']:.1%}"
+            parts.append(f"published: {found['what']}, {numbers} ({found['source']})")
     if "steps" in report:
-        parts += ["whole steps of the tiny recipe (tok/s: sampled)", markdown(report["steps"], "run", STEP_PHASES)]
-    parts.append(f"tokens of the busiest of 8 processes over the mean: {json.dumps(report['imbalance'])}")
-    return "\n\n".join(parts)
+        parts.append("whole steps of the tiny recipe (tok/s: sampled; peak: resident memory)")
+        parts.append(markdown(report["steps"], "run", STEP_PHASES))
+    shares = ", ".join(f"{name} {ratio:.2f}" for name, ratio in report["imbalance"].items())
+    return "\n\n".join([*parts, f"tokens of the busiest of 8 processes over the mean: {shares}"])
+
+
+def describe(case: dict) -> str:
+    if "parameters" not in case:
+        return NOT_REACHED
+    left_out = f"; left out: {case['left_out']}" if "left_out" in case else ""
+    return (
+        f"{case['parameters']:,} parameters, {case['dtype']}{left_out}; {case['responses']} responses of "
+        f"{case['response_tokens']:,} tokens in {case['optimizer_steps']} optimizer steps, {case['zero_advantage']:.0%} "
+        f"without advantage; {case['tokens_per_microbatch']} tokens per micro-batch, checkpointing {case['checkpointing']}"
+    )
 
 
 def plot(report: dict, path: Path) -> None:
@@ -633,10 +632,10 @@ def plot(report: dict, path: Path) -> None:
             axis.barh(names, width, left=left, color=color, label=phase)
             left += width
         for y, row in enumerate(rows):
-            axis.text(left[y], y, f" {row.get('skipped') or format(row['seconds']['median'], '.3f') + ' s'}", va="center", size=7)
+            axis.text(left[y], y, " " + (row.get("skipped") or f"{row['seconds']['median']:.3f} s"), va="center", size=7)
         axis.invert_yaxis()
         axis.margins(x=0.12)
-        axis.set(title=name, xlabel="seconds")
+        axis.set_title(f"{name}, seconds")
         axis.tick_params(labelsize=8)
         axis.legend(fontsize=7, ncols=len(phases), loc="lower center", bbox_to_anchor=(0.5, -0.05 - 2.2 / (2 + len(rows))))
     figure.suptitle(f"one step by phase: {report['where']['device']}, torch {report['where']['torch']}")
@@ -650,14 +649,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=[name for name in SHAPES if name != "toy"], default="1.5b", help="cuda: whose sizes")
     parser.add_argument("--layers", type=int, help="cuda: so many of its layers (default: all, or as many as fit)")
     parser.add_argument("--responses", type=int, help="of one step (cpu: 256; cuda: 128, an eighth of the paper's)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--repeats", type=int, default=3, help="turns (the tiny model: three times as many)")
     parser.add_argument("--steps", type=int, default=9, help="cpu: whole steps of each run")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing that would end later")
     parser.add_argument("--rehearse", action="store_true", help="what a GPU would run, on a CPU and a toy shape")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
+    parser.add_argument("--out", type=Path, help="folder (default: bench/results, of a rehearsal runs)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; --rehearse runs the same on a CPU")
+    args.out = args.out or ROOT / ("runs" if args.rehearse else "bench/results")
     args.responses = args.responses or (32 if args.rehearse else 128 if args.device == "cuda" else 256)
     if args.responses % 8:
         parser.error(f"--responses {args.responses}: groups have 8, so choose a multiple")
@@ -673,7 +673,7 @@ def main(argv: list[str] | None = None) -> None:
     path = args.out / f"{name}.json"
     report = {"where": provenance(args.device), "arguments": {k: str(v) for k, v in vars(args).items()}, "cases": {},
               "imbalance": imbalance(RECIPES["oat_zero_7b"]())}  # fmt: skip
-    save = partial(write_json, path, report)
+    save = lambda *_: write_json(path, report)  # noqa: E731
     try:
         if args.rehearse:
             at_size(report, args, budget, save, CPU, "toy")
