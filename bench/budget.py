@@ -2,7 +2,7 @@
 
     python -m bench.budget                        # validation, ladder, next features, sensitivities; half a minute
     python -m bench.budget --constants            # every constant with its unit and source
-    python -m bench.budget --measured DIR         # what was measured on a GPU (DIR/gpu.json, see `measured`) replaces constants
+    python -m bench.budget --measured runs/gpu    # what `make gpu` measured (see `measured`) replaces constants
     python -m bench.budget --lengths FILE         # response lengths of a real run (see `read_lengths`), not a lognormal
 
 Steps are simulated by `bench.simulator`. No constant was fitted to the published step times that `validate` predicts; its
@@ -245,7 +245,7 @@ def read_lengths(path: Path) -> np.ndarray:
 
 
 def measured(folder: Path) -> tuple[Machine, list[str]]:
-    """The machine with the constants that FOLDER/gpu.json measured, and a line for every key, used or not.
+    """The machine with the constants that FOLDER/gpu.json (bench/gpu.py) measured, and a line for every key, used or not.
 
     {"device": name as CUDA reports it, "parts": {
         "ceilings": {"copy_gb_per_s": .., "gemm_tflops": ..},
@@ -256,7 +256,7 @@ def measured(folder: Path) -> tuple[Machine, list[str]]:
     Every part may be missing; anything else is named as not used. Models are those of `bench.simulator.MODELS`."""
     path = folder / "gpu.json"
     if not path.is_file():
-        raise UserError(f"--measured {folder} holds no gpu.json; measure on a GPU first, or leave the option out")
+        raise UserError(f"--measured {folder} holds no gpu.json; run `make gpu` on a GPU first, or leave the option out")
     contents = json.loads(path.read_text())
     device = contents.get("device") or contents.get("where", {}).get("device")
     name, parts, notes = device_key(str(device)), contents.get("parts", {}), []
@@ -275,19 +275,28 @@ def measured(folder: Path) -> tuple[Machine, list[str]]:
     ):
         given = parts.get(part, []) if isinstance(parts.get(part, []), list) else []
         rows = {i: row for i, row in enumerate(given) if isinstance(row, dict) and keys <= set(row) and row["model"] in MODELS}
-        if rows:
-            before = getattr(m.rates, rate)
+        if not rows:
+            continue
+        before = getattr(m.rates, rate)
+        try:
             m = calibrate(m, rate, lambda m, rows=rows, ratio=ratio: geometric_mean(ratio(m, name, r) for r in rows.values()))
             notes.append(f"measured: {part}, {len(rows)} rows: {rate} {before:g} -> {getattr(m.rates, rate):.3g}")
             left -= {f"{part}.{i}.{key}" for i in rows for key in keys}
+        except UserError as error:
+            notes.append(f"measured, not used: {part}: {error}")
+    if contents.get("rehearsal"):
+        notes.append("a rehearsal on a CPU: these constants are no GPU's")
     return m, notes + [f"measured, not used: {key}" for key in sorted(left)]
 
 
 def calibrate(m: Machine, rate: str, ratio: Callable[[Machine], float]) -> Machine:
-    """With the rate at which `ratio`, what it has to be scaled by, is 1, or near it: other constants have a share too."""
-    for _ in range(8):
-        m = replace(m, rates=replace(m.rates, **{rate: getattr(m.rates, rate) * ratio(m)}))
-    return m
+    """With the rate at which `ratio`, measured over predicted, is 1; UserError if none does, as other constants bind."""
+    for _ in range(20):
+        off = ratio(m)
+        if abs(off - 1) < 0.02:
+            return m
+        m = replace(m, rates=replace(m.rates, **{rate: getattr(m.rates, rate) * min(2.0, max(0.5, off))}))
+    raise UserError(f"no {rate} gives what was measured: another constant limits it")
 
 
 def step_ratio(m: Machine, gpu: str, row: dict) -> float:
