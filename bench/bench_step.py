@@ -113,7 +113,8 @@ def features(config: Config, sweep: bool) -> dict[str, dict]:
 
 
 def whole_logits(hidden_ND, weight_VD, target_N, advantage_N, *, old_logprob, clip_low, clip_high, temperature, scale, **_):
-    """The LM head as trainers write it: all logits at once in the compute type, log-probs in float32, autograd."""
+    """The LM head as trainers write it: all logits at once in the compute type, log-probs in float32, autograd. Without the
+    KL penalty and the sampler's weights, which no variant has."""
     logits_NV = (hidden_ND @ weight_VD.T).float() / temperature
     logprob_N = -F.cross_entropy(logits_NV, target_N, reduction="none")
     log_ratio_N = logprob_N - (logprob_N.detach() if old_logprob is None else old_logprob)
@@ -247,6 +248,10 @@ class Trainer:
             torch.cuda.empty_cache()
         self.policy = self.build()
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, fused=True)
+        for parameter in self.policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()  # its states belong to no variant's memory
+        self.optimizer.zero_grad()
 
     def changed(self, changes: dict) -> Config:
         return replace(self.config, **{k: v for k, v in changes.items() if k in asdict(self.config)})
@@ -646,7 +651,7 @@ def plot(report: dict, path: Path) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "toy"], default="1.5b", help="cuda: whose sizes")
+    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "toy"], help="cuda: whose sizes (1.5b)")
     parser.add_argument("--layers", type=int, help="cuda: so many of its layers (default: all, or as many as fit)")
     parser.add_argument("--responses", type=int, help="of one step (cpu: 256; cuda: 128, an eighth of the paper's)")
     parser.add_argument("--repeats", type=int, default=3, help="turns (the tiny model: three times as many)")
@@ -657,6 +662,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; --rehearse runs the same on a CPU")
+    if args.device == "cpu" and (args.shape or args.layers):
+        parser.error("--shape and --layers are for --device cuda; a CPU runs its own two sizes")
+    args.shape = args.shape or "1.5b"
+    if not 1 <= (args.layers or 1) <= SHAPES[args.shape]["num_hidden_layers"]:
+        parser.error(f"--layers {args.layers}: {args.shape} has {SHAPES[args.shape]['num_hidden_layers']}")
     args.out = args.out or ROOT / ("runs" if args.rehearse else "bench/results")
     args.responses = args.responses or (32 if args.rehearse else 128 if args.device == "cuda" else 256)
     if args.responses % 8:

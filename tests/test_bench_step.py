@@ -190,3 +190,11 @@ def test_numbers_that_nobody_measured_say_so():
     case |= {"rows": [{"variant": "everything on", "skipped": "out of memory"}], "extrapolated": bench.extrapolated(case)}
     shown = bench.text({"cases": {"7b": case}, "imbalance": {}})
     assert re.search(r"^extrapolated, not measured: everything on, 28 layers, 12.50 s$", shown, re.M)
+
+
+@pytest.mark.parametrize("flags", [["--shape", "7b"], ["--responses", "20"], ["--device", "cuda", "--layers", "29"]], ids=str)
+def test_what_cannot_be_measured_is_refused_with_a_way_out(flags, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        bench.parse(flags)
+    assert re.search("are for --device cuda|choose a multiple|1.5b has 28", capsys.readouterr().err)
