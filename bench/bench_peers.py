@@ -104,13 +104,13 @@ def config_of(run: Run) -> Config:
 
 
 class Meter:
-    """Seconds by phase, positions by phase, reward and tokens of every step of a trainer that it watches."""
+    """Of every step of a trainer that it watches: seconds by phase, CPU seconds of the process, positions by phase, facts."""
 
     def __init__(self):
         self.rows, self.seconds, self.positions, self.facts = [], Counter(), Counter(), {}
 
     def start(self) -> None:
-        self.begun = self.last = time.perf_counter()
+        self.last, self.last_cpu = time.perf_counter(), time.process_time()
         self.resident = status_gb("VmRSS")
 
     @contextmanager
@@ -120,12 +120,14 @@ class Meter:
         self.seconds[name] += time.perf_counter() - start
 
     def step(self, outside: float = 0.0) -> None:
-        """A step is over. `outside`: seconds of it that belong to neither trainer's loop (the final checkpoint)."""
-        now = time.perf_counter()
+        """A step is over. `outside`: seconds of it that belong to neither trainer's loop (the final checkpoint,
+        a tenth of a second, which `cpu` of the last step still holds)."""
+        now, cpu = time.perf_counter(), time.process_time()
         total = now - self.last - outside
         self.seconds["rest"] = total - sum(self.seconds.values())
-        self.rows.append({**self.facts, "total": total, "seconds": dict(self.seconds), "positions": dict(self.positions)})
-        self.last = now
+        self.rows.append({**self.facts, "total": total, "cpu": cpu - self.last_cpu, "seconds": dict(self.seconds),
+                          "positions": dict(self.positions)})  # fmt: skip
+        self.last, self.last_cpu = now, cpu
         self.seconds.clear()
         self.positions.clear()
 
@@ -311,7 +313,7 @@ def measure_speed(args, model: str, folder: Path) -> dict:
 
 
 def measure_options(args, model: str, folder: Path) -> dict:
-    """minibatches -> alternative -> seconds a step in every turn. A micro-batch larger than an optimizer step is left out."""
+    """minibatches -> alternative -> CPU seconds a step in every turn. Micro-batches above an optimizer step are left out."""
     found = {}
     for minibatches in args.minibatches:
         size = RECIPES["tiny"]().rollouts_per_step // minibatches
@@ -321,7 +323,7 @@ def measure_options(args, model: str, folder: Path) -> dict:
             for name, options in possible.items():
                 run = Run(trainer="TRL", model=model, folder=f"{folder}/options-{minibatches}-{turn}-{name}", seed=turn,
                           steps=5, minibatches=minibatches, threads=args.threads, options=options)  # fmt: skip
-                found[str(minibatches)][name].append(mean_step(launch(run)))
+                found[str(minibatches)][name].append(mean_step(launch(run), "cpu"))
     return found
 
 
@@ -340,9 +342,9 @@ def held_out(hf: str, config: Config) -> dict[str, float]:
     return accuracy
 
 
-def mean_step(result: dict) -> float:
-    """Seconds a step, without the first one."""
-    return fmean(row["total"] for row in result["rows"][1:])
+def mean_step(result: dict, clock: str = "total") -> float:
+    """Seconds a step, without the first one; `clock` "cpu": CPU seconds, which other work on the machine hardly changes."""
+    return fmean(row[clock] for row in result["rows"][1:])
 
 
 def summary(results: list[dict]) -> dict:
@@ -355,6 +357,7 @@ def summary(results: list[dict]) -> dict:
     return {
         "seconds": {phase: over_turns(lambda row, p=phase: row["seconds"].get(p, 0.0)) for phase in PHASES},
         "steps": [mean_step(result) for result in results],
+        "cpu_steps": [mean_step(result, "cpu") for result in results],
         "tokens_per_s": median(sum(r["tokens"] for r in rows) / sum(r["total"] for r in rows) for rows in timed),
         "tokens": over_turns(lambda row: row["tokens"]),
         "positions": {p: over_turns(lambda row, p=p: row["positions"].get(p, 0)) for p in ("rollout", "old", "train")},
@@ -379,10 +382,11 @@ def speed_table(minibatches: str, trainers: dict) -> str:
     def turns(title, pick):
         return f"| {title} | {spread(pick(trl))} | {spread(pick(ours))} | |"
 
-    factor = median(trl["steps"]) / median(ours["steps"])
+    factor, cpu_factor = (median(trl[key]) / median(ours[key]) for key in ("steps", "cpu_steps"))
     return "\n".join([
         f"| {minibatches} optimizer step{'s' * (minibatches != '1')} a rollout | TRL | ours | factor |", "|---|---|---|---|",
         f"| **s/step**, median (range) | {spread(trl['steps'], median)} | {spread(ours['steps'], median)} | **{factor:.1f}** |",
+        f"| CPU-s/step | {spread(trl['cpu_steps'], median)} | {spread(ours['cpu_steps'], median)} | {cpu_factor:.1f} |",
         *(line(f"{phase}, s", lambda side, p=phase: side["seconds"][p], ".3f") for phase in PHASES),
         *(line(f"positions, {p}", lambda side, p=p: side["positions"][p], ",.0f") for p in ("rollout", "old", "train")),
         *(line(f"µs a position, {p}", lambda side, p=p: 1e6 * side["seconds"][p] / side["positions"][p], ".1f")
@@ -403,7 +407,8 @@ def spread(values: list[float], middle: Callable = fmean) -> str:
 
 def options_table(found: dict) -> str:
     """Markdown: a line an alternative, a column a number of optimizer steps."""
-    lines = [f"| TRL, s/step, mean (range) | {' | '.join(f'{m} a rollout' for m in found)} |", "|---|" + "---|" * len(found)]
+    headings = " | ".join(f"{minibatches} a rollout" for minibatches in found)
+    lines = [f"| TRL, CPU-s/step, mean (range) | {headings} |", "|---|" + "---|" * len(found)]
     for name in ALTERNATIVES:
         lines.append(f"| {name} | {' | '.join(spread(by[name]) if name in by else '–' for by in found.values())} |")
     return "\n".join(lines)

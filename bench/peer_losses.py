@@ -180,7 +180,7 @@ def liger_loss(case: Case, loss_type: str, hidden: Tensor, weight: Tensor) -> Te
 
 def differentiate(loss: Callable, case: Case, loss_type: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Loss, d loss / d hidden, d loss / d weight."""
-    hidden, weight = (x.to(dtype).requires_grad_() for x in (case.hidden_BLD, case.weight_VD))
+    hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in (case.hidden_BLD, case.weight_VD))
     value = loss(case, loss_type, hidden, weight)
     dhidden, dweight = torch.autograd.grad(value, (hidden, weight))
     return {"loss": value.detach(), "dhidden": dhidden, "dweight": dweight}

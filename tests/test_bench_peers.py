@@ -55,6 +55,7 @@ def test_the_group_of_that_name_pins_every_peer_exactly():
 def clock(monkeypatch):
     now = SimpleNamespace(time=100.0)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now.time)
+    monkeypatch.setattr(bench.time, "process_time", lambda: now.time / 4)
     return now
 
 
@@ -71,11 +72,12 @@ def test_phases_and_the_rest_add_up_to_the_step(clock):
     meter.step()
     first, second = meter.rows
     assert first["seconds"] == {"rollout": 5.0, "rest": 3.0} and first["total"] == 8.0 and first["positions"] == {"rollout": 7}
+    assert first["cpu"] == 9 / 4 and second["cpu"] == 5 / 4
     assert second["seconds"] == {"rest": 5.0} and second["total"] == 5.0 and second["positions"] == {}
 
 
 def result(totals: list[float], rewards: list[float]) -> dict:
-    rows = [{"total": t, "reward": r, "tokens": 100, "seconds": {"rollout": t / 2, "rest": t / 2},
+    rows = [{"total": t, "cpu": t / 10, "reward": r, "tokens": 100, "seconds": {"rollout": t / 2, "rest": t / 2},
              "positions": {"rollout": 300, "train": 200}} for t, r in zip(totals, rewards, strict=True)]  # fmt: skip
     return {"rows": rows, "peak_gb": 1.0, "before_gb": 0.5, "accuracy": {"greedy": 0.9, "sampled": 0.8}}
 
@@ -83,7 +85,8 @@ def result(totals: list[float], rewards: list[float]) -> dict:
 def test_a_summary_is_the_median_turn_of_mean_steps_without_the_first():
     turns = [result([99, 1, 3], [0, 0.5, 1]), result([99, 4, 4], [0, 0, 0]), result([99, 8, 8], [0, 0, 0])]
     found = bench.summary(turns)
-    assert found["steps"] == [2, 4, 8] and found["seconds"]["rollout"] == 2 and found["seconds"]["old"] == 0
+    assert found["steps"] == [2, 4, 8] and found["cpu_steps"] == pytest.approx([0.2, 0.4, 0.8])
+    assert found["seconds"]["rollout"] == 2 and found["seconds"]["old"] == 0
     assert found["tokens_per_s"] == 25 and found["late_reward"] == [0.5, 0, 0]
     assert found["curves"][0]["seconds"] == [99, 100, 103]
 
@@ -93,6 +96,7 @@ def test_the_table_says_by_what_factor_ours_is_better():
     rows = {line.split("|")[1].strip(): line for line in bench.speed_table("4", {"TRL": trl, "ours": ours}).splitlines()}
     assert "4 optimizer steps a rollout" in rows
     assert rows["**s/step**, median (range)"].endswith("| 6.00 (6.00–6.00) | 1.50 (1.50–1.50) | **4.0** |")
+    assert rows["CPU-s/step"].endswith("| 0.60 (0.60–0.60) | 0.15 (0.15–0.15) | 4.0 |")
     assert rows["rollout, s"].endswith("| 3.000 | 0.750 | 4.0 |")
     assert rows["sync, s"].endswith("| 0.000 | 0.000 | – |")
     assert rows["sampled tokens/s"].endswith("| 17 | 67 | 4.0 |")
@@ -142,7 +146,7 @@ def check_run(run: bench.Run) -> list[dict]:
     for row in found["rows"]:
         assert sum(row["seconds"].values()) == pytest.approx(row["total"])
         assert min(row["seconds"].values()) >= 0 and row["seconds"]["rest"] < 0.2 * row["total"]
-        assert row["seconds"]["rollout"] > 0 and row["seconds"]["train"] > 0
+        assert min(row["cpu"], row["seconds"]["rollout"], row["seconds"]["train"]) > 0
         assert 0 < row["reward"] < 1 and row["reward"] * 256 == int(row["reward"] * 256)
         assert row["tokens"] <= row["positions"]["rollout"]
     bench.distributed.start()
