@@ -268,19 +268,20 @@ def measured(folder: Path) -> tuple[Machine, list[str]]:
             notes.append(f"measured: ceilings.{key}: {name} {target} {getattr(m.gpus[name], target):g} -> {value:g}")
             m.gpus[name] = replace(m.gpus[name], **{target: float(value)}, source=f"data sheet; reached: measured, {path.name}")
             left.discard(f"ceilings.{key}")
-    for part, rate, keys, ratio in (
-        ("step", "train_share", {"model", "checkpointing", "microbatch", "length", "mfu"}, step_ratio),
-        ("rollout", "decode_share", {"model", "sequences", "prompt", "length", "tokens_per_s"}, rollout_ratio),
-        ("sync", "tensor_ms", {"model", "seconds"}, sync_ratio),
+    for part, names, keys, ratio in (
+        ("step", ("train_share",), {"model", "checkpointing", "microbatch", "length", "mfu"}, step_ratio),
+        ("rollout", ("engine_ms", "engine_us"), {"model", "sequences", "prompt", "length", "tokens_per_s"}, rollout_ratio),
+        ("sync", ("tensor_ms",), {"model", "seconds"}, sync_ratio),
     ):
         given = parts.get(part, []) if isinstance(parts.get(part, []), list) else []
         rows = {i: row for i, row in enumerate(given) if isinstance(row, dict) and keys <= set(row) and row["model"] in MODELS}
         if not rows:
             continue
-        before = getattr(m.rates, rate)
+        before = m.rates
         try:
-            m = calibrate(m, rate, lambda m, rows=rows, ratio=ratio: geometric_mean(ratio(m, name, r) for r in rows.values()))
-            notes.append(f"measured: {part}, {len(rows)} rows: {rate} {before:g} -> {getattr(m.rates, rate):.3g}")
+            m = calibrate(m, names, lambda m, rows=rows, ratio=ratio: geometric_mean(ratio(m, name, r) for r in rows.values()))
+            changes = ", ".join(f"{n} {getattr(before, n):g} -> {getattr(m.rates, n):.3g}" for n in names)
+            notes.append(f"measured: {part}, {len(rows)} rows: {changes}")
             left -= {f"{part}.{i}.{key}" for i in rows for key in keys}
         except UserError as error:
             notes.append(f"measured, not used: {part}: {error}")
@@ -289,14 +290,16 @@ def measured(folder: Path) -> tuple[Machine, list[str]]:
     return m, notes + [f"measured, not used: {key}" for key in sorted(left)]
 
 
-def calibrate(m: Machine, rate: str, ratio: Callable[[Machine], float]) -> Machine:
-    """With the rate at which `ratio`, measured over predicted, is 1; UserError if none does, as other constants bind."""
-    for _ in range(20):
+def calibrate(m: Machine, names: tuple[str, ...], ratio: Callable[[Machine], float]) -> Machine:
+    """With these rates scaled so that `ratio`, what they seem to be off by, is 1; UserError if nothing makes it so, as other
+    constants take too much of the time, or too little."""
+    for _ in range(100):
         off = ratio(m)
-        if abs(off - 1) < 0.02:
+        if abs(off - 1) < 0.01:
             return m
-        m = replace(m, rates=replace(m.rates, **{rate: getattr(m.rates, rate) * min(2.0, max(0.5, off))}))
-    raise UserError(f"no {rate} gives what was measured: another constant limits it")
+        scaled = {name: getattr(m.rates, name) * min(2.0, max(0.5, off)) for name in names}
+        m = replace(m, rates=replace(m.rates, **scaled))
+    raise UserError(f"no {' and '.join(names)} gives what was measured: another constant is off")
 
 
 def step_ratio(m: Machine, gpu: str, row: dict) -> float:
@@ -308,7 +311,7 @@ def step_ratio(m: Machine, gpu: str, row: dict) -> float:
 def rollout_ratio(m: Machine, gpu: str, row: dict) -> float:
     s = Setup(model=row["model"], gpu=gpu, gpus=1)
     seconds = drain([(row["length"], row["prompt"])] * row["sequences"], row["sequences"], decode_cost(s, m))[0]
-    return row["tokens_per_s"] / (row["sequences"] * row["length"] / seconds)
+    return row["sequences"] * row["length"] / row["tokens_per_s"] / seconds  # what is not bandwidth is overhead
 
 
 def sync_ratio(m: Machine, gpu: str, row: dict) -> float:
@@ -477,7 +480,8 @@ def figure(result: dict, path: Path) -> None:
 
 def constants(m: Machine) -> str:
     named = [(f, getattr(owner, f.name)) for owner in (m.rates, Setup()) for f in fields(owner) if f.metadata]
-    rates = [[f.name, f"{value:g}", f.metadata["unit"], f.metadata["source"]] for f, value in named]
+    source = lambda f, value: f.metadata["source"] if value == f.default else "measured: gpu.json"  # noqa: E731
+    rates = [[f.name, f"{value:g}", f.metadata["unit"], source(f, value)] for f, value in named]
     gpus = [[n, g.tflops, g.bandwidth, g.gib, g.nvlink, g.gemm, g.copy, g.source] for n, g in m.gpus.items()]
     heads = ["GPU", "TFLOP/s", "GB/s", "GiB", "NVLink GB/s", "GEMM reached", "copy reached", "source"]
     return f"{markdown(['constant', 'value', 'unit', 'source'], rates)}\n\n{markdown(heads, gpus)}"

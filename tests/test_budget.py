@@ -155,6 +155,8 @@ def test_without_packing_every_rank_has_its_own_samples_padded_to_the_longest():
     planned = plan(s, length_PG, np.zeros(16, bool) | True, step=0)
     assert [len(part) for part in planned] == [2, 2] and all(len(row) == 4 for part in planned for row in part)
     assert all(len(rank) == 2 and rank[0] == rank[1] for part in planned for row in part for rank in row)
+    tokens = [n for part in planned for row in part for rank in row for n in rank]
+    assert max(tokens) == 32 and sum(tokens) > sum(range(1, 33))
     single = plan(replace(s, microbatch=1), length_PG, np.ones(16, bool), step=0)
     assert sorted(n for part in single for row in part for rank in row for n in rank) == list(range(1, 33))
 
@@ -283,7 +285,7 @@ def test_every_constant_has_a_unit_and_a_source_and_the_grader_is_the_measured_o
 def test_measurements_replace_constants_and_the_rest_is_named(tmp_path):
     model = {"model": "Qwen2.5-1.5B"}
     row = model | {"checkpointing": "full", "microbatch": 8192, "length": 1024, "mfu": 0.31}
-    rollout = model | {"sequences": 64, "prompt": 120, "length": 500, "tokens_per_s": 9000.0}
+    rollout = model | {"sequences": 64, "prompt": 120, "length": 500, "tokens_per_s": 6000.0}
     parts = {
         "ceilings": {"copy_gb_per_s": 2500.0, "gemm_tflops": 650, "l2_mb": 50}, "step": [row, {"mfu": 0.2}],
         "rollout": [rollout], "sync": [model | {"seconds": 0.5}], "kernel": {"ratio": 1.07},
@@ -292,6 +294,7 @@ def test_measurements_replace_constants_and_the_rest_is_named(tmp_path):
     m, notes = budget.measured(tmp_path)
     assert (m.gpus["H100"].copy, m.gpus["H100"].gemm) == (2500, 650)
     assert m.gpus["A100-80"] == GPUS["A100-80"] and GPUS["H100"].copy == 2900
+    assert budget.constants(m).count("measured: gpu.json") == 4 and budget.constants(M).count("measured: gpu.json") == 0
     assert budget.step_ratio(m, "H100", row) == pytest.approx(1, abs=0.02)
     assert budget.rollout_ratio(m, "H100", rollout) == pytest.approx(1, abs=0.02)
     assert budget.sync_ratio(m, "H100", parts["sync"][0]) == pytest.approx(1, abs=0.02)
