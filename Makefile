@@ -1,5 +1,6 @@
 # make train   from an empty checkout to a finished `tiny` run in runs/tiny; ARGS="--seed 1" passes fields on
 # make test    the same for the tests
+# make gpu     does everything work on this GPU, and how fast? ten minutes, results in runs/gpu; ARGS=--rehearse needs no GPU
 # make env     only the environment, in .venv; everything works offline once it is there
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 endif
 
-.PHONY: train test lint env clean
+.PHONY: train test gpu lint env clean
 .DEFAULT_GOAL := train
 
 train: env
@@ -23,6 +24,9 @@ train: env
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu:  # with .venv where there is one, else with what the machine has: nothing is installed
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 lint: env
 	$(BIN)/ruff check --quiet .

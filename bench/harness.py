@@ -6,6 +6,7 @@ Nothing here knows what is measured. A contender is a function without arguments
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -42,6 +43,9 @@ def installed(package: str) -> str | None:
 
 
 def git(*args: str) -> str:
+    """Its answer; nothing where there is no git, or no repository."""
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
