@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from drgrpo.model import Objective, load_policy, max_positions, resolve_attention
+from drgrpo.model import Objective, load_policy, max_positions, resolve_attention, sdpa_attention, varlen_attention
 from drgrpo.pack import pack
 from drgrpo.types import UserError
 
@@ -182,3 +183,83 @@ def test_attention_backends_are_chosen_or_refused_by_name():
 
 def test_max_positions(random_model):
     assert max_positions(random_model) == 1024
+
+
+# ---- what only a GPU can show
+
+GPU = torch.device("cuda", 0)
+
+
+def attention_of_each_sequence(query_THd, key_TKd, value_TKd, lengths):
+    """One sequence after the other."""
+    out = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query_THd, key_TKd, value_TKd)), strict=True):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        score_Hqk = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        future_qk = torch.ones_like(score_Hqk[0], dtype=torch.bool).triu(1)
+        out.append(torch.einsum("hqk,khd->qhd", score_Hqk.masked_fill(future_qk, -torch.inf).softmax(-1), v))
+    return torch.cat(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "shared", "width"), [(4, 4, 64), (12, 2, 128), (28, 4, 128), (16, 8, 128), (2, 1, 32)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["varlen", "sdpa"])
+def test_gpu_packed_attention_is_that_of_each_sequence(backend, dtype, heads, shared, width):
+    """Forward and backward at the head counts of the recipes' models."""
+    if (backend, dtype) == ("varlen", torch.float32):
+        pytest.skip("varlen_attn is for 16 bits")
+    lengths, generator = [1, 300, 7, 64, 129, 2], torch.Generator(GPU).manual_seed(0)
+    draw = lambda n: torch.randn(sum(lengths), n, width, generator=generator, device=GPU).to(dtype)  # noqa: E731
+    inputs, upstream = [draw(n).requires_grad_() for n in (heads, shared, shared)], draw(heads)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    cu_seqlens = torch.tensor([0, *lengths], device=GPU).cumsum(0, dtype=torch.int32)
+    function = {"varlen": varlen_attention, "sdpa": sdpa_attention}[backend]
+    packing = {"cu_seq_lens_q": cu_seqlens, "max_length_q": max(lengths), "scaling": width**-0.5}
+    out = function(None, *(x.transpose(0, 1)[None] for x in inputs), None, **packing)[0][0]
+    want = attention_of_each_sequence(*wide, lengths)
+    got = [out, *torch.autograd.grad(out, inputs, upstream)]
+    exact = [want, *torch.autograd.grad(want, wide, upstream.double())]
+    for x, y in zip(got, exact, strict=True):
+        assert x.shape == y.shape and (x - y).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * y.norm()
+
+
+def flat_gradient(policy):
+    grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in policy.parameters()]
+    return torch.cat([g.flatten() for g in grads]).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("attention", ["varlen", "flash_attn", "sdpa"])
+def test_gpu_bfloat16_policy_under_fsdp_is_the_model_on_each_sequence(model_dir, group_of_one, attention, checkpointing):
+    """One GPU, FSDP2: gradients and master weights are float32 shards, and a step that bfloat16 would swallow moves them."""
+    if attention == "flash_attn":
+        pytest.importorskip("flash_attn", reason="the package flash-attn is not installed")
+    logprob_N, grads = separate(model_dir)
+    policy = load_policy(model_dir, dtype=torch.bfloat16, device=GPU, attention=attention, checkpointing=checkpointing)
+    loss, stats = policy(pack(sequences(), GPU), Objective(), scale=0.25)
+    loss.backward()
+    assert all(isinstance(p, DTensor) and p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())
+    assert (stats["logprob"].cpu() - logprob_N).abs().mean() < 0.03
+    exact = torch.cat([grads[name].flatten() for name, _ in policy.lm.named_parameters()])
+    assert (flat_gradient(policy) - exact).norm() <= 0.05 * exact.norm()
+    before = [p.full_tensor().clone() for p in policy.parameters()]
+    torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True).step()
+    moved = [(p.full_tensor() - x).abs().max().item() for p, x in zip(policy.parameters(), before, strict=True)]
+    assert all(0 < most < 2e-6 for most in moved)
+    sent = dict(policy.named_weights(torch.bfloat16))
+    assert all(w.device.type == "cuda" and w.dtype == torch.bfloat16 and not isinstance(w, DTensor) for w in sent.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["triton", "torch"])
+def test_gpu_float32_is_float32(model_dir, kernel):
+    """As exact as on a CPU: no tf32 in any matrix product."""
+    logprob_N, grads = separate(model_dir)
+    policy = load_policy(model_dir, dtype=torch.float32, device=GPU, kernel=kernel)
+    loss, stats = policy(pack(sequences(), GPU), Objective(), scale=0.25)
+    loss.backward()
+    torch.testing.assert_close(stats["logprob"].cpu(), logprob_N, atol=2e-5, rtol=0)
+    exact = torch.cat([grads[name].flatten() for name, _ in policy.lm.named_parameters()])
+    assert (flat_gradient(policy) - exact).norm() <= 1e-4 * exact.norm()

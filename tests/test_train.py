@@ -11,8 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from conftest import ROOT, SHARED_DATA
-from drgrpo import parity
+from drgrpo import pack, parity
+from drgrpo.config import RECIPES
+from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss_ref
 from drgrpo.log import read_jsonl
+from drgrpo.model import Objective, load_policy
 from drgrpo.types import UserError
 from runs import assert_close_run, assert_same_run, run, small
 
@@ -162,6 +165,32 @@ def test_the_hf_folder_answers_like_the_trained_policy(base):
     ids = tok("7+4+x=18~", return_tensors="pt")
     text = tok.decode(lm.generate(**ids, max_new_tokens=20, do_sample=False)[0])
     assert text.startswith("7+4+x=18~7+4=11,")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpu_an_optimizer_step_is_that_of_the_reference_head(random_model, group_of_one, monkeypatch, dtype):
+    """train.py's own step on the Triton kernel, on its torch backend, and on the formula in plain torch with whole logits."""
+    device, generator, half = torch.device("cuda", 0), torch.Generator().manual_seed(0), getattr(torch, dtype)
+    draw = lambda n: torch.randint(260, (n,), generator=generator).tolist()  # noqa: E731
+    parts = [[(draw(20), draw(n), [-5.0] * n, 1.0 - 2 * (n % 2)) for n in range(5, 100, 7)] for _ in range(2)]
+    batches = [pack.pack(part, device) for part in parts]
+    noise = [0.3 * torch.randn(len(b.target_N), generator=generator).to(device) for b in batches]
+    config, found = replace(RECIPES["tiny"](), dtype=dtype, lr=1e-3), {}
+    for head in ("triton", "torch", "reference"):
+        policy = load_policy(random_model, dtype=half, device=device, kernel="torch" if head == "reference" else head)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+        old = [train.logprob(policy, b, Objective()) + x for b, x in zip(batches, noise, strict=True)]
+        with monkeypatch.context() as patch:
+            if head == "reference":
+                patch.setattr("drgrpo.model.linear_drgrpo_loss", linear_drgrpo_loss_ref)
+            found[head] = train.train_minibatch(config, policy, optimizer, [*zip(batches, old, [None] * 2, strict=True)],
+                                                Objective(), lr=1e-3, check_parity=False)  # fmt: skip
+    want = found.pop("reference")
+    assert want["clipped"] > 10 and want["grad_norm"] > 0
+    for head, got in found.items():
+        for column in ("loss", "grad_norm", "ratio_max", "clipped", "tokens"):
+            assert got[column] == pytest.approx(want[column], rel=1e-4 if dtype == "float32" else 2e-2), (head, column)
 
 
 # ---- bad input, through the command line
