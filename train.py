@@ -19,6 +19,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -132,12 +133,15 @@ def main(config: Config) -> None:
 
     # ---- loop
     def evaluate_all(step: int) -> None:
+        asked = [problem for eval_problems in eval_sets.values() for problem in eval_problems]
         ways = [replace(sampling, temperature=0.0)] + [sampling] * bool(config.eval_samples)
-        for name, eval_problems in eval_sets.items():
-            for way in ways:
-                samples = 1 if way.temperature == 0 else config.eval_samples
-                scored = evaluate(engine, tokenizer, grader, eval_problems, samples, way, config.seed, step, config.tp)
-                row = {"step": step, "benchmark": name, **summarize(scored, eval_dropped[name]), "samples": samples,
+        for way in ways if asked else []:
+            samples = 1 if way.temperature == 0 else config.eval_samples
+            # all sets in one call: the sampler waits for the last long response once, not once per set
+            scored = iter(evaluate(engine, tokenizer, grader, asked, samples, way, config.seed, step, config.tp))
+            for name, eval_problems in eval_sets.items():
+                mine = list(islice(scored, samples * len(eval_problems)))
+                row = {"step": step, "benchmark": name, **summarize(mine, eval_dropped[name]), "samples": samples,
                        "temperature": way.temperature, "max_new_tokens": way.max_new_tokens,
                        "template": config.template}  # fmt: skip
                 log.record("eval", row)
