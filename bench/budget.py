@@ -49,7 +49,8 @@ PUBLISHED_HOURS, DRAWS = 27.0, 20
 
 # ---- the ladder, and what comes next
 
-NAIVE = dict(batching="padded", microbatch=1, forwards=1, drop=False, fused_head=False, sync="gloo", overlap_grading=False)
+NAIVE = dict(batching="padded", microbatch=1, forwards=1, drop=False, fused_head=False, sync="gloo", overlap_grading=False,
+             one_eval=False)  # fmt: skip
 RUNGS = (  # the naive implementation, then one feature more at a time
     ("naive: one response a pass, equal counts", NAIVE),
     ("+ packing, balance", dict(batching="packed", microbatch=16384)),
@@ -58,12 +59,12 @@ RUNGS = (  # the naive implementation, then one feature more at a time
     ("+ fused head and loss", dict(fused_head=True, microbatch=16384)),
     ("+ selective checkpointing", dict(checkpointing="selective", microbatch=16384)),
     ("+ sync in the process", dict(sync="in process")),
-    ("+ grading while sampling = ours, with flags", dict(overlap_grading=True)),
+    ("+ grading while sampling", dict(overlap_grading=True)),
+    ("+ evaluation sets in one call = ours, with flags", dict(one_eval=True)),
 )
 FLAGS = dict(forwards=0, checkpointing="selective")  # --old-logprob sampler --checkpointing selective
 
 NEXT = (  # name, changes of the setup or of the rates, price
-    ("all evaluation sets in one call", dict(one_eval=True), "exact"),
     ("compiled blocks (--compile)", dict(fused_blocks=True), "exact up to rounding"),
     ("a group's prompt trained once", dict(prompt_once=True), "exact"),
     ("lengths dealt evenly to engines (an oracle's)", dict(spread=True), "exact"),
@@ -81,11 +82,10 @@ NEXT = (  # name, changes of the setup or of the rates, price
     ("one step off, 4 + 4 GPUs", dict(engines=4, asynchronous=True), "off-policy by a step"),
     ("8-bit weights in rollouts", dict(eight_bit=True), "another sampler; int8 on an A100"),
 )
-EXACT = dict(one_eval=True, tp=4, slots=512, fused_blocks=True)
+EXACT = dict(tp=4, slots=512, fused_blocks=True)
 STACKS = (
     ("ours, with flags", {}),
-    ("+ one evaluation call", dict(one_eval=True)),
-    ("+ TP 4", dict(one_eval=True, tp=4, slots=512)),
+    ("+ TP 4", dict(tp=4, slots=512)),
     ("+ compiled blocks", EXACT),
     ("+ prompts once, speculation in the tail", EXACT | dict(prompt_once=True, speculate=True)),
     ("+ 15 % carried over", EXACT | dict(prompt_once=True, speculate=True, carry=0.15)),
@@ -137,7 +137,7 @@ def ladder(m: Machine, draws: int, seed: int, file: np.ndarray | None = None) ->
 
 def floors(ours: Setup, draws: int, seed: int, file: np.ndarray | None = None) -> dict[str, Result]:
     """The same steps if every rate were the data sheet's and nothing but bytes and FLOPs took time."""
-    best = replace(ours, checkpointing="none", microbatch=4096, one_eval=True, prompt_once=True)
+    best = replace(ours, checkpointing="none", microbatch=4096, prompt_once=True)
     shared = replace(best, tp=4, slots=512)
     setups = {"roofline": best, "roofline, TP 4": shared, "roofline, TP 4, half a step carried": replace(shared, carry=0.5)}
     return {name: simulate(s, PERFECT_MACHINE, draws, seed, file) for name, s in setups.items()}
@@ -414,7 +414,7 @@ def report_machines(m: Machine, draws: int, seed: int, file, real: dict) -> list
         s = recipe(name, gpu=gpu, gpus=count, nodes=nodes)
         three = (simulate(*changed(s, m, change), draws, seed, file) for change in ({}, FLAGS, FLAGS | EXACT))
         found.append((f"{name}, {count} x {gpu}", *three))
-    print("\n## Other machines: as shipped; with flags, in what fits; more: one evaluation call, TP 4, compiled\n")
+    print("\n## Other machines: as shipped; with flags, in what fits; more: TP 4, compiled\n")
     print(markdown(
         ["", "shipped, s/step", "hours", "flags, s/step", "hours", "micro-batch", "vLLM", "more, s/step", "hours"],
         [[name, a.seconds, hours(a, real), b.seconds, hours(b, real), b.setup.microbatch,

@@ -197,6 +197,7 @@ class Setup:
     checkpointing: str = "full"
     sync: str = "in process"  # or "gloo"
     overlap_grading: bool = True
+    one_eval: bool = True  # all evaluation sets in one call
     fused_blocks: bool = False  # --compile
     # not in train.py: what might come next
     carry: float = 0.0  # share of responses that a step leaves unfinished and the next one goes on with
@@ -205,7 +206,6 @@ class Setup:
     speculate: bool = False
     eight_bit: bool = False  # weights of the rollouts
     spread: bool = False  # long and short responses are dealt evenly to engines
-    one_eval: bool = False  # all evaluation sets in one call
     prompt_once: bool = False  # a group's prompt is trained on once
 
     @property
@@ -451,7 +451,7 @@ def other_phases(s: Setup, m: Machine, rollout: float) -> dict[str, float]:
 
 
 def evaluation(s: Setup, m: Machine, rng: np.random.Generator, file: np.ndarray | None) -> float:
-    """Seconds of one evaluation: the sets one after the other, each with a tail of its own."""
+    """Seconds of one evaluation: all sets in one call, or one after the other, each with a tail of its own."""
     sizes = [sum(EVAL_SETS.values())] if s.one_eval else EVAL_SETS.values()
     whole = replace(s, carry=0.0)
     return sum(sample(whole, m, draw(s, rng, n, 1, s.eval_cap_share, file), [])[0] for n in sizes)

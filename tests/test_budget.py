@@ -196,7 +196,7 @@ def test_the_setup_is_the_recipes():
     assert (s.steps, s.microbatch, s.slots) == (c.steps, c.tokens_per_microbatch, c.sampler_batch)
     assert s.checkpointing == c.checkpointing
     assert s.forwards == (c.old_logprob == "recompute") and s.drop == c.drops
-    assert s.tp == 1 and s.batching == "packed" and s.overlap_grading and s.carry == 0 and not s.one_eval
+    assert s.tp == 1 and s.batching == "packed" and s.overlap_grading and s.carry == 0 and s.one_eval
 
 
 @pytest.fixture(scope="module")
