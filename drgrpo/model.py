@@ -177,14 +177,16 @@ def recompute_activations(lm: nn.Module, policy: str) -> None:
 
 
 EXPENSIVE = {
-    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default, torch.ops.aten._flash_attention_forward.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default, torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    "aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._flash_attention_forward.default", "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default", "torch_attn._varlen_attn.default",
+    "flash_attn._flash_attn_varlen_forward.default",
 }  # fmt: skip
+"""By name: not every version of torch, and no machine without flash-attn, has all of them."""
 
 
 def keep_matmuls(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if str(op) in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def max_positions(path: str) -> int:
