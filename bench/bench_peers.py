@@ -8,10 +8,11 @@
 prompts in the same order, group size, token budget, grader, optimizer, learning rate and number of threads; one optimizer step
 a rollout, and four. Seconds by phase, tokens/s, peak memory, the positions that each one runs through the model (padding
 and rows that have ended are positions too: most of the difference), the reward against wall time, and the held-out
-accuracy of both by one evaluator. A turn is a seed. Step 1, which also allocates, is left out of the times.
+accuracy of both by one evaluator. A turn is a seed. Not timed: the first step, which also allocates, and the last, in which
+ours also saves.
 
 TRL is set up as somebody would who knows it: no reference model, no checkpointing, fused AdamW, no logging, all 256 responses
-sampled at once, and `TRL_OPTIONS`. **options** times what these were chosen from, TRL alone, in turns.
+sampled at once. **options** times TRL alone with each of `TRL_OPTIONS`, in turns; **speed** takes the fastest.
 
 **loss**: on identical hidden states, weight, targets, advantages and old log-probs, loss and both gradients of ours, TRL's
 `GRPOTrainer.compute_loss` and Liger's `LigerFusedLinearGRPOLoss` against the formula in float64; and TRL's advantages.
@@ -60,14 +61,13 @@ from drgrpo.warmup import Warmup, cached_tiny_model
 PEERS = {"trl": "trl", "accelerate": "accelerate", "liger_kernel": "liger-kernel"}  # module: distribution
 TRAINERS = ("TRL", "ours")
 PHASES = ("rollout", "grade", "pack", "old", "train", "sync", "rest")
-TRL_OPTIONS = {"per_device_train_batch_size": 64, "cache_implementation": "static"}
-ALTERNATIVES = {
-    "as chosen": {},
-    "dynamic cache": {"cache_implementation": None},
+TRL_OPTIONS = {
+    "dynamic cache, micro-batches of 64": {"per_device_train_batch_size": 64},
+    "static cache": {"per_device_train_batch_size": 64, "cache_implementation": "static"},
     "micro-batches of 256": {"per_device_train_batch_size": 256},
 }
-"""What else TRL could be run with. Left out: `torch_compile` (every length compiles anew) and continuous batching, which were
-many times slower on a CPU."""
+"""What TRL may be run with; without **options** the first. Left out: `torch_compile` (every length compiles anew) and
+continuous batching, which were many times slower on a CPU."""
 
 
 def require_peers(parts: list[str]) -> None:
@@ -119,11 +119,9 @@ class Meter:
         yield
         self.seconds[name] += time.perf_counter() - start
 
-    def step(self, outside: float = 0.0) -> None:
-        """A step is over. `outside`: seconds of it that belong to neither trainer's loop (the final checkpoint,
-        a tenth of a second, which `cpu` of the last step still holds)."""
+    def step(self) -> None:
         now, cpu = time.perf_counter(), time.process_time()
-        total = now - self.last - outside
+        total = now - self.last
         self.seconds["rest"] = total - sum(self.seconds.values())
         self.rows.append({**self.facts, "total": total, "cpu": cpu - self.last_cpu, "seconds": dict(self.seconds),
                           "positions": dict(self.positions)})  # fmt: skip
@@ -169,7 +167,7 @@ def train_ours(run: Run, meter: Meter) -> Path:
         meter.seconds.update({phase: row["seconds"].get(phase, 0.0) for phase in PHASES if phase != "rest"})
         meter.facts = {"reward": row["reward_mean"], "tokens": row["tokens"]}
         result = original(log, row, *args)
-        meter.step(outside=row["seconds"]["save"])
+        meter.step()
         return result
 
     with ExitStack() as stack:
@@ -252,9 +250,7 @@ def train_trl(run: Run, meter: Meter) -> Path:
 
 def trl_arguments(config: Config, options: dict) -> dict:
     """TRL's names for the values of `config`, then what it takes to be quick on a CPU."""
-    options = TRL_OPTIONS | options
-    rollouts, micro = config.rollouts_per_step, options.pop("per_device_train_batch_size")
-    micro = min(micro, config.minibatch_size)
+    rollouts, micro = config.rollouts_per_step, min(options["per_device_train_batch_size"], config.minibatch_size)
     return {
         "output_dir": f"{config.out}-trl", "seed": config.seed, "max_steps": config.steps * config.minibatches,
         "loss_type": "dr_grpo", "scale_rewards": "none",  # the loss type alone leaves the division by the std in place
@@ -266,7 +262,7 @@ def trl_arguments(config: Config, options: dict) -> dict:
         "weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm, "optim": "adamw_torch_fused",
         "model_init_kwargs": {"dtype": config.dtype, "attn_implementation": "sdpa"}, "use_cpu": True, "bf16": False,
         "gradient_checkpointing": False, "logging_strategy": "no", "save_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, **options,
+        "disable_tqdm": True, "cache_implementation": options.get("cache_implementation"),
     }  # fmt: skip
 
 
@@ -296,15 +292,15 @@ def launch(run: Run) -> dict:
     return json.loads((Path(run.folder) / "result.json").read_text())
 
 
-def measure_speed(args, model: str, folder: Path) -> dict:
-    """minibatches -> trainer -> summary of its turns."""
+def measure_speed(args, model: str, folder: Path, chosen: dict[str, str]) -> dict:
+    """minibatches -> trainer -> summary of its turns; TRL with the option `chosen` for them."""
     speed = {}
     for minibatches in args.minibatches:
-        turns = {name: [] for name in TRAINERS}
+        turns, options = {name: [] for name in TRAINERS}, TRL_OPTIONS[chosen[str(minibatches)]]
         for turn in range(args.turns):
             for name in TRAINERS:
                 run = Run(trainer=name, model=model, folder=f"{folder}/{minibatches}-{turn}-{name}", seed=turn,
-                          steps=args.steps, minibatches=minibatches, threads=args.threads, options={})  # fmt: skip
+                          steps=args.steps, minibatches=minibatches, threads=args.threads, options=options)  # fmt: skip
                 result = launch(run)
                 turns[name].append({**result, "accuracy": held_out(result["hf"], config_of(run))})
                 print(f"# {minibatches} optimizer steps, turn {turn}, {name}: {mean_step(result):.3f} s/step", file=sys.stderr)
@@ -317,7 +313,7 @@ def measure_options(args, model: str, folder: Path) -> dict:
     found = {}
     for minibatches in args.minibatches:
         size = RECIPES["tiny"]().rollouts_per_step // minibatches
-        possible = {k: o for k, o in ALTERNATIVES.items() if o.get("per_device_train_batch_size", 0) <= size}
+        possible = {k: o for k, o in TRL_OPTIONS.items() if o["per_device_train_batch_size"] <= size}
         found[str(minibatches)] = {name: [] for name in possible}
         for turn in range(2):
             for name, options in possible.items():
@@ -325,6 +321,11 @@ def measure_options(args, model: str, folder: Path) -> dict:
                           steps=5, minibatches=minibatches, threads=args.threads, options=options)  # fmt: skip
                 found[str(minibatches)][name].append(mean_step(launch(run), "cpu"))
     return found
+
+
+def fastest(options: dict[str, list[float]]) -> str:
+    """The option with the lowest mean; the first one if none was options."""
+    return min(options, key=lambda name: fmean(options[name])) if options else next(iter(TRL_OPTIONS))
 
 
 def held_out(hf: str, config: Config) -> dict[str, float]:
@@ -342,23 +343,26 @@ def held_out(hf: str, config: Config) -> dict[str, float]:
     return accuracy
 
 
+def timed(result: dict) -> list[dict]:
+    """The steps that count: without the first, which also allocates, and the last, in which ours also saves."""
+    return result["rows"][1:-1]
+
+
 def mean_step(result: dict, clock: str = "total") -> float:
-    """Seconds a step, without the first one; `clock` "cpu": CPU seconds, which other work on the machine hardly changes."""
-    return fmean(row[clock] for row in result["rows"][1:])
+    """Seconds a step of `timed`; `clock` "cpu": CPU seconds, which other work on the machine hardly changes."""
+    return fmean(row[clock] for row in timed(result))
 
 
 def summary(results: list[dict]) -> dict:
     """Of the turns of one trainer: medians over turns of means over steps, with the lowest and highest turn."""
-    timed = [result["rows"][1:] for result in results]
-
     def over_turns(value: Callable[[dict], float]) -> float:
-        return median(fmean(value(row) for row in rows) for rows in timed)
+        return median(fmean(map(value, timed(result))) for result in results)
 
     return {
         "seconds": {phase: over_turns(lambda row, p=phase: row["seconds"].get(p, 0.0)) for phase in PHASES},
         "steps": [mean_step(result) for result in results],
         "cpu_steps": [mean_step(result, "cpu") for result in results],
-        "tokens_per_s": median(sum(r["tokens"] for r in rows) / sum(r["total"] for r in rows) for rows in timed),
+        "tokens_per_s": over_turns(lambda row: row["tokens"]) / median(mean_step(result) for result in results),
         "tokens": over_turns(lambda row: row["tokens"]),
         "positions": {p: over_turns(lambda row, p=p: row["positions"].get(p, 0)) for p in ("rollout", "old", "train")},
         "peak_gb": max(result["peak_gb"] for result in results),
@@ -409,7 +413,7 @@ def options_table(found: dict) -> str:
     """Markdown: a line an alternative, a column a number of optimizer steps."""
     headings = " | ".join(f"{minibatches} a rollout" for minibatches in found)
     lines = [f"| TRL, CPU-s/step, mean (range) | {headings} |", "|---|" + "---|" * len(found)]
-    for name in ALTERNATIVES:
+    for name in TRL_OPTIONS:
         lines.append(f"| {name} | {' | '.join(spread(by[name]) if name in by else '–' for by in found.values())} |")
     return "\n".join(lines)
 
@@ -449,7 +453,7 @@ PARTS = ("speed", "options", "loss")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--steps", type=int, default=30, help="rollouts of a run; the first is not timed (30)")
+    parser.add_argument("--steps", type=int, default=30, help="rollouts of a run, 3 or more (30)")
     parser.add_argument("--turns", type=int, default=3, help="runs of each trainer, with the seeds 0, 1, ... (3)")
     parser.add_argument("--minibatches", type=int, nargs="+", default=[4, 1], help="optimizer steps a rollout (4 1)")
     parser.add_argument("--threads", type=int, default=1, help="of either trainer (1)")
@@ -458,6 +462,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.child:
         return child(Run(**json.loads(args.child)))
+    if args.steps < 3:
+        parser.error(f"--steps {args.steps}: the first and the last step are not timed, so it takes 3 or more")
     require_peers(args.parts)
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -465,7 +471,7 @@ def main(argv: list[str] | None = None) -> None:
     distributed.start()
     model = str(cached_tiny_model(Warmup(), ROOT / "runs" / "warmup", lambda text: print(f"# {text}", file=sys.stderr)))
     report = {"where": provenance() | {name: installed(name) for name in PEERS}, "threads": args.threads,
-              "steps": args.steps, "turns": args.turns, "trl_options": TRL_OPTIONS}  # fmt: skip
+              "steps": args.steps, "turns": args.turns}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         if "loss" in args.parts:
             report["loss"], report["advantage"] = measure_loss(model, Path(folder)), measure_advantages(model, Path(folder))
@@ -474,7 +480,10 @@ def main(argv: list[str] | None = None) -> None:
             report["options"] = measure_options(args, model, Path(folder))
             print(options_table(report["options"]), end="\n\n", flush=True)
         if "speed" in args.parts:
-            report["speed"] = measure_speed(args, model, Path(folder))
+            options = report.get("options", {})
+            report["trl_runs_with"] = {str(m): fastest(options.get(str(m), {})) for m in args.minibatches}
+            report["speed"] = measure_speed(args, model, Path(folder), report["trl_runs_with"])
+            print(f"TRL runs with: {report['trl_runs_with']}", end="\n\n")
             print(*(speed_table(*item) for item in report["speed"].items()), sep="\n\n", end="\n\n")
     distributed.stop()
     print(write_json(args.out.with_suffix(".json"), report))

@@ -26,7 +26,7 @@ CASES = losses.make_cases()
 
 def make_run(folder: Path, trainer: str, model: str = "", **changes) -> bench.Run:
     settings = {"trainer": trainer, "model": model, "folder": str(folder), "seed": 0, "steps": 2, "minibatches": 4,
-                "threads": 1, "options": {}}  # fmt: skip
+                "threads": 1, "options": {"per_device_train_batch_size": 64}}  # fmt: skip
     return bench.Run(**settings | changes)
 
 
@@ -67,11 +67,11 @@ def test_phases_and_the_rest_add_up_to_the_step(clock):
             clock.time += seconds
     meter.positions["rollout"] += 7
     clock.time += 4.0
-    meter.step(outside=1.0)
+    meter.step()
     clock.time += 5.0
     meter.step()
     first, second = meter.rows
-    assert first["seconds"] == {"rollout": 5.0, "rest": 3.0} and first["total"] == 8.0 and first["positions"] == {"rollout": 7}
+    assert first["seconds"] == {"rollout": 5.0, "rest": 4.0} and first["total"] == 9.0 and first["positions"] == {"rollout": 7}
     assert first["cpu"] == 9 / 4 and second["cpu"] == 5 / 4
     assert second["seconds"] == {"rest": 5.0} and second["total"] == 5.0 and second["positions"] == {}
 
@@ -82,17 +82,17 @@ def result(totals: list[float], rewards: list[float]) -> dict:
     return {"rows": rows, "peak_gb": 1.0, "before_gb": 0.5, "accuracy": {"greedy": 0.9, "sampled": 0.8}}
 
 
-def test_a_summary_is_the_median_turn_of_mean_steps_without_the_first():
-    turns = [result([99, 1, 3], [0, 0.5, 1]), result([99, 4, 4], [0, 0, 0]), result([99, 8, 8], [0, 0, 0])]
+def test_a_summary_is_the_median_turn_of_mean_steps_without_the_first_and_the_last():
+    turns = [result([99, 1, 3, 50], [0, 0.5, 1, 0.5]), result([99, 4, 4, 50], [0] * 4), result([99, 8, 8, 50], [0] * 4)]
     found = bench.summary(turns)
     assert found["steps"] == [2, 4, 8] and found["cpu_steps"] == pytest.approx([0.2, 0.4, 0.8])
     assert found["seconds"]["rollout"] == 2 and found["seconds"]["old"] == 0
     assert found["tokens_per_s"] == 25 and found["late_reward"] == [0.5, 0, 0]
-    assert found["curves"][0]["seconds"] == [99, 100, 103]
+    assert found["curves"][0]["seconds"] == [99, 100, 103, 153]
 
 
 def test_the_table_says_by_what_factor_ours_is_better():
-    trl, ours = (bench.summary([result([9, t, t], [0.5] * 3)]) for t in (6.0, 1.5))
+    trl, ours = (bench.summary([result([9, t, t, 9], [0.5] * 4)]) for t in (6.0, 1.5))
     rows = {line.split("|")[1].strip(): line for line in bench.speed_table("4", {"TRL": trl, "ours": ours}).splitlines()}
     assert "4 optimizer steps a rollout" in rows
     assert rows["**s/step**, median (range)"].endswith("| 6.00 (6.00–6.00) | 1.50 (1.50–1.50) | **4.0** |")
@@ -104,9 +104,14 @@ def test_the_table_says_by_what_factor_ours_is_better():
 
 
 def test_the_figure_is_drawn(tmp_path):
-    sides = {name: bench.summary([result([9, 2, 2], [0.2, 0.4, 0.6])] * 2) for name in bench.TRAINERS}
+    sides = {name: bench.summary([result([9, 2, 2, 9], [0.2, 0.4, 0.6, 0.6])] * 2) for name in bench.TRAINERS}
     bench.draw({"4": sides, "1": sides}, tmp_path / "peers.png")
     assert (tmp_path / "peers.png").stat().st_size > 10_000
+
+
+def test_trl_runs_with_the_fastest_of_its_options():
+    assert bench.fastest({"static cache": [1.0, 3.0], "micro-batches of 256": [1.5, 1.6]}) == "micro-batches of 256"
+    assert bench.fastest({}) == next(iter(bench.TRL_OPTIONS))
 
 
 def test_smoothing_uses_the_past_only():
@@ -170,8 +175,8 @@ def test_a_run_of_trl_reports_its_phases_and_positions(tmp_path, warm_model):
 
 
 def test_a_failed_run_shows_what_it_said(tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)ours failed with status \d.*no-such-model"):
-        bench.launch(make_run(tmp_path / "run", "ours", model=str(tmp_path / "no-such-model")))
+    with pytest.raises(RuntimeError, match=r"(?s)^nobody failed with status 1:.*KeyError: 'nobody'"):
+        bench.launch(make_run(tmp_path / "run", "nobody"))
 
 
 # ---- losses
