@@ -200,13 +200,15 @@ def run_parts(parts: list[Part], report: Report, work: Path, seconds: float, env
         limit = (deadline - time.monotonic()) * part.share / sum(p.share for p in parts[i:])
         print(f"{part.name:24} {part.title}; at most {limit:.0f} s", flush=True)
         row = run_part(part, report, work, limit, env, started or {})
-        print(f"{'':24} {row['status']} after {row['seconds']:.1f} s: {row['figures']}", flush=True)
+        outcome = f"{'':24} {row['status']} after {row['seconds']:.1f} s: {row['figures']}"
+        print(outcome, *row.get("tail", "").splitlines()[-12:], sep="\n    ", flush=True)
 
 
 def run_part(part: Part, report: Report, work: Path, limit: float, env: dict, started: dict) -> dict:
     """One part: its row in the report, current while it runs."""
     row = report.runs[part.name] = {"title": part.title, "status": "running", "seconds": 0.0, "limit": limit, "figures": ""}
     begin, path = time.monotonic(), work / f"{part.name}.log"
+    path.touch()
 
     def look(status: str) -> None:
         row.update(status=status, seconds=round(time.monotonic() - begin, 1))
@@ -233,6 +235,8 @@ def run_part(part: Part, report: Report, work: Path, limit: float, env: dict, st
     finally:
         if status == "failed":
             row["reason"] = last_line(path)
+        if status != "passed":
+            row["tail"] = tail(path)
         look(status)
         append_log(report.out / "log.txt", part, command, row, work)
     return row
@@ -297,9 +301,14 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
+def tail(path: Path, count: int = 25) -> str:
+    """The last lines that say something, without progress bars."""
+    lines = [line.rstrip() for line in path.read_text(errors="replace").splitlines() if line.strip() and "it/s]" not in line]
+    return "\n".join(line[:300] for line in lines[-count:])
+
+
 def last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
+    return tail(path, 1).strip() or "it said nothing"
 
 
 def test_outcomes(log: Path) -> dict | None:
@@ -392,7 +401,8 @@ def kernel_line(found: dict) -> str:
 def rollout_line(found: dict) -> str:
     return "; ".join(
         f"{name}: {row['skipped']}" if "skipped" in row else
-        f"{name}: {row['tokens_per_s']:,.0f} tok/s, sync {row['sync_s']:.2f} s, |log-prob gap| {row['gap_mean']:.1e} mean"
+        f"{name}: {row['tokens_per_s']:,.0f} tok/s, sync {row['sync_s']:.2f} s, log-probs off by {row['gap_mean']:.1e} nats on "
+        f"average ({row['stale_gap_mean']:.1e} before the sync), {row['gap_max']:.1e} at most"
         for name, row in found["engines"].items()
     )  # fmt: skip
 
@@ -438,6 +448,9 @@ def summary(report: Report) -> str:
     for name, row in report.runs.items():
         if row.get("result") and name.startswith(("kernel", "step_")) and row["status"] != "running":
             text += ["", f"## {row['title']}", "", shown(tables, name, row["result"])]
+    for name, row in report.runs.items():
+        if "tail" in row:
+            text += ["", f"## {name}: {row['status']}", "", "```", row["tail"], "```"]
     if lines := left_out(report.runs):
         text += ["", "## Skipped or left out", "", *(f"- {line}" for line in lines)]
     if found := report.runs.get("ceilings", {}).get("result"):
@@ -478,6 +491,7 @@ def part_environment(rehearse: bool) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    begun = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of the results")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
@@ -492,12 +506,13 @@ def main(argv: list[str] | None = None) -> int:
     if not args.rehearse and (reason := missing_device()):
         print(f"make gpu: {reason}", file=sys.stderr)
         return 2
+    args.out = args.out.resolve()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # by way of `finally`, which ends the running part
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "log.txt").write_text("")
     report = Report(args.out, args.rehearse)
-    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder:
         work, env = Path(folder), part_environment(args.rehearse)
         every = make_parts(args.out, work, args.rehearse)
         parts = [part for part in every if part.name.startswith(tuple(args.only))]
@@ -505,7 +520,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--only {' '.join(args.only)}: there are {', '.join(part.name for part in every)}")
         started = {name: start_background(name, work, env) for part in parts for name in part.after}
         try:
-            run_parts(parts, report, work, args.seconds, env, started)
+            run_parts(parts, report, work, args.seconds - (time.monotonic() - begun), env, started)
         finally:
             for process in started.values():
                 end(process)

@@ -85,7 +85,8 @@ def test_a_part_that_hangs_is_killed_at_its_limit_and_costs_nothing_else(tmp_pat
     hang = f"""
 import json, pathlib, subprocess, time
 pathlib.Path({str(tmp_path / "work" / "hangs.json")!r}).write_text(json.dumps({{"engines": {{"half": {{"skipped": "done"}}}}}}))
-pathlib.Path({str(child)!r}).write_text(str(subprocess.Popen(["sleep", "600"]).pid))
+stubborn = subprocess.Popen(["sh", "-c", "trap '' ABRT TERM; exec sleep 600"])
+pathlib.Path({str(child)!r}).write_text(str(stubborn.pid))
 def stuck():
     time.sleep(600)
 stuck()
