@@ -22,7 +22,7 @@ from statistics import geometric_mean, stdev
 
 import numpy as np
 
-from bench.harness import ROOT, provenance, write_json
+from bench.harness import ROOT, markdown, provenance, write_json
 from bench.simulator import (
     GPUS,
     MODELS,
@@ -337,11 +337,6 @@ def device_key(device: str) -> str:
 
 
 # ---- the report: every function prints a table and returns what it shows
-
-
-def markdown(heads: list[str], rows: list[list]) -> str:
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join("| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in line) + " |" for line in lines)
 
 
 def hours(r: Result, real: dict) -> str:

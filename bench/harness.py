@@ -126,6 +126,12 @@ def table(rows: list[dict], columns: dict[str, Callable]) -> str:
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
+def markdown(heads: list[str], rows: list[list]) -> str:
+    """A Markdown table, its first column text and the others numbers."""
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "\n".join("| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in line) + " |" for line in lines)
+
+
 def write_json(path: Path, result: dict) -> str:
     """Writes the result and returns it as one line, the benchmark's last."""
     path.parent.mkdir(parents=True, exist_ok=True)

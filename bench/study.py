@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from bench.harness import ROOT, provenance, write_json
+from bench.harness import ROOT, markdown, provenance, write_json
 from drgrpo.log import read_jsonl
 from drgrpo.warmup import Warmup, cached_tiny_model
 
@@ -192,7 +192,8 @@ def report(settings: dict[str, Setting], runs: Path, out: Path) -> None:
          {"reward_mean": "training reward", "len_correct": "length of right answers", "entropy": "entropy (nats per token)"})
     draw_settings(result["settings"], out / "study_settings.png")
     line = write_json(out / "study.json", result)
-    print(table(result["settings"]), differences(result["settings"]), line, sep="\n\n")
+    print(summary({name: result["settings"][name] for name in study}), table(result["settings"]),
+          differences(result["settings"]), line, sep="\n\n")  # fmt: skip
 
 
 # ---- tables and figures
@@ -204,34 +205,50 @@ def spread(values: list, form: str) -> str:
     return f"{fmean(there):{form}} ({min(there):{form}}–{max(there):{form}})" if there else "–"
 
 
+def summary(settings: dict) -> str:
+    """Markdown: what the study says, a line per objective."""
+    rows = []
+    for name, setting in settings.items():
+        for algo, arm in setting["runs"].items():
+            row = [f"{ALGOS[algo]}, {name}", change(arm, "accuracy", ".2f"), change(arm, "len_incorrect", ".0f"), "", ""]
+            if test := setting["against_drgrpo"].get(algo):
+                length, accuracy = test["len_incorrect"], test["accuracy"]
+                same = "equivalent" if accuracy["equivalent"] else "not shown equivalent"
+                row[3:] = f"{signed(length, '.0f')}, p = {length['p']:.1g}", f"{signed(accuracy, '.3f')}, {same}"
+            rows.append(row)
+    return markdown(["objective, updates per rollout", "held-out accuracy", "length of wrong answers",
+                     "longer than Dr. GRPO's by (95 %)", "accuracy above Dr. GRPO's (90 %)"], rows)  # fmt: skip
+
+
 def table(settings: dict) -> str:
     """Markdown: a line per set-up and objective, before and after."""
     columns = {"accuracy": ".2f", "len_incorrect": ".0f", "len_correct": ".0f", "truncated_frac": ".2f", "entropy": ".3f"}
-    lines = ["| set-up | objective | seeds | accuracy | length of wrong answers | of right ones | truncated | entropy | "
-             "wrong ones that say so |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for name, setting in settings.items():
-        for algo, arm in setting["runs"].items():
-            cells = []
-            for key, form in columns.items():
-                start = [run[key][0] for run in arm if run[key][0] is not None]
-                cells.append(f"{fmean(start):{form}} → {spread([run[key][1] for run in arm], form)}")
-            cells.append(spread([run["admitted"] for run in arm], ".2f"))
-            lines.append(f"| {name} | {ALGOS[algo]} | {len(arm)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        [name, ALGOS[algo], str(len(arm)), *(change(arm, key, form) for key, form in columns.items()),
+         spread([run["admitted"] for run in arm], ".2f")]
+        for name, setting in settings.items() for algo, arm in setting["runs"].items()
+    ]  # fmt: skip
+    return markdown(["set-up", "objective", "seeds", "accuracy", "length of wrong answers", "of right ones", "truncated",
+                     "entropy", "wrong ones that say so"], rows)  # fmt: skip
 
 
 def differences(settings: dict) -> str:
     """Markdown: every objective against Dr. GRPO, paired by seed."""
-    lines = ["| set-up | against Dr. GRPO | wrong answers longer by (95 %) | p | p, sign flips | accuracy higher by (90 %) | "
-             "equivalent within 0.05 |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    rows = []
     for name, setting in settings.items():
         for algo, test in setting["against_drgrpo"].items():
             length, accuracy = test["len_incorrect"], test["accuracy"]
             verdict = "yes" if accuracy["equivalent"] else "not shown"
-            cells = [name, ALGOS[algo], signed(length, ".0f"), f"{length['p']:.1g}", f"{length['p_sign_flip']:.2g}",
-                     signed(accuracy, ".3f"), f"{verdict}, p = {accuracy['p']:.1g}"]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([name, ALGOS[algo], signed(length, ".0f"), f"{length['p']:.1g}", f"{length['p_sign_flip']:.2g}",
+                         signed(accuracy, ".3f"), f"{verdict}, p = {accuracy['p']:.1g}"])  # fmt: skip
+    return markdown(["set-up", "against Dr. GRPO", "wrong answers longer by (95 %)", "p", "p, sign flips",
+                     "accuracy higher by (90 %)", f"equivalent within {MARGIN:g}"], rows)  # fmt: skip
+
+
+def change(arm: list[dict], key: str, form: str) -> str:
+    """Before and after: means over seeds, and the range after."""
+    start = [run[key][0] for run in arm if run[key][0] is not None]
+    return f"{fmean(start):{form}} → {spread([run[key][1] for run in arm], form)}"
 
 
 def signed(test: dict, form: str) -> str:
@@ -264,7 +281,7 @@ def draw(names: list[str], settings: dict[str, Setting], runs: Path, path: Path,
                 middle, deviation = np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)
                 half = stats.t.ppf(0.975, np.maximum(n - 1, 1)) * deviation / np.sqrt(n)
                 axis.plot(steps, middle, color=color, label=label)
-                axis.fill_between(steps, middle - half, middle + half, color=color, alpha=0.15, lw=0)
+                axis.fill_between(steps, np.maximum(middle - half, 0), middle + half, color=color, alpha=0.15, lw=0)
             axis.set_title(f"{title}, {name} per rollout", fontsize=10)
             axis.grid(alpha=0.3)
     for axis in axes[-1]:

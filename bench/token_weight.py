@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import train
-from bench.harness import ROOT, provenance, write_json
+from bench.harness import ROOT, markdown, provenance, write_json
 from drgrpo.advantage import group_advantage
 from drgrpo.config import RECIPES
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss
@@ -106,13 +106,13 @@ def token_weights(algo: str, reward_PG: Tensor, lengths_PG: list) -> list[Tensor
 
 def table(result: dict) -> str:
     """Markdown: the heaviest over the lightest token, and how far the loss is from the formula."""
-    lines = ["| objective | shortest over longest response | nearly solved over half-solved group | off the formula |",
-             "|---|---|---|---|"]  # fmt: skip
+    heads = ["objective", "shortest over longest response", "nearly solved over half-solved group", "off the formula"]
+    rows = []
     for algo, objective in OBJECTIVES.items():
         by_length, by_std = result["by_length"][algo], result["by_std"][algo]
         ratios = by_length[0]["low"] / by_length[-1]["low"], by_std[-1]["low"] / by_std[3]["low"]
-        lines.append(f"| {objective.label} | {ratios[0]:.0f} x | {ratios[1]:.2f} x | {worst(by_length + by_std):.0e} |")
-    return "\n".join(lines)
+        rows.append([objective.label, f"{ratios[0]:.0f} x", f"{ratios[1]:.2f} x", f"{worst(by_length + by_std):.0e}"])
+    return markdown(heads, rows)
 
 
 def worst(found: list[dict]) -> float:

@@ -35,4 +35,4 @@ def test_it_leaves_a_table_a_figure_and_a_json(result, tmp_path, monkeypatch, ca
     printed = capsys.readouterr().out.strip().splitlines()
     assert json.loads(printed[-1]) == json.loads((tmp_path / "token_weight.json").read_text())
     assert (tmp_path / "token_weight.png").stat().st_size > 10_000
-    assert len([line for line in printed if line.startswith("| ")]) == 1 + len(token_weight.OBJECTIVES)
+    assert len([line for line in printed if line.startswith("| ")]) == 2 + len(token_weight.OBJECTIVES)
