@@ -1,5 +1,6 @@
 # make train   from an empty checkout to a finished `tiny` run in runs/tiny; ARGS="--seed 1" passes fields on
 # make test    the same for the tests
+# make study   GRPO's two terms one at a time, many seeds: bench/results/study.*; an hour and a half on two cores
 # make gpu     does everything work on this GPU, and how fast? ten minutes, results in runs/gpu; ARGS=--rehearse needs no GPU
 # make env     only the environment, in .venv; everything works offline once it is there
 
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 endif
 
-.PHONY: train test gpu lint env clean
+.PHONY: train test study gpu lint env clean
 .DEFAULT_GOAL := train
 
 train: env
@@ -24,6 +25,9 @@ train: env
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+study: env
+	$(BIN)/python -m bench.study $(ARGS)
 
 gpu:  # with .venv where there is one, else with what the machine has: nothing is installed
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
