@@ -206,6 +206,12 @@ class Config:
                 "use --minibatches 1, or --old-logprob sampler or recompute"
             )
 
+        if self.kl_coef and self.algo in ("grpo", "grpo_length", "dapo"):
+            raise UserError(
+                f"--kl-coef {self.kl_coef} with --algo {self.algo}: the penalty would be divided by B x max_new_tokens and not "
+                "as this objective divides its tokens, so its weight would be another than yours; use drgrpo, grpo_std or rloo"
+            )
+
     @property
     def rollouts_per_step(self) -> int:
         """B = P * G"""

@@ -41,6 +41,7 @@ def test_the_papers_recipe():
         (["--recipe", "tiny", "stray"], "unexpected argument 'stray'"),
         (["--recipe", "tiny", "--top-p", "0.9"], "truncated distribution"),
         (["--recipe", "tiny", "--top-k", "20"], "truncated distribution"),
+        (["--recipe", "tiny", "--algo", "grpo", "--kl-coef", "0.1"], "use drgrpo, grpo_std or rloo"),
         (["--steps", "3"], "required: --recipe"),
     ],
     ids=lambda x: " ".join(x[1:] or x) if isinstance(x, list) else "",
