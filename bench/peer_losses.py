@@ -225,7 +225,7 @@ def measure_advantages(model: str, folder: Path) -> list[dict]:
 
 WHY = """\
 Relative errors of loss / d hidden / d weight against float64, bold beyond float32's tolerance. Where they are bold:
-- KL, ours but for dr_grpo: the KL term is always divided by B C, whatever the policy term is divided by.
+- KL, ours but for dr_grpo: our KL term is always divided by B C, so train.py refuses --kl-coef with these objectives.
 - KL, TRL's default: it multiplies the KL term by the ratio (`use_bias_correction_kl`, DeepSeek-V3.2), another objective.
 - bnpo in micro-batches, TRL and Liger: every micro-batch is averaged over its own tokens, as TRL documents, so that the
   gradient depends on the split; ours is averaged over the tokens of the optimizer step.
