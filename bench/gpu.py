@@ -86,7 +86,7 @@ def make_parts(out: Path, work: Path, rehearse: bool) -> list[Part]:
     has_vllm = importlib.util.find_spec("vllm") is not None and not rehearse
     budget = [python, "-m", "bench.budget", "--measured", str(out), "--out", str(work), *(["--draws", "2"] if rehearse else [])]
     return [
-        Part("ceilings", "versions, card, copy bandwidth, bf16 GEMM rate", [*own, "ceilings"], 25, "ceilings.json"),
+        Part("ceilings", "versions, card, copy bandwidth, bf16 GEMM rate", [*own, "ceilings"], 40, "ceilings.json"),
         *(Part(f"tests_{path.stem[5:]}", f"GPU tests, {path.name}", test_command(path), share) for path, share in tests),
         Part("kernel", "the fused head against bare GEMMs and other kernels", kernel, 110, "kernel.json"),
         *(
@@ -104,7 +104,7 @@ def gpu_tests() -> list[tuple[Path, float]]:
     """Files with tests for a GPU, each in a process of its own: a kernel that goes astray takes the CUDA context with it."""
     marked = re.compile(r"^@(pytest\.mark\.)?gpu$", re.M)
     found = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text())]
-    return [(path, 60.0 if path.stem == "test_linear_drgrpo" else 25.0) for path in found]
+    return [(path, 60.0 if path.stem == "test_linear_drgrpo" else 35.0) for path in found]
 
 
 def test_command(path: Path) -> list[str]:

@@ -23,7 +23,7 @@ PARTS = ["ceilings", "tests_linear_drgrpo", "kernel", "step_rehearsal", "rollout
 def rehearsal(warm_model, tmp_path_factory):
     """(what the command said, its results folder)."""
     out = tmp_path_factory.mktemp("gpu") / "results"
-    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--out", str(out), "--seconds", "500"]
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--out", str(out), "--seconds", "2000"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     log = (out / "log.txt").read_text() if out.exists() else ""
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{log[-4000:]}"
