@@ -51,13 +51,13 @@ class Setting:
     train: dict = field(default_factory=dict)
     warmup: dict = field(default_factory=dict)
     algos: tuple[str, ...] = ("drgrpo", "grpo")
-    seeds: int = 3
+    seeds: int = 4
     steps: int = 100
 
 
 SETTINGS = {
-    "one update": Setting(train={"minibatches": 1}, algos=tuple(ALGOS), seeds=6),
-    "four updates": Setting(algos=tuple(ALGOS), seeds=6),
+    "one update": Setting(train={"minibatches": 1}, algos=tuple(ALGOS), seeds=8),
+    "four updates": Setting(algos=tuple(ALGOS), seeds=8),
     "errors not noticed": Setting(warmup={"notices": False}),
     "groups of 4": Setting(train={"prompts_per_step": 64, "group_size": 4}),
     "groups of 16": Setting(train={"prompts_per_step": 16, "group_size": 16}),
