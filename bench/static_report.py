@@ -90,7 +90,8 @@ def compile_row_kernel(arch, z, dz, LOSS=True, GRAD=True, HAS_OLD=False, HAS_SAM
 
     kernel = head._drgrpo_row_kernel
     constants = dict(LOSS=LOSS, GRAD=GRAD, HAS_OLD=HAS_OLD, HAS_SAMPLER=HAS_SAMPLER, KL=KL, SHARED_ROW=z != dz)
-    constants |= dict(BLOCK_V=head.BLOCK_V)
+    sizes = head.sizes_of(divmod(arch, 10))
+    constants |= dict(BLOCK_V=sizes.block_v)
     pointers = dict(z_ptr=z, dz_ptr=dz, target_ptr="i64", clipped_ptr="i8")
     integers = ("V", "stride_z", "stride_dz", "stride_stat")
     multiples = {"z_ptr", "dz_ptr", "stride_z", "stride_dz", "V"} - ({"V"} if odd else set())
@@ -105,7 +106,7 @@ def compile_row_kernel(arch, z, dz, LOSS=True, GRAD=True, HAS_OLD=False, HAS_SAM
             aligned[(i,)] = [["tt.divisibility", 16]]
     constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": head.NUM_WARPS}).asm["cubin"]
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": sizes.num_warps}).asm["cubin"]
 
 
 def disassemble(cubin):
@@ -248,7 +249,8 @@ def report(arches):
 
     compiled = [inspect(variant, arch) for variant in VARIANTS for arch in arches]
     table(compiled)
-    broken = [rule for c in compiled for rule in c.broken_rules(head.NUM_WARPS)]
+    sizes = {arch: head.sizes_of(divmod(arch, 10)) for arch in arches}
+    broken = [rule for c in compiled for rule in c.broken_rules(sizes[c.arch].num_warps)]
     main = {s.kind: s for s in sorted(compiled[0].sweeps, key=lambda s: s.elements)}
     instructions = [main[kind].instructions_per_element for kind in ("read", "read+write")]
     T, predictions, costs = 16_384, [], {}
@@ -272,7 +274,7 @@ def report(arches):
     for rule in broken:
         print("BROKEN", rule)
     return {
-        "block_v": head.BLOCK_V, "num_warps": head.NUM_WARPS, "compiled": [asdict(c) for c in compiled], "cost": costs,
+        "sizes": {arch: s._asdict() for arch, s in sizes.items()}, "compiled": [asdict(c) for c in compiled], "cost": costs,
         "predictions": predictions, "broken": broken,
     }  # fmt: skip
 

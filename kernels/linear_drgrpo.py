@@ -126,11 +126,15 @@ TUNED: dict[tuple[int, int], Sizes] = {}
 every architecture runs on the predicted sizes, none of them measured yet."""
 
 
+def sizes_of(capability: tuple[int, int]) -> Sizes:
+    """What a CUDA card of this compute capability runs with."""
+    return TUNED.get(capability, Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS["cuda"]))
+
+
 def _sizes(device):
-    default = Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS["cuda" if device.type == "cuda" else "cpu"])
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return default
-    return TUNED.get(torch.cuda.get_device_capability(device), default)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return sizes_of(torch.cuda.get_device_capability(device))
+    return Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS["cuda" if device.type == "cuda" else "cpu"])
 
 
 _LOWEST = -1e30  # starts the running maximum: finite, so that no difference is inf - inf and no product 0 * inf
