@@ -42,7 +42,7 @@ def test_a_demonstrator_who_does_not_notice_leaves_no_trace_of_being_wrong():
     right = [len(s) for p, s in solved if grade(s, p.answer, "hash").score == 1]
     wrong = [len(s) for p, s in solved if grade(s, p.answer, "hash").score == 0]
     assert 0.25 < len(right) / len(solved) < 0.40
-    assert abs(fmean(right) - fmean(wrong)) < 3
+    assert abs(fmean(right) - fmean(wrong)) < 3 and fmean(right + wrong) > 25, "he re-checks, right or wrong"
 
 
 def test_the_seed_draws_the_solutions_and_not_the_task():

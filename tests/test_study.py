@@ -21,16 +21,21 @@ def write(path, rows):
 
 
 def made_up_run(run, wrong_length, accuracy=0.5, say_so=0.25):
-    """Evaluations at 0, 10, ... 60, in which wrong answers end `wrong_length` long, and as many steps."""
+    """Evaluations at 0, 10, ... 60, in which wrong answers end `wrong_length` long, and as many steps. The last three have
+    `accuracy` on average, none but one has it by itself; before the last thirty steps every wrong sample says so."""
     at = range(0, STEPS + 1, 10)
     row = {"n": 384, "len_correct": 20.0, "truncated_frac": 0.1}
+    late = {40: -0.05, 50: 0.0, 60: 0.05} if accuracy < 0.9 else {}
     write(run / "eval.jsonl", [
-        {**row, "step": step, "temperature": t, "accuracy": accuracy, "len_incorrect": 30.0 if step == 0 else wrong_length}
+        {**row, "step": step, "temperature": t, "accuracy": accuracy + late.get(step, 0.0 if step == 0 else 0.02),
+         "len_incorrect": 30.0 if step == 0 else wrong_length}
         for step in at for t in (0.0, 1.0)
     ])  # fmt: skip
     write(run / "metrics.jsonl", [{"step": s, "reward_mean": s / STEPS, "entropy": 0.5} for s in range(1, STEPS + 1)])
     samples = [{"reward": float(i == 0), "response": "n" if i <= 4 * say_so else "y"} for i in range(5)]
-    write(run / "samples.jsonl", [{"step": s, **sample} for s in range(1, STEPS + 1) for sample in samples])
+    write(run / "samples.jsonl", [{"step": s, **sample} for s in range(31, STEPS + 1) for sample in samples])
+    early = [{"step": s, "reward": 0.0, "response": "n"} for s in range(1, 31)]
+    write(run / "samples.jsonl", early + read_jsonl(run / "samples.jsonl"))
 
 
 @pytest.fixture
@@ -53,7 +58,8 @@ def test_a_run_s_end_pools_the_last_evaluations_by_how_many_answers_were_wrong()
 def test_ends_reads_before_and_after(tmp_path):
     made_up_run(tmp_path, 77.0)
     end = ends(tmp_path)
-    assert end["len_incorrect"] == pytest.approx([30, 77]) and end["accuracy"] == [0.5, 0.5]
+    assert end["len_incorrect"] == pytest.approx([30, 77])
+    assert end["accuracy"] == end["greedy"] == pytest.approx([0.5, 0.5]), "the last three, not the last"
     assert end["reward"] == pytest.approx([np.mean(np.arange(1, 11)) / STEPS, np.mean(np.arange(51, 61)) / STEPS])
     assert end["admitted"] == 0.25, "of four wrong samples a step one says so; the right one does not count"
 

@@ -67,10 +67,11 @@ def test_systems_knobs_change_time_and_memory_only(base, warm_model, tmp_path, c
 def test_evaluation_sets_are_asked_in_one_call_and_scored_apart(base, warm_model, tmp_path):
     (tmp_path / "wrong.jsonl").write_text('{"problem": "4+6+x=14", "answer": "0"}\n{"problem": "2+8+x=18", "answer": "0"}\n')
     sets = f"arithmetic_heldout,{tmp_path}/wrong.jsonl"
-    run(small(warm_model, tmp_path / "two", eval_data=sets, steps=1))
+    run(small(warm_model, tmp_path / "two", eval_data=sets, eval_samples=2, steps=1))
     evals = [r for r in read_jsonl(tmp_path / "two" / "eval.jsonl") if r["step"] == 0]
-    assert evals[::2] == read_jsonl(base[0] / "eval.jsonl")[:2], "the answers to one set do not depend on the other"
+    assert evals[0] == read_jsonl(base[0] / "eval.jsonl")[0], "the answers to one set do not depend on the other"
     assert [(r["n"], r["accuracy"]) for r in evals[1::2]] == [(2, 0.0), (2, 0.0)]
+    assert [r["n"] for r in evals[::2]] == [128, 128], "greedily, and with two samples each"
 
 
 def test_a_complete_run_is_left_as_it_is(base, warm_model, capsys):
