@@ -293,7 +293,7 @@ def draw(names: list[str], settings: dict[str, Setting], runs: Path, path: Path,
 
 def draw_settings(settings: dict, path: Path) -> None:
     """GRPO minus Dr. GRPO at the end, a line per set-up: length of wrong answers, accuracy."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.8 + 0.32 * len(settings)), sharey=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1.1 + 0.32 * len(settings)), sharey=True, constrained_layout=True)
     for axis, key, level, scale in zip(axes, ("len_incorrect", "accuracy"), (95, 90), (1, 100), strict=True):
         tests = [setting["against_drgrpo"]["grpo"][key] for setting in settings.values()]
         middle = scale * np.array([t["mean"] for t in tests])
@@ -301,11 +301,12 @@ def draw_settings(settings: dict, path: Path) -> None:
         axis.errorbar(middle, range(len(tests)), xerr=error, fmt="o", color="C3", capsize=3)
         axis.axvline(0, color="0.5", lw=0.8)
         axis.grid(alpha=0.3, axis="x")
-        unit = {"len_incorrect": "length of wrong answers (tokens)", "accuracy": "accuracy (points)"}[key]
-        axis.set_xlabel(f"GRPO minus Dr. GRPO: {unit}, {level} % interval")
+        unit = {"len_incorrect": "length of wrong answers, tokens", "accuracy": "accuracy, points"}[key]
+        axis.set_xlabel(f"{unit} ({level} % interval)")
     axes[1].axvspan(-100 * MARGIN, 100 * MARGIN, color="0.9", zorder=0)
     axes[0].set_yticks(range(len(settings)), settings)
     axes[0].invert_yaxis()
+    figure.suptitle("GRPO minus Dr. GRPO at the end of training", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
