@@ -681,7 +681,8 @@ def main(argv: list[str] | None = None) -> None:
     distributed.start()
     name = "step_rehearsal" if args.rehearse else f"step_{args.shape}" if args.device == "cuda" else "step"
     path = args.out / f"{name}.json"
-    report = {"where": provenance(args.device), "arguments": {k: str(v) for k, v in vars(args).items() if k != "out"}, "cases": {},
+    arguments = {k: str(v) for k, v in vars(args).items() if k != "out"}
+    report = {"where": provenance(args.device), "arguments": arguments, "cases": {},
               "imbalance": imbalance(RECIPES["oat_zero_7b"]())}  # fmt: skip
     save = lambda *_: write_json(path, report)  # noqa: E731
     try:
