@@ -1,6 +1,6 @@
 # make train   from an empty checkout to a finished `tiny` run in runs/tiny; ARGS="--seed 1" passes fields on
 # make test    the same for the tests
-# make study   GRPO's two terms one at a time, many seeds: bench/results/study.*; an hour and a half on two cores
+# make study   GRPO's two terms one at a time, many seeds: bench/results/study.*; an hour or two on two cores
 # make gpu     does everything work on this GPU, and how fast? ten minutes, results in runs/gpu; ARGS=--rehearse needs no GPU
 # make env     only the environment, in .venv; everything works offline once it is there
 

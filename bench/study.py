@@ -1,4 +1,4 @@
-"""The length bias of GRPO, term by term: `make study` or `python -m bench.study` (about two hours on two cores).
+"""The length bias of GRPO, term by term: `make study` or `python -m bench.study` (an hour or two on two cores).
 
 Dr. GRPO, GRPO, and Dr. GRPO with one of GRPO's two divisions put back, on the `tiny` recipe: many seeds, one and four updates
 per rollout; then GRPO against Dr. GRPO in set-ups that differ in one thing, to see where the effect appears and where it does
