@@ -45,7 +45,7 @@ import torch
 import transformers
 
 import train
-from bench.harness import ROOT, installed, provenance, write_json
+from bench.harness import ROOT, installed, markdown, provenance, write_json
 from bench.peer_losses import WHY, advantage_table, loss_table, measure_advantages, measure_loss
 from drgrpo import data, distributed
 from drgrpo.config import RECIPES, Config
@@ -411,11 +411,9 @@ def spread(values: list[float], middle: Callable = fmean) -> str:
 
 def options_table(found: dict) -> str:
     """Markdown: a line an alternative, a column a number of optimizer steps."""
-    headings = " | ".join(f"{minibatches} a rollout" for minibatches in found)
-    lines = [f"| TRL, CPU-s/step, mean (range) | {headings} |", "|---|" + "---|" * len(found)]
-    for name in TRL_OPTIONS:
-        lines.append(f"| {name} | {' | '.join(spread(by[name]) if name in by else '–' for by in found.values())} |")
-    return "\n".join(lines)
+    heads = ["TRL, CPU-s/step, mean (range)", *(f"{minibatches} a rollout" for minibatches in found)]
+    rows = [[name, *(spread(by[name]) if name in by else "–" for by in found.values())] for name in TRL_OPTIONS]
+    return markdown(heads, rows)
 
 
 def draw(speed: dict, path: Path) -> None:

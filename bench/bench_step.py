@@ -42,7 +42,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import drgrpo.model
 import train
-from bench.harness import ROOT, peak_memory, provenance, write_json
+from bench.harness import ROOT, markdown, peak_memory, provenance, write_json
 from drgrpo import data, distributed, pack
 from drgrpo.advantage import group_advantage
 from drgrpo.config import CHOICES, RECIPES, Config
@@ -572,11 +572,11 @@ def whole_steps(flags: tuple[str, ...], steps: int, cache: Path) -> dict:
 # ---- reporting
 
 
-def markdown(rows: list[dict], label: str, phases: tuple[str, ...]) -> str:
+def variants_table(rows: list[dict], label: str, phases: tuple[str, ...]) -> str:
     """A table of rows with numbers, or with the reason why there are none."""
     base = next((row["seconds"]["median"] for row in rows if "seconds" in row), None)
     heads = [label, "seconds (range)", "times", "tok/s", "peak GB", "TFLOP/s (MFU)", *(f"{phase}, ms" for phase in phases)]
-    lines = [heads, ["---"] * len(heads)]
+    lines = []
     for r in rows:
         if r.get("skipped"):
             lines.append([r[label], r["skipped"], *["-"] * (len(heads) - 2)])
@@ -587,14 +587,14 @@ def markdown(rows: list[dict], label: str, phases: tuple[str, ...]) -> str:
             f"{r['tokens_per_s']:,.0f}", f"{r['peak_bytes'] / 1e9:.3g}", f"{r['tflops']:.3g} ({mfu})",
             *(f"{1e3 * r['phases'][phase]:.1f}" for phase in phases),
         ])  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(heads, lines)
 
 
 def text(report: dict) -> str:
     """Everything, for people."""
     parts = []
     for name, case in report["cases"].items():
-        parts += [f"{name}: {describe(case)}", markdown(case["rows"], "variant", PHASES)]
+        parts += [f"{name}: {describe(case)}", variants_table(case["rows"], "variant", PHASES)]
         if found := case.get("extrapolated"):
             parts.append(f"extrapolated, not measured: {found['variant']}, {found['layers']} layers, {found['seconds']:.2f} s")
         if found := case.get("published"):
@@ -602,7 +602,7 @@ def text(report: dict) -> str:
             parts.append(f"published: {found['what']}, {numbers} ({found['source']})")
     if "steps" in report:
         parts.append("whole steps of the tiny recipe (tok/s: sampled; peak: resident memory)")
-        parts.append(markdown(report["steps"], "run", STEP_PHASES))
+        parts.append(variants_table(report["steps"], "run", STEP_PHASES))
     shares = ", ".join(f"{name} {ratio:.2f}" for name, ratio in report["imbalance"].items())
     return "\n\n".join([*parts, f"tokens of the busiest of 8 processes over the mean: {shares}"])
 

@@ -465,10 +465,10 @@ def tables(name: str, result: dict) -> str:
 
         return text(result)
     from bench.bench_linear_drgrpo import COLUMNS
+    from bench.harness import markdown
 
-    cells = [["shape", *COLUMNS], ["---"] * (1 + len(COLUMNS))]
-    cells += [[row["model"], *(show(row) for show in COLUMNS.values())] for row in result["rows"] if "step_ms" in row]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    rows = [[row["model"], *(show(row) for show in COLUMNS.values())] for row in result["rows"] if "step_ms" in row]
+    return markdown(["shape", *COLUMNS], rows)
 
 
 def missing_device() -> str | None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from bench.harness import markdown
 from drgrpo.advantage import group_advantage, token_weight
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss
 from drgrpo.tokenizer import byte_tokenizer
@@ -235,11 +236,8 @@ Relative errors of loss / d hidden / d weight against float64, bold beyond float
 def loss_table(rows: list[dict]) -> str:
     """Markdown."""
     names = list(rows[0]["errors"])
-    lines = ["| case | loss | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    for row in rows:
-        cells = " | ".join(error_cell(row["errors"][name]) for name in names)
-        lines.append(f"| {row['case']} | {row['loss_type']} | {cells} |")
-    return "\n".join(lines)
+    cells = [[row["case"], row["loss_type"], *(error_cell(row["errors"][name]) for name in names)] for row in rows]
+    return markdown(["case", "loss", *names], cells)
 
 
 def error_cell(errors: dict[str, float]) -> str:
@@ -249,5 +247,5 @@ def error_cell(errors: dict[str, float]) -> str:
 
 def advantage_table(rows: list[dict]) -> str:
     """Markdown."""
-    lines = ["| advantages of a group | TRL | ours |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {row['case']} | {row['TRL']:.0e} | {row['ours']:.0e} |" for row in rows])
+    cells = [[row["case"], f"{row['TRL']:.0e}", f"{row['ours']:.0e}"] for row in rows]
+    return markdown(["advantages of a group", "TRL", "ours"], cells)
