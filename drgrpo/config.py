@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from typing import get_type_hints
 
+from drgrpo.advantage import DIVIDE_BY_LENGTH
 from drgrpo.types import UserError
 
 CHOICES = {
@@ -113,7 +114,7 @@ class Config:
     tis_cap: float = 0.0
     """truncated importance sampling: weight min(old / sampler, tis_cap) on every token; 0: off"""
     kl_coef: float = 0.0
-    """weight of a KL penalty (k3 estimator) towards the starting model; the paper has none. Not 0 keeps a second model"""
+    """weight of a KL penalty (k3) to the starting model, which is then kept; the paper has none. Not with grpo or dapo"""
     drop_zero_advantage: bool = True
     """leave responses out of the training pass whose advantage is zero: exact, they have no gradient"""
 
@@ -205,8 +206,7 @@ class Config:
                 f"--old-logprob none is exact only with one update per rollout, not with --minibatches {self.minibatches}; "
                 "use --minibatches 1, or --old-logprob sampler or recompute"
             )
-
-        if self.kl_coef and self.algo in ("grpo", "grpo_length", "dapo"):
+        if self.kl_coef and self.algo in (*DIVIDE_BY_LENGTH, "dapo"):
             raise UserError(
                 f"--kl-coef {self.kl_coef} with --algo {self.algo}: the penalty would be divided by B x max_new_tokens and not "
                 "as this objective divides its tokens, so its weight would be another than yours; use drgrpo, grpo_std or rloo"
