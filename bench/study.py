@@ -4,7 +4,7 @@ Dr. GRPO, GRPO, and Dr. GRPO with one of GRPO's two divisions put back, on the `
 per rollout; then GRPO against Dr. GRPO in set-ups that differ in one thing, to see where the effect appears and where it does
 not. Every run is a `train.py` of its own; finished runs are not run again. Writes to bench/results:
 
-    study.json            every run's end, the differences with intervals and tests, the curves
+    study.json            every run's end, the differences with intervals and tests
     study.png             accuracy, length of wrong answers, truncated share by step: mean over seeds, 95 % t-interval
     study_details.png     training reward, length of right answers, entropy
     study_settings.png    GRPO minus Dr. GRPO in every set-up
