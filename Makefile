@@ -27,7 +27,7 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
 study: env
-	$(BIN)/python -m bench.study $(ARGS)
+	$(BIN)/python -m bench.experiments.study $(ARGS)
 
 gpu:  # with .venv where there is one, else with what the machine has: nothing is installed
 	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)

@@ -1,4 +1,5 @@
-"""How the benchmarks measure: contenders take turns in one process, on the same tensors; CUDA events or the wall clock.
+"""How the benchmarks measure: contenders take turns in one process, on the same tensors; CUDA
+events or the wall clock.
 
 Nothing here knows what is measured. A contender is a function without arguments.
 """
@@ -21,19 +22,29 @@ ROOT = Path(__file__).parents[1]
 
 
 def provenance(device: str = "cpu") -> dict:
-    """What a number needs beside it to mean something: card or processor, versions (None: not installed), commit, date."""
+    """What a number needs beside it to mean something: card or processor, versions (None: not
+    installed), commit, date."""
     cpu = f"{os.cpu_count()} x {cpu_name()}, {torch.get_num_threads()} used"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
     return {
-        "device": name, "python": platform.python_version(), "torch": torch.__version__,
-        **{package: installed(package) for package in ("triton", "transformers", "vllm", "flash_attn")},
-        "commit": git("describe", "--always", "--dirty"), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "device": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{
+            package: installed(package)
+            for package in ("triton", "transformers", "vllm", "flash_attn")
+        },
+        "commit": git("describe", "--always", "--dirty"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def installed(package: str) -> str | None:
@@ -49,9 +60,11 @@ def git(*args: str) -> str:
     return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
-def interleaved(contenders: dict[str, Callable], device: str, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every contender, `repeats` times in turns A B C A B C, so that clocks and heat treat all alike. On
-    CUDA the L2 cache is overwritten before each turn."""
+def interleaved(
+    contenders: dict[str, Callable], device: str, repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of every contender, `repeats` times in turns A B C A B C, so that clocks and
+    heat treat all alike. On CUDA the L2 cache is overwritten before each turn."""
     times = {name: [] for name in contenders}
     flush = torch.empty(256 * 2**20 if device == "cuda" else 0, dtype=torch.int8, device=device)
     for _ in range(repeats):
@@ -122,14 +135,20 @@ def table(rows: list[dict], columns: dict[str, Callable]) -> str:
     """Text table; `columns` maps a heading to what a row shows there."""
     cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    aligned = [[f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)] for row in cells]
+    aligned = [
+        [f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+        for row in cells
+    ]
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def markdown(heads: list[str], rows: list[list]) -> str:
     """A Markdown table, its first column text and the others numbers."""
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join("| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in line) + " |"
+        for line in lines
+    )
 
 
 def write_json(path: Path, result: dict) -> str:

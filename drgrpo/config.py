@@ -1,7 +1,8 @@
 """Every knob of the trainer, the recipes, and the command line made from them.
 
-A field is one line here and one flag of `train.py`; its docstring is its `--help`. A recipe is a function that returns a
-`Config`; `--field value` overrides it. The object that is printed, saved and compared on resume is the object that is used.
+A field is one line here and one flag of `train.py`; its docstring is its `--help`. A recipe is a
+function that returns a `Config`; `--field value` overrides it. The object that is printed, saved
+and compared on resume is the object that is used.
 """
 
 import argparse
@@ -30,13 +31,35 @@ CHOICES = {
 }
 
 MAY_CHANGE_ON_RESUME = {
-    "out", "steps", "eval_every", "save_every", "keep", "samples_logged", "budget_hours", "max_hours", "cache_dir", "resume",
-    "dump_rollouts", "tensorboard", "wandb", "watchdog_minutes", "dry_run", "print_config",
-    "attention", "kernel", "checkpointing", "compile", "dp_replicate", "tokens_per_microbatch", "sleep", "kv_cache_gb",
-    "sampler_batch", "drop_zero_advantage",
-}  # fmt: skip
-"""Fields that a resumed run may set anew: they change when and how things are computed, not what is learned,
-up to rounding."""
+    "out",
+    "steps",
+    "eval_every",
+    "save_every",
+    "keep",
+    "samples_logged",
+    "budget_hours",
+    "max_hours",
+    "cache_dir",
+    "resume",
+    "dump_rollouts",
+    "tensorboard",
+    "wandb",
+    "watchdog_minutes",
+    "dry_run",
+    "print_config",
+    "attention",
+    "kernel",
+    "checkpointing",
+    "compile",
+    "dp_replicate",
+    "tokens_per_microbatch",
+    "sleep",
+    "kv_cache_gb",
+    "sampler_batch",
+    "drop_zero_advantage",
+}
+"""Fields that a resumed run may set anew: they change when and how things are computed, not what is
+learned, up to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +73,26 @@ class Config:
 
     # model
     model: str = ""
-    """Hugging Face folder or hub name of the policy to start from; `tiny` builds and warms up a 0.1 M parameter one"""
+    """Hugging Face folder or hub name of the policy to start from; `tiny` builds and warms up a 0.1
+    M parameter one"""
     dtype: str = "bfloat16"
-    """compute type of the policy and of the sampler; master weights and optimizer state are float32"""
+    """compute type of the policy and of the sampler; master weights and optimizer state are
+    float32"""
     attention: str = "auto"
-    """attention over packed sequences: flash_attn (package), varlen (PyTorch's FlashAttention-2), sdpa (padded, exact)"""
+    """attention over packed sequences: flash_attn (package), varlen (PyTorch's FlashAttention-2),
+    sdpa (padded, exact)"""
     kernel: str = "auto"
     """backend of the fused LM head and loss: triton on CUDA, torch elsewhere, unless named"""
     checkpointing: str = "full"
-    """activations: none recomputed, all but matmul outputs (selective), or whole blocks (full) in the backward pass"""
+    """activations: none recomputed, all but matmul outputs (selective), or whole blocks (full) in
+    the backward pass"""
     compile: bool = False
     """torch.compile every block"""
 
     # data
     train_data: str = ""
-    """.jsonl, .json or .parquet file, `save_to_disk` folder, hub name `name[:split]`, or a named set"""
+    """.jsonl, .json or .parquet file, `save_to_disk` folder, hub name `name[:split]`, or a named
+    set"""
     eval_data: str = ""
     """comma-separated sources of the in-loop evaluation, each as for train_data; empty: none"""
     problem_field: str = "problem"
@@ -72,13 +100,15 @@ class Config:
     answer_field: str = "answer"
     """column of the ground truth"""
     template: str = "qwen_math"
-    """how a question becomes a prompt and where the answer is looked for: see drgrpo/templates.py"""
+    """how a question becomes a prompt and where the answer is looked for: see
+    drgrpo/templates.py"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped, and counted"""
 
     # rollout
     engine: str = "auto"
-    """sampler: vllm, or torch (KV-cache sampler in plain PyTorch); auto is vllm on CUDA, torch elsewhere"""
+    """sampler: vllm, or torch (KV-cache sampler in plain PyTorch); auto is vllm on CUDA, torch
+    elsewhere"""
     prompts_per_step: int = 128
     """P, prompts per rollout phase, over all processes"""
     group_size: int = 8
@@ -94,15 +124,18 @@ class Config:
     sampler_batch: int = 256
     """sequences that a sampler runs at once, per process"""
     kv_cache_gb: float = 0.0
-    """GB of vLLM's key-value cache per process; 0: what the memory ledger leaves, or 0.25 without a GPU"""
+    """GB of vLLM's key-value cache per process; 0: what the memory ledger leaves, or 0.25 without a
+    GPU"""
     tp: int = 1
     """processes that share one vLLM engine, for models that one GPU cannot sample"""
     sleep: str = "auto"
-    """vLLM gives its memory back while training (on), stays resident (off), or the memory ledger decides"""
+    """vLLM gives its memory back while training (on), stays resident (off), or the memory ledger
+    decides"""
 
     # algorithm
     algo: str = "drgrpo"
-    """drgrpo, or for comparison grpo, its length or its std term alone, rloo, dapo: the same kernel, rescaled advantages"""
+    """drgrpo, or for comparison grpo, its length or its std term alone, rloo, dapo: the same
+    kernel, rescaled advantages"""
     minibatches: int = 8
     """optimizer steps per rollout phase"""
     clip_low: float = 0.2
@@ -110,13 +143,16 @@ class Config:
     clip_high: float = 0.2
     """see clip_low"""
     old_logprob: str = "recompute"
-    """denominator of the ratio: the sampler's log-probs, a no-grad pass of the trainer (the paper), or none (ratio = 1)"""
+    """denominator of the ratio: the sampler's log-probs, a no-grad pass of the trainer (the paper),
+    or none (ratio = 1)"""
     tis_cap: float = 0.0
     """truncated importance sampling: weight min(old / sampler, tis_cap) on every token; 0: off"""
     kl_coef: float = 0.0
-    """weight of a KL penalty (k3) to the starting model, which is then kept; the paper has none. Not with grpo or dapo"""
+    """weight of a KL penalty (k3) to the starting model, which is then kept; the paper has none.
+    Not with grpo or dapo"""
     drop_zero_advantage: bool = True
-    """leave responses out of the training pass whose advantage is zero: exact, they have no gradient"""
+    """leave responses out of the training pass whose advantage is zero: exact, they have no
+    gradient"""
 
     # optimizer (AdamW)
     lr: float = 1e-6
@@ -136,29 +172,36 @@ class Config:
 
     # processes
     dp_replicate: int = 1
-    """HSDP: copies of the sharded model, such as the number of nodes; 1 shards over all processes"""
+    """HSDP: copies of the sharded model, such as the number of nodes; 1 shards over all
+    processes"""
     watchdog_minutes: float = 60.0
-    """a phase that takes longer ends the run, after every process has said where it hangs. 0: never"""
+    """a phase that takes longer ends the run, after every process has said where it hangs. 0:
+    never"""
 
     # run
     steps: int = 500
     """rollout phases"""
     eval_every: int = 16
-    """steps between evaluations; also before the first step and after the last. 0: only those two"""
+    """steps between evaluations; also before the first step and after the last. 0: only those
+    two"""
     eval_samples: int = 0
-    """evaluate also with this many samples per problem at the training temperature, next to the greedy answer"""
+    """evaluate also with this many samples per problem at the training temperature, next to the
+    greedy answer"""
     save_every: int = 50
     """steps between checkpoints; also after the last step. 0: only then"""
     keep: int = 2
     """newest checkpoints that are kept"""
     resume: str = "auto"
-    """auto: go on from the newest whole checkpoint in --out, if there is one; never: refuse a folder that has one"""
+    """auto: go on from the newest whole checkpoint in --out, if there is one; never: refuse a
+    folder that has one"""
     max_hours: float = 0.0
-    """save and stop after this many hours of this process's life, as on SIGTERM and SIGUSR1. 0: no limit"""
+    """save and stop after this many hours of this process's life, as on SIGTERM and SIGUSR1. 0: no
+    limit"""
     samples_logged: int = 4
     """responses per step written to samples.jsonl"""
     parity_mean: float = 0.0
-    """stop when trainer and sampler disagree by more than this many nats on average (0: by dtype, see drgrpo/parity.py)"""
+    """stop when trainer and sampler disagree by more than this many nats on average (0: by dtype,
+    see drgrpo/parity.py)"""
     parity_max: float = 0.0
     """stop when they disagree by more than this on one token (0: by dtype)"""
     budget_hours: float = 27.0
@@ -174,7 +217,8 @@ class Config:
     print_config: bool = False
     """show the resolved config and stop"""
     dry_run: bool = False
-    """run the longest possible micro-batch and one step, show memory and projected hours, and stop without a trace"""
+    """run the longest possible micro-batch and one step, show memory and projected hours, and stop
+    without a trace"""
     dump_rollouts: bool = False
     """write every step's rollouts to OUT/rollouts/"""
     replay: str = ""
@@ -183,8 +227,19 @@ class Config:
     def __post_init__(self):
         for name, choices in CHOICES.items():
             check_name(f"--{flag(name)}", getattr(self, name), choices)
-        for name in ("prompts_per_step", "group_size", "max_new_tokens", "minibatches", "sampler_batch", "steps",
-                     "max_prompt_tokens", "tokens_per_microbatch", "keep", "temperature", "lr"):  # fmt: skip
+        for name in (
+            "prompts_per_step",
+            "group_size",
+            "max_new_tokens",
+            "minibatches",
+            "sampler_batch",
+            "steps",
+            "max_prompt_tokens",
+            "tokens_per_microbatch",
+            "keep",
+            "temperature",
+            "lr",
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be a positive number")
         if self.top_p != 1 or self.top_k != -1:
@@ -193,7 +248,9 @@ class Config:
                 "gradients are those of the whole one: leave them at 1 and -1"
             )
         if self.group_size < 2:
-            raise UserError("--group-size 1 leaves no group to compare with: every advantage would be 0; use 2 or more")
+            raise UserError(
+                "--group-size 1 leaves no group to compare with: every advantage would be 0; use 2 or more"
+            )
         if self.rollouts_per_step % self.minibatches:
             nearest = nearest_divisors(self.rollouts_per_step, self.minibatches)
             raise UserError(
@@ -224,7 +281,8 @@ class Config:
 
     @property
     def drops(self) -> bool:
-        """zero-advantage responses are dropped: exact only while nothing but the advantage gives them a gradient"""
+        """zero-advantage responses are dropped: exact only while nothing but the advantage gives
+        them a gradient"""
         return self.drop_zero_advantage and not self.kl_coef
 
     def derived(self) -> str:
@@ -236,19 +294,36 @@ class Config:
         )
 
 
-# ---- recipes: `tiny` for a laptop, and the paper's, each value with its source. "script" is examples/qwen2.5-math-7b.sh of
-# the reference (sail-sg/understand-r1-zero), "oat" a default of the library under it (sail-sg/oat, args.py)
+# ---- recipes: `tiny` for a laptop, and the paper's, each value with its source. "script" is
+# examples/qwen2.5-math-7b.sh of the reference (sail-sg/understand-r1-zero), "oat" a default of the
+# library under it (sail-sg/oat, args.py)
 
 
 def tiny() -> Config:
-    """Minutes on two CPU cores: arithmetic, a 0.1 M parameter Qwen2 that a short supervised phase made half-competent."""
+    """Minutes on two CPU cores: arithmetic, a 0.1 M parameter Qwen2 that a short supervised phase
+    made half-competent."""
     return Config(
-        recipe="tiny", model="tiny", dtype="float32", checkpointing="none",
-        train_data="arithmetic", eval_data="arithmetic_heldout", template="arithmetic",
-        prompts_per_step=32, group_size=8, max_new_tokens=96, minibatches=4, old_logprob="sampler",
-        lr=3e-4, warmup_steps=5, tokens_per_microbatch=8192,
-        steps=200, eval_every=20, eval_samples=3, save_every=100, kv_cache_gb=0.25,
-    )  # fmt: skip
+        recipe="tiny",
+        model="tiny",
+        dtype="float32",
+        checkpointing="none",
+        train_data="arithmetic",
+        eval_data="arithmetic_heldout",
+        template="arithmetic",
+        prompts_per_step=32,
+        group_size=8,
+        max_new_tokens=96,
+        minibatches=4,
+        old_logprob="sampler",
+        lr=3e-4,
+        warmup_steps=5,
+        tokens_per_microbatch=8192,
+        steps=200,
+        eval_every=20,
+        eval_samples=3,
+        save_every=100,
+        kv_cache_gb=0.25,
+    )
 
 
 def oat_zero_7b() -> Config:
@@ -265,21 +340,27 @@ def oat_zero_7b() -> Config:
         minibatches=8,  # script: train_batch_size 128 of 1024 responses
         max_prompt_tokens=1024,  # script: prompt_max_length
         max_new_tokens=3000,  # script: generate_max_length, which is also the constant normalizer (paper, Listing 1)
-        temperature=1.0, top_p=1.0, top_k=-1,  # script
+        temperature=1.0,
+        top_p=1.0,
+        top_k=-1,  # script
         algo="drgrpo",  # paper, Fig. 1
-        clip_low=0.2, clip_high=0.2,  # oat: cliprange
+        clip_low=0.2,
+        clip_high=0.2,  # oat: cliprange
         old_logprob="recompute",  # oat: the learner recomputes them; the sampler's are not used for the ratio
         tis_cap=0.0,  # oat has it since 0.2.1, after the paper
         kl_coef=0.0,  # paper, Sec. 3: beta = 0 throughout
-        lr=1e-6, warmup_steps=0,  # script: constant; its warm-up ratio has no effect on that schedule
-        beta1=0.9, beta2=0.95, weight_decay=0.0,  # oat
+        lr=1e-6,
+        warmup_steps=0,  # script: constant; its warm-up ratio has no effect on that schedule
+        beta1=0.9,
+        beta2=0.95,
+        weight_decay=0.0,  # oat
         max_grad_norm=1.0,  # oat
         dtype="bfloat16",  # oat: bfloat16, float32 master weights
         checkpointing="full",  # script: gradient_checkpointing
         steps=500,  # not published; the guess of a reader of the paper. 27 h / 500 is 194 s a step
         budget_hours=27.0,  # paper, Sec. 1
         tokens_per_microbatch=16384,  # ours: the reference runs one response at a time, which gives the same gradient
-    )  # fmt: skip
+    )
 
 
 def oat_zero_1_5b() -> Config:
@@ -335,7 +416,9 @@ def field_docs(cls) -> dict[str, str]:
     return {
         field.target.id: doc.value.value
         for field, doc in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
     }
 
 
@@ -359,8 +442,8 @@ def parse_bool(text: str) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """One flag per field of a dataclass, its docstring as help. Errors are `UserError`s, with the nearest flag for an unknown
-    one."""
+    """One flag per field of a dataclass, its docstring as help. Errors are `UserError`s, with the
+    nearest flag for an unknown one."""
 
     def __init__(self, cls, **kwargs):
         super().__init__(allow_abbrev=False, usage="%(prog)s [--field value ...]", **kwargs)
@@ -371,13 +454,26 @@ class Parser(argparse.ArgumentParser):
             group = groups[title] = groups.get(title) or self.add_argument_group(title)
             kind = parse_bool if types[f.name] is bool else types[f.name]
             required = f.default is MISSING
-            shown = docs[f.name].replace("%", "%%") + ("" if required or f.default == "" else f" ({f.default})")
-            metavar = "{" + ",".join(CHOICES[f.name]) + "}" if f.name in CHOICES else types[f.name].__name__.upper()
-            switch = {"nargs": "?", "const": True} if kind is parse_bool else {}  # --compile is --compile true
+            shown = docs[f.name].replace("%", "%%") + (
+                "" if required or f.default == "" else f" ({f.default})"
+            )
+            metavar = (
+                "{" + ",".join(CHOICES[f.name]) + "}"
+                if f.name in CHOICES
+                else types[f.name].__name__.upper()
+            )
+            switch = (
+                {"nargs": "?", "const": True} if kind is parse_bool else {}
+            )  # --compile is --compile true
             group.add_argument(
-                f"--{flag(f.name)}", type=kind, help=shown, metavar=metavar, required=required, default=argparse.SUPPRESS,
+                f"--{flag(f.name)}",
+                type=kind,
+                help=shown,
+                metavar=metavar,
+                required=required,
+                default=argparse.SUPPRESS,
                 **switch,
-            )  # fmt: skip
+            )
 
     def error(self, message):
         raise UserError(message)
@@ -389,15 +485,23 @@ class Parser(argparse.ArgumentParser):
             name = unknown[0].split("=")[0]
             if not name.startswith("-"):
                 raise UserError(f"unexpected argument {name!r}; options are written --name value")
-            check_name("option", name, [o for a in self._actions for o in a.option_strings if o.startswith("--")])
+            check_name(
+                "option",
+                name,
+                [o for a in self._actions for o in a.option_strings if o.startswith("--")],
+            )
         return vars(given)
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """The recipe named by --recipe with the other flags on top. UserError names what is wrong and the nearest right thing."""
+    """The recipe named by --recipe with the other flags on top. UserError names what is wrong and
+    the nearest right thing."""
     recipes = "; ".join(f"{name}: {inspect.getdoc(recipe)}" for name, recipe in RECIPES.items())
     given = Parser(
-        Config, prog="train.py", description="Train a language model with Dr. GRPO.", epilog=f"recipes: {recipes}"
+        Config,
+        prog="train.py",
+        description="Train a language model with Dr. GRPO.",
+        epilog=f"recipes: {recipes}",
     ).parse(argv)
     check_name("recipe", given["recipe"], RECIPES)
     config = replace(RECIPES[given["recipe"]](), **given)

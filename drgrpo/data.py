@@ -1,8 +1,9 @@
 """Problems: where they come from, what is wrong with them, and which of them each step trains on.
 
-A source is a file (.jsonl, .json, .parquet), a folder written by `datasets.save_to_disk`, a Hugging Face hub name, or
-one of the names in `HUB` and `ARITHMETIC`. A folder or a hub name may end in `:split`.
-Only hub names, folders and Parquet need the `datasets` library; the rest runs on the standard library.
+A source is a file (.jsonl, .json, .parquet), a folder written by `datasets.save_to_disk`, a Hugging
+Face hub name, or one of the names in `HUB` and `ARITHMETIC`. A folder or a hub name may end in
+`:split`. Only hub names, folders and Parquet need the `datasets` library; the rest runs on the
+standard library.
 """
 
 import difflib
@@ -20,13 +21,13 @@ from drgrpo.types import Answer, Problem, UserError
 BENCHMARKS = ("aime24", "amc", "math500", "minerva", "olympiad_bench")
 
 ARITHMETIC = {"arithmetic": "train", "arithmetic_heldout": "heldout"}
-"""Generated problems, source to the `part` of `drgrpo.arithmetic.problems`."""
+"""Generated problems, source to the `part` of `drgrpo.tiny.arithmetic.problems`."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """A set on the hub: repository, split and configuration, its two fields, the rows to `keep`, and how to `read` the
-    answer in a cell. `problem` may name several fields, joined by a space."""
+    """A set on the hub: repository, split and configuration, its two fields, the rows to `keep`,
+    and how to `read` the answer in a cell. `problem` may name several fields, joined by a space."""
 
     repo: str
     split: str
@@ -42,15 +43,24 @@ def _level(row: dict) -> int:
 
 
 HUB = {
-    # MATH minus the 500 problems of MATH500: 12 000 rows, so that training never sees the benchmark.
+    # MATH minus the 500 problems of MATH500: 12 000 rows, so that training never sees the
+    # benchmark.
     "math_12k": HubSet("rasbt/math_full_minus_math500", "train"),
     # Levels 3 to 5 of it: 8 888 rows. The paper's own selection is 8 523 of these.
-    "math_lvl3to5": HubSet("rasbt/math_full_minus_math500", "train", keep=lambda row: _level(row) in (3, 4, 5)),
-    # 7 473 rows; the worked solution ends in "#### answer". The paper's copy holds the test split too: never use that.
-    "gsm8k": HubSet(
-        "openai/gsm8k", "train", "main", problem=("question",), read=lambda text: text.rpartition("####")[2].strip()
+    "math_lvl3to5": HubSet(
+        "rasbt/math_full_minus_math500", "train", keep=lambda row: _level(row) in (3, 4, 5)
     ),
-    # 2 305 rows, all in "validation"; answers such as "9 (apples)". Several numbers ("3; 5") do not make one answer.
+    # 7 473 rows; the worked solution ends in "#### answer". The paper's copy holds the test split
+    # too: never use that.
+    "gsm8k": HubSet(
+        "openai/gsm8k",
+        "train",
+        "main",
+        problem=("question",),
+        read=lambda text: text.rpartition("####")[2].strip(),
+    ),
+    # 2 305 rows, all in "validation"; answers such as "9 (apples)". Several numbers ("3; 5") do not
+    # make one answer.
     "asdiv": HubSet(
         "EleutherAI/asdiv",
         "validation",
@@ -59,11 +69,15 @@ HUB = {
         read=lambda text: text.partition("(")[0].strip(),
     ),
     "aime24": HubSet("HuggingFaceH4/aime_2024", "train"),  # 30 rows, answers zero-padded: "025"
-    "amc": HubSet("AI-MO/aimo-validation-amc", "train"),  # 83 rows (AMC 12 of 2022 and 2023), answers are floats
+    "amc": HubSet(
+        "AI-MO/aimo-validation-amc", "train"
+    ),  # 83 rows (AMC 12 of 2022 and 2023), answers are floats
     "math500": HubSet("HuggingFaceH4/MATH-500", "test"),  # 500 rows
     "minerva": HubSet("math-ai/minervamath", "test", problem=("question",)),  # 272 rows
     # 674 rows, `final_answer` is a list. The paper's copy has 675.
-    "olympiad_bench": HubSet("math-ai/olympiadbench", "test", problem=("question",), answer="final_answer"),
+    "olympiad_bench": HubSet(
+        "math-ai/olympiadbench", "test", problem=("question",), answer="final_answer"
+    ),
 }
 
 
@@ -71,17 +85,22 @@ MAX_UNUSABLE = 0.001  # share of rows that may be left out; more of them are a m
 
 
 def load_problems(
-    source: str, *, problem_field: str = "problem", answer_field: str = "answer", limit: int | None = None,
+    source: str,
+    *,
+    problem_field: str = "problem",
+    answer_field: str = "answer",
+    limit: int | None = None,
     say: Callable[[str], None] = print,
-) -> list[Problem]:  # fmt: skip
-    """The problems of `source`, or the first `limit`. `id` is the row in the set, counted from 0 before any filter.
+) -> list[Problem]:
+    """The problems of `source`, or the first `limit`. `id` is the row in the set, counted from 0
+    before any filter.
 
-    UserError, with the way out, for: no such file, set, split or field; broken JSON (with its line); no rows; rows that
-    lack a question or an answer (how many, and the first of them). The odd row of a large set that lacks one is left out,
-    and `say` is told: MATH-12K has 5 of 12 000.
+    UserError, with the way out, for: no such file, set, split or field; broken JSON (with its
+    line); no rows; rows that lack a question or an answer (how many, and the first of them). The
+    odd row of a large set that lacks one is left out, and `say` is told: MATH-12K has 5 of 12 000.
     """
     if source in ARITHMETIC:
-        from drgrpo.arithmetic import problems
+        from drgrpo.tiny.arithmetic import problems
 
         return problems(ARITHMETIC[source])[:limit]
     if source in HUB:
@@ -114,10 +133,12 @@ def load_problems(
     return problems[:limit]
 
 
-def step_problems(problems: list[Problem], step: int, prompts_per_step: int, seed: int) -> list[Problem]:
-    """The problems of step `step` (from 1). An epoch is a permutation that depends on (seed, epoch) only, and the steps
-    cut the endless row of epochs into equal pieces: no state to save, the same for every number of ranks. A step may
-    span epochs, so it can hold a problem twice."""
+def step_problems(
+    problems: list[Problem], step: int, prompts_per_step: int, seed: int
+) -> list[Problem]:
+    """The problems of step `step` (from 1). An epoch is a permutation that depends on (seed, epoch)
+    only, and the steps cut the endless row of epochs into equal pieces: no state to save, the same
+    for every number of ranks. A step may span epochs, so it can hold a problem twice."""
     start = (step - 1) * prompts_per_step
     picked: list[Problem] = []
     while len(picked) < prompts_per_step:
@@ -128,17 +149,25 @@ def step_problems(problems: list[Problem], step: int, prompts_per_step: int, see
 
 
 def overlap(train: Iterable[Problem], evaluation: Iterable[Problem]) -> list[tuple[int, int]]:
-    """(train id, evaluation id) of every question that is in both, whatever its case, white space and LaTeX spacing."""
+    """(train id, evaluation id) of every question that is in both, whatever its case, white space
+    and LaTeX spacing."""
     by_question: dict[str, list[int]] = {}
     for problem in train:
         by_question.setdefault(_same(problem.question), []).append(problem.id)
-    return [(id, problem.id) for problem in evaluation for id in by_question.get(_same(problem.question), [])]
+    return [
+        (id, problem.id)
+        for problem in evaluation
+        for id in by_question.get(_same(problem.question), [])
+    ]
 
 
 def benchmark_source(name: str, data_dir: str | None) -> str:
-    """Where `load_problems` finds a benchmark: DATA_DIR/NAME.jsonl, or the hub if there is no `data_dir`."""
+    """Where `load_problems` finds a benchmark: DATA_DIR/NAME.jsonl, or the hub if there is no
+    `data_dir`."""
     if name not in BENCHMARKS:
-        raise UserError(f"unknown benchmark {name!r}{_nearest(name, BENCHMARKS)}; there are: {', '.join(BENCHMARKS)}")
+        raise UserError(
+            f"unknown benchmark {name!r}{_nearest(name, BENCHMARKS)}; there are: {', '.join(BENCHMARKS)}"
+        )
     if data_dir is None:
         return name
     path = Path(data_dir) / f"{name}.jsonl"
@@ -179,21 +208,31 @@ def _rows(source: str) -> list[dict]:
         path = Path(source)
     if path.is_dir():
         return _folder_rows(path, split)
-    reader = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix)
+    reader = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}.get(
+        path.suffix
+    )
     if reader and path.is_file():
         return reader(path)
     if path.is_file():
-        raise UserError(f"{source}: unknown file type {path.suffix!r}; use .jsonl, .json or .parquet")
+        raise UserError(
+            f"{source}: unknown file type {path.suffix!r}; use .jsonl, .json or .parquet"
+        )
     if reader or source.count("/") != 1 or source.startswith((".", "/", "~")):
         names = (*HUB, *ARITHMETIC)
         known = f"nor a set known by name ({', '.join(names)}){_nearest(source, names)}"
-        raise UserError(f"no data at {source!r}: no such file or folder ({_listing(path.parent, path.name)}), {known}")
+        raise UserError(
+            f"no data at {source!r}: no such file or folder ({_listing(path.parent, path.name)}), {known}"
+        )
     return _hub_rows(source, split)
 
 
 def _jsonl_rows(path: Path) -> list[dict]:
     with open(path, "rb") as file:
-        rows = {number: _parse(path, line, number) for number, line in enumerate(file, 1) if line.strip()}
+        rows = {
+            number: _parse(path, line, number)
+            for number, line in enumerate(file, 1)
+            if line.strip()
+        }
     for number, row in rows.items():
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected an object, found {type(row).__name__}")
@@ -203,7 +242,9 @@ def _jsonl_rows(path: Path) -> list[dict]:
 def _json_rows(path: Path) -> list[dict]:
     rows = _parse(path, path.read_bytes(), 1)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} must hold a list of objects, one a problem; one object a line is .jsonl")
+        raise UserError(
+            f"{path} must hold a list of objects, one a problem; one object a line is .jsonl"
+        )
     return rows
 
 
@@ -214,14 +255,18 @@ def _parse(path: Path, text: bytes, line: int):
     try:
         return json.loads(text)
     except ValueError as error:  # broken JSON or broken UTF-8
-        raise UserError(f"{path}:{line + getattr(error, 'lineno', 1) - 1}: broken JSON: {error}") from error
+        raise UserError(
+            f"{path}:{line + getattr(error, 'lineno', 1) - 1}: broken JSON: {error}"
+        ) from error
 
 
 def _parquet_rows(path: Path) -> list[dict]:
     try:
         from pyarrow.parquet import read_table
     except ImportError as error:
-        raise UserError(f"reading {path} needs pyarrow: pip install datasets (or convert it to .jsonl)") from error
+        raise UserError(
+            f"reading {path} needs pyarrow: pip install datasets (or convert it to .jsonl)"
+        ) from error
     return read_table(path).to_pylist()
 
 
@@ -229,7 +274,9 @@ def _folder_rows(path: Path, split: str | None) -> list[dict]:
     try:
         data = _datasets(str(path)).load_from_disk(str(path))
     except FileNotFoundError as error:
-        raise UserError(f"{path} is not a folder that datasets.save_to_disk wrote; {_listing(path)}") from error
+        raise UserError(
+            f"{path} is not a folder that datasets.save_to_disk wrote; {_listing(path)}"
+        ) from error
     return _split_rows(str(path), data, split)
 
 
@@ -252,7 +299,9 @@ def _split_rows(source: str, data, split: str | None) -> list[dict]:
     splits = list(data)
     wanted = split if split is not None else "train" if len(splits) > 1 else splits[0]
     if wanted not in data:
-        raise UserError(f"{source} has no split {wanted!r}{_nearest(wanted, splits)}; it has {', '.join(splits)}")
+        raise UserError(
+            f"{source} has no split {wanted!r}{_nearest(wanted, splits)}; it has {', '.join(splits)}"
+        )
     return data[wanted].to_list()
 
 
@@ -260,7 +309,9 @@ def _datasets(source: str):
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"loading {source} needs the datasets library: pip install datasets (or use .jsonl)") from error
+        raise UserError(
+            f"loading {source} needs the datasets library: pip install datasets (or use .jsonl)"
+        ) from error
     return datasets
 
 
@@ -277,4 +328,8 @@ def _listing(folder: Path, near: str | None = None) -> str:
     if near is not None:
         similar = difflib.get_close_matches(near, names, n=3)
         return f"beside it: {', '.join(similar)}" if similar else f"nothing like it in {folder}"
-    return f"it holds {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}" if names else f"{folder} is empty"
+    return (
+        f"it holds {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
+        if names
+        else f"{folder} is empty"
+    )

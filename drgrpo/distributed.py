@@ -8,9 +8,13 @@ import torch.distributed as dist
 
 
 def start() -> tuple[int, int, torch.device]:
-    """(rank, world size, device). Without torchrun: a group of one. Must come before vLLM, which would otherwise make a
-    default group of its own, of size one."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    """(rank, world size, device). Without torchrun: a group of one. Must come before vLLM, which
+    would otherwise make a default group of its own, of size one."""
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -28,8 +32,8 @@ def stop() -> None:
 
 
 def share(items: list, tp: int = 1) -> list:
-    """This process's items: every group-count-th, so that long and short spread evenly. `tp` consecutive ranks are one
-    group, which has one sampler and one share."""
+    """This process's items: every group-count-th, so that long and short spread evenly. `tp`
+    consecutive ranks are one group, which has one sampler and one share."""
     return items[dist.get_rank() // tp :: dist.get_world_size() // tp]
 
 

@@ -3,9 +3,10 @@
     text --extract--> answer --quick--> equal or unequal as strings or integers?   in this process, microseconds
                              --else---> math-verify: equal as mathematics?         in a `Grader`'s workers, milliseconds
 
-A response is hostile input: reinforcement learning finds every string that hangs, floods or crashes a grader. So
-nothing here evaluates text as code, what reaches the parser is bounded, and the parser runs in processes that the kernel
-kills at a limit of time or memory. Such an answer scores 0 and is counted; the others never wait for it.
+A response is hostile input: reinforcement learning finds every string that hangs, floods or crashes
+a grader. So nothing here evaluates text as code, what reaches the parser is bounded, and the parser
+runs in processes that the kernel kills at a limit of time or memory. Such an answer scores 0 and is
+counted; the others never wait for it.
 
 This file imports nothing of the project at run time, so that a worker starts without torch.
 """
@@ -45,7 +46,8 @@ WORKER = (sys.executable, "-W", "ignore", "-m", "drgrpo.grade")
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """score: 1.0 or 0.0. parsed: whether the response holds an answer in the form that its template asks for."""
+    """score: 1.0 or 0.0. parsed: whether the response holds an answer in the form that its template
+    asks for."""
 
     score: float
     parsed: bool
@@ -82,8 +84,9 @@ def _last_box(text: str) -> str | None:
 
 
 def _braced(text: str, start: int) -> str | None:
-    r"""What is between the brace at `start` and the one that closes it; None if none does. Escaped braces do not count,
-    unless that leaves it open; some truths of MATH are damaged (`\frac{\}{p}i`, "90{square") and then the last one closes."""
+    r"""What is between the brace at `start` and the one that closes it; None if none does. Escaped
+    braces do not count, unless that leaves it open; some truths of MATH are damaged
+    (`\frac{\}{p}i`, "90{square") and then the last one closes."""
     for token in (r"\\.|[{}]", r"[{}]"):
         depth = 0
         for match in re.compile(token, re.DOTALL).finditer(text, start):
@@ -96,13 +99,16 @@ def _braced(text: str, start: int) -> str | None:
 
 # Equal as strings.
 
-_LEAD_IN = re.compile(r"^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?: is|:)[: ]*", re.I)
+_LEAD_IN = re.compile(
+    r"^(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?answer(?: is|:)[: ]*", re.I
+)
 _PROSE = re.compile(r"\$[^$]*\$|\b(?:and|or)\b")
 _INTEGER = re.compile(r"-?\d+")
 _NUMBER = re.compile(r"[+-]?(?=\.?\d)(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d*)?(?:e[+-]?\d{1,2})?")
 _DRESS = re.compile(r"\\[,;:! ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|\^\{?\\circ\}?|\s|\\?%$")
 _UNIT = re.compile(
-    r"(.*[\w)}\]])\s*\\(?:text|mbox|mathrm)\s*\{(?![^}]*\b(?:and|or)\b)[a-zA-Z ./^]*\}(?:\^\{?-?\d\}?)?", re.DOTALL
+    r"(.*[\w)}\]])\s*\\(?:text|mbox|mathrm)\s*\{(?![^}]*\b(?:and|or)\b)[a-zA-Z ./^]*\}(?:\^\{?-?\d\}?)?",
+    re.DOTALL,
 )
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox|mathbf)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 
@@ -110,12 +116,21 @@ _HUGE = re.compile(  # a hundred digits, a five-digit power, a tower of three po
     r"\d{100}|(?:\^|\*\*)[\s{(+-]*\d{5}|\^\s*\{[^{}]*\^\s*\{[^{}]*\^|(?:\^[\s{(+-]*(?:\d+|[a-zA-Z])[\s)}]*){3}"
 )
 
-# Spellings of one thing. Row breaks are among them: some copies of MATH write a matrix with single backslashes.
-_SAME = {"dfrac": "frac", "tfrac": "frac", "bmatrix": "pmatrix", "\\cdot": "\\times", "\\\\": "\\", "{,}": ","}
+# Spellings of one thing. Row breaks are among them: some copies of MATH write a matrix with single
+# backslashes.
+_SAME = {
+    "dfrac": "frac",
+    "tfrac": "frac",
+    "bmatrix": "pmatrix",
+    "\\cdot": "\\times",
+    "\\\\": "\\",
+    "{,}": ",",
+}
 
 
 def _clean(text: str) -> str:
-    """An answer without its dress: boxes, "the answer is", dollar signs, braces, a final full stop."""
+    """An answer without its dress: boxes, "the answer is", dollar signs, braces, a final full
+    stop."""
     text = " ".join(text.split())
     if "\\boxed" in text:
         text = _last_box(text) or ""
@@ -147,7 +162,8 @@ def _key(text: str) -> str:
 
 
 def _too_much(text: str) -> bool:
-    """Whether a parser should not see this: brackets nested too deep, or numbers that explode when worked out."""
+    """Whether a parser should not see this: brackets nested too deep, or numbers that explode when
+    worked out."""
     depth = deepest = 0
     for bracket in re.findall(r"[({\[\])}]", text):
         depth += 1 if bracket in "({[" else -1
@@ -179,8 +195,9 @@ def _truths(answer: Answer) -> tuple[str, ...]:
 
 @functools.cache
 def _math_verify():
-    """(parse, verify), without their own time limits: those are alarms, which need the main thread and do not stop a
-    long multiplication. Numbers in prose are left alone: math-verify would send them through Python's eval."""
+    """(parse, verify), without their own time limits: those are alarms, which need the main thread
+    and do not stop a long multiplication. Numbers in prose are left alone: math-verify would send
+    them through Python's eval."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no limit
@@ -189,15 +206,17 @@ def _math_verify():
     def parse_latex(text: str, reference: bool = False) -> list:
         targets = (latex, prose) if reference else (latex,)
         wrapped = text if "$" in text else f"${text}$"
-        parsed = parse(wrapped, extraction_config=targets, fallback_mode="no_fallback", parsing_timeout=None)
+        parsed = parse(
+            wrapped, extraction_config=targets, fallback_mode="no_fallback", parsing_timeout=None
+        )
         return parsed if all(map(_harmless, parsed)) else []
 
     return parse_latex, functools.partial(verify, timeout_seconds=None)
 
 
 def _harmless(expression) -> bool:
-    r"""Whether every name in an expression is no more than a name. `x_{(a)if(exit(7))else(b)}` parses as one symbol, and
-    sympy would paste it into a function to sum a series."""
+    r"""Whether every name in an expression is no more than a name. `x_{(a)if(exit(7))else(b)}`
+    parses as one symbol, and sympy would paste it into a function to sum a series."""
     from sympy.core.function import AppliedUndef
 
     names = [node.name for node in expression.atoms() if hasattr(node, "name")]
@@ -220,11 +239,15 @@ def _equal(given: str, truths: Sequence[str], mode: str) -> bool:
 
 
 def _plain(given: str, truth: str) -> bool:
-    r"""Whether the paper's grader gets a Minerva truth right. It hands the truth to its LaTeX parser with the newline that
-    236 of the 272 end in, which hides the formula: the last number becomes the truth, "-3/2\n" is -3 and "7 \times
-    10^{37}\n" is 10. Its second parser, for plain sums, knows no two-digit powers and at most two letters, and
-    compares fractions, and integers with anything else, as strings."""
-    texts = [re.sub(r"\\(?:[dt]?frac|sqrt|times|cdot|left|right)", "", _clean(text)) for text in (given, truth)]
+    r"""Whether the paper's grader gets a Minerva truth right. It hands the truth to its LaTeX
+    parser with the newline that 236 of the 272 end in, which hides the formula: the last number
+    becomes the truth, "-3/2\n" is -3 and "7 \times 10^{37}\n" is 10. Its second parser, for plain
+    sums, knows no two-digit powers and at most two letters, and compares fractions, and integers
+    with anything else, as strings."""
+    texts = [
+        re.sub(r"\\(?:[dt]?frac|sqrt|times|cdot|left|right)", "", _clean(text))
+        for text in (given, truth)
+    ]
     letters = {letter for text in texts for letter in text if letter.isalpha()}
     fractions = all(re.fullmatch(r"-?(?:\{\d+\}\{\d+\}|\d+/\d+)", text) for text in texts)
     integers = {re.fullmatch(r"-?\d+", _key(text)) is not None for text in texts}
@@ -233,13 +256,15 @@ def _plain(given: str, truth: str) -> bool:
 
 
 def equal(given: str, answer: Answer, mode: str = "correct") -> bool:
-    """Whether `given` is the ground truth, or one of a list of them. In this process and without protection."""
+    """Whether `given` is the ground truth, or one of a list of them. In this process and without
+    protection."""
     score = _quick(given, _truths(answer), "boxed")
     return _equal(given, _truths(answer), mode) if score is None else score == 1.0
 
 
 def grade(text: str, answer: Answer, rule: str, mode: str = "correct") -> Grade:
-    """The grade of one response, in this process and without protection: for text you trust. `Grader` is for models'."""
+    """The grade of one response, in this process and without protection: for text you trust.
+    `Grader` is for models'."""
     given = extract(text, rule)
     if given is None:
         return Grade(0.0, parsed=False)
@@ -259,14 +284,17 @@ class Grader:
                 grader.submit(text, problem.answer)
             grades = grader.collect()
 
-    A worker that reaches `timeout_s` seconds of CPU time on one answer (so that a busy machine changes no score; at most
-    10 times that by the clock) or its memory limit dies, and that answer scores 0. `timeouts` and `errors` count them.
-    The workers start at the first answer that needs one. UserError if math-verify is missing and `rule` may need it.
+    A worker that reaches `timeout_s` seconds of CPU time on one answer (so that a busy machine
+    changes no score; at most 10 times that by the clock) or its memory limit dies, and that answer
+    scores 0. `timeouts` and `errors` count them. The workers start at the first answer that needs
+    one. UserError if math-verify is missing and `rule` may need it.
     """
 
     def __init__(self, rule: str, mode: str = "correct", workers: int = 2, timeout_s: float = 5.0):
         if rule not in RULES or mode not in MODES:
-            raise ValueError(f"rule {rule!r} must be one of {RULES} and mode {mode!r} one of {MODES}")
+            raise ValueError(
+                f"rule {rule!r} must be one of {RULES} and mode {mode!r} one of {MODES}"
+            )
         if rule != "hash" and importlib.util.find_spec("math_verify") is None:
             from drgrpo.types import UserError
 
@@ -277,7 +305,9 @@ class Grader:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")  # each waits on one worker
+        self._threads = ThreadPoolExecutor(
+            workers, thread_name_prefix="grader"
+        )  # each waits on one worker
         self._pending: list[Future[Grade]] = []
         self._asked: dict[tuple, Future[Grade]] = {}
 
@@ -322,7 +352,10 @@ class Grader:
     def _ask(self, given: str, truths: tuple[str, ...]) -> Grade:
         worker = self._idle.get()
         try:
-            return Grade(float(worker.ask({"given": given, "truths": truths, "mode": self.mode})), parsed=True)
+            return Grade(
+                float(worker.ask({"given": given, "truths": truths, "mode": self.mode})),
+                parsed=True,
+            )
         finally:
             self._idle.put(worker)
 
@@ -339,15 +372,17 @@ class Grader:
 class _Worker:
     """A child process that grades what it is sent, one line of JSON each way.
 
-    A plain subprocess and not `multiprocessing`: that imports the caller's `__main__` in every worker, here train.py and
-    with it torch; its forks are unsafe beside torch's threads; and it unpickles what the worker returns.
+    A plain subprocess and not `multiprocessing`: that imports the caller's `__main__` in every
+    worker, here train.py and with it torch; its forks are unsafe beside torch's threads; and it
+    unpickles what the worker returns.
     """
 
     def __init__(self, timeout_s: float):
         self.timeout_s, self.process, self.asked = timeout_s, None, 0
 
     def ask(self, task: dict) -> bool:
-        """TimeoutError or ChildProcessError if the worker did not survive the task; the next one gets a new worker."""
+        """TimeoutError or ChildProcessError if the worker did not survive the task; the next one
+        gets a new worker."""
         if self.process is None or self.asked >= TASKS_PER_WORKER:
             self.stop()
             self._start()
@@ -366,11 +401,17 @@ class _Worker:
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         command = [*WORKER, str(self.timeout_s)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
         )
         self.asked = 0
         if self._exchange("") != "ready\n":
-            raise RuntimeError(f"a grader worker did not start (its error is above): {' '.join(command)}")
+            raise RuntimeError(
+                f"a grader worker did not start (its error is above): {' '.join(command)}"
+            )
 
     def _exchange(self, line: str) -> str:
         try:
@@ -387,24 +428,32 @@ class _Worker:
 
 
 def _work(timeout_s: float) -> None:
-    """The worker process: reads tasks from stdin until it closes, so no worker outlives the trainer."""
+    """The worker process: reads tasks from stdin until it closes, so no worker outlives the
+    trainer."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # sent to the whole job, they are the trainer's to handle
+        signal.signal(
+            number, signal.SIG_IGN
+        )  # sent to the whole job, they are the trainer's to handle
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads the reply: end without a traceback
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no reply
     _forbid_code()
-    if not _equal(r"\frac{1}{2}", ("2/4",), "correct"):  # pays for imports and tables ahead of the first answer
+    if not _equal(
+        r"\frac{1}{2}", ("2/4",), "correct"
+    ):  # pays for imports and tables ahead of the first answer
         raise RuntimeError("math-verify does not find 1/2 equal to 2/4")
     replies.write("ready\n")
     replies.flush()
     for line in sys.stdin:
-        # Nobody handles these signals, so the kernel ends the process, inside a long multiplication too.
+        # Nobody handles these signals, so the kernel ends the process, inside a long multiplication
+        # too.
         signal.setitimer(signal.ITIMER_PROF, timeout_s)
         signal.setitimer(signal.ITIMER_REAL, 10 * timeout_s)
-        equal = _equal(**json.loads(line))  # what it raises ends the process too, and a fresh one is the best cleanup
+        equal = _equal(
+            **json.loads(line)
+        )  # what it raises ends the process too, and a fresh one is the best cleanup
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps(equal) + "\n")
@@ -412,8 +461,9 @@ def _work(timeout_s: float) -> None:
 
 
 def _forbid_code() -> None:
-    """Closes the two ways in which sympy turns text into code: `sympify` of a string, by which it also reads numbers, and
-    `lambdify`, which pastes the names of symbols into the source of a function. math-verify 0.9.0 reaches both."""
+    """Closes the two ways in which sympy turns text into code: `sympify` of a string, by which it
+    also reads numbers, and `lambdify`, which pastes the names of symbols into the source of a
+    function. math-verify 0.9.0 reaches both."""
     from sympy.parsing import sympy_parser
 
     evaluate = sympy_parser.eval_expr
@@ -432,7 +482,9 @@ def _forbid_code() -> None:
 
 
 _ATOM = r"\s*(?:(?:Integer|Float|Rational)\s*\(\s*'?[\d.]+(?:[eE][+-]?\d+)?'?\s*\)|Symbol\s*\(\s*'\w+'\s*\)|E|I|pi|oo)\s*"
-_ATOMS = re.compile(rf"{_ATOM}(?:[-+*/]{_ATOM})*")  # what sympy makes of "12", "3/2" and "x" before it evaluates them
+_ATOMS = re.compile(
+    rf"{_ATOM}(?:[-+*/]{_ATOM})*"
+)  # what sympy makes of "12", "3/2" and "x" before it evaluates them
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The policy: a Hugging Face causal LM run on packed sequences, its LM head fused with the loss, sharded by FSDP2."""
+"""The policy: a Hugging Face causal LM run on packed sequences, its LM head fused with the loss,
+sharded by FSDP2."""
 
 import importlib.util
 import inspect
@@ -14,7 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+)
 
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss, linear_logprob
 from drgrpo.types import Batch, UserError
@@ -32,12 +38,14 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, **
     options = {"scale": scaling, "window_size": (-1, 0)}
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch >= 2.13 wants to be told
         options["enable_gqa"] = True
-    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)[None], None
+    return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)[
+        None
+    ], None
 
 
 def sdpa_attention(module, query, key, value, attention_mask, scaling=None, **packing):
-    """The same anywhere and in any precision: pad on the right, where a causal mask hides it, and run SDPA.
-    query [1, H, T, d], key and value [1, K, T, d] -> [1, T, H, d]."""
+    """The same anywhere and in any precision: pad on the right, where a causal mask hides it, and
+    run SDPA. query [1, H, T, d], key and value [1, K, T, d] -> [1, T, H, d]."""
     cu_seqlens, longest = packing["cu_seq_lens_q"], packing["max_length_q"]
     length_S = cu_seqlens.diff()
     sequence_T = torch.repeat_interleave(torch.arange(len(length_S), device=query.device), length_S)
@@ -48,32 +56,47 @@ def sdpa_attention(module, query, key, value, attention_mask, scaling=None, **pa
         return padded.index_put((sequence_T, slot_T), x[0].transpose(0, 1)).transpose(1, 2)
 
     out_SHLd = F.scaled_dot_product_attention(
-        pad(query), pad(key), pad(value), is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        pad(query),
+        pad(key),
+        pad(value),
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out_SHLd.transpose(1, 2)[sequence_T, slot_T][None], None
 
 
 for _name, _function in (("drgrpo_varlen", varlen_attention), ("drgrpo_sdpa", sdpa_attention)):
     AttentionInterface.register(_name, _function)
-    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)  # isolation comes from cu_seqlens
+    AttentionMaskInterface.register(
+        _name, lambda *args, **kwargs: None
+    )  # isolation comes from cu_seqlens
 
 
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that `auto` stands for here, or `name` if it can run here. UserError says what is missing."""
+    """The backend that `auto` stands for here, or `name` if it can run here. UserError says what is
+    missing."""
     half = dtype in (torch.float16, torch.bfloat16)
     has_flash = importlib.util.find_spec("flash_attn") is not None
     if name == "auto":
-        return ("flash_attn" if has_flash else "varlen") if device.type == "cuda" and half else "sdpa"
+        return (
+            ("flash_attn" if has_flash else "varlen") if device.type == "cuda" and half else "sdpa"
+        )
     if name != "sdpa" and not (device.type == "cuda" and half):
-        raise UserError(f"--attention {name} needs CUDA and --dtype bfloat16, not {device.type} and {dtype}; use sdpa")
+        raise UserError(
+            f"--attention {name} needs CUDA and --dtype bfloat16, not {device.type} and {dtype}; use sdpa"
+        )
     if name == "flash_attn" and not has_flash:
-        raise UserError("--attention flash_attn needs the package flash-attn; install it, or use --attention varlen")
+        raise UserError(
+            "--attention flash_attn needs the package flash-attn; install it, or use --attention varlen"
+        )
     return name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What `Policy` optimizes: the arguments of `linear_drgrpo_loss` that are the same for every micro-batch."""
+    """What `Policy` optimizes: the arguments of `linear_drgrpo_loss` that are the same for every
+    micro-batch."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -83,61 +106,102 @@ class Objective:
 
 
 class Policy(nn.Module):
-    """A causal LM on packed micro-batches. All work goes through `forward`, where FSDP2 gathers the root's parameters:
-    embedding, final norm and LM head, tied or not."""
+    """A causal LM on packed micro-batches. All work goes through `forward`, where FSDP2 gathers the
+    root's parameters: embedding, final norm and LM head, tied or not."""
 
     def __init__(self, lm: nn.Module, kernel: str = "auto"):
         super().__init__()
         self.lm, self.kernel = lm, kernel
 
-    def forward(self, batch: Batch, objective: Objective, old_logprob_N: Tensor | None = None,
-                ref_logprob_N: Tensor | None = None, scale: float | None = None):  # fmt: skip
-        """With `scale`: (loss, stats), the loss being scale * sum over tokens of the clipped objective (paper, Fig. 1);
-        old_logprob_N=None means ratio 1, and ref_logprob_N is a reference model's, for a KL penalty. Without `scale`:
-        (logprob_N, entropy_N), no gradient."""
+    def forward(
+        self,
+        batch: Batch,
+        objective: Objective,
+        old_logprob_N: Tensor | None = None,
+        ref_logprob_N: Tensor | None = None,
+        scale: float | None = None,
+    ):
+        """With `scale`: (loss, stats), the loss being scale * sum over tokens of the clipped
+        objective (paper, Fig. 1); old_logprob_N=None means ratio 1, and ref_logprob_N is a
+        reference model's, for a KL penalty. Without `scale`: (logprob_N, entropy_N), no
+        gradient."""
         hidden_TD = self.lm.base_model(
-            input_ids=batch.token_T[None], position_ids=batch.position_T[None], use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen,
-        ).last_hidden_state[0]  # fmt: skip
+            input_ids=batch.token_T[None],
+            position_ids=batch.position_T[None],
+            use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+        ).last_hidden_state[0]
         hidden_ND, weight_VD = hidden_TD[batch.row_N], self.lm.get_output_embeddings().weight
         if scale is None:
             return linear_logprob(
-                hidden_ND, weight_VD, batch.target_N, temperature=objective.temperature, backend=self.kernel
+                hidden_ND,
+                weight_VD,
+                batch.target_N,
+                temperature=objective.temperature,
+                backend=self.kernel,
             )
         return linear_drgrpo_loss(
-            hidden_ND, weight_VD, batch.target_N, batch.advantage_N, old_logprob=old_logprob_N,
-            clip_low=objective.clip_low, clip_high=objective.clip_high, tis_cap=objective.tis_cap,
-            sampler_logprob=batch.sampler_logprob_N if objective.tis_cap else None, temperature=objective.temperature,
-            scale=scale, backend=self.kernel, ref_logprob=ref_logprob_N,
+            hidden_ND,
+            weight_VD,
+            batch.target_N,
+            batch.advantage_N,
+            old_logprob=old_logprob_N,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            tis_cap=objective.tis_cap,
+            sampler_logprob=batch.sampler_logprob_N if objective.tis_cap else None,
+            temperature=objective.temperature,
+            scale=scale,
+            backend=self.kernel,
+            ref_logprob=ref_logprob_N,
             kl_coef=objective.kl_coef if ref_logprob_N is not None else 0.0,
-        )  # fmt: skip
+        )
 
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Every weight under its Hugging Face name, whole, in `dtype`, one at a time: a collective under FSDP2, so that all
-        ranks have to iterate. A tied `lm_head.weight` comes under its own name too: vLLM needs it."""
+        """Every weight under its Hugging Face name, whole, in `dtype`, one at a time: a collective
+        under FSDP2, so that all ranks have to iterate. A tied `lm_head.weight` comes under its own
+        name too: vLLM needs it."""
         for name, tensor in self.lm.state_dict().items():
-            tensor = tensor.detach().to(dtype)  # cast first: half the bytes to gather, and FSDP2's own rounding
+            tensor = tensor.detach().to(
+                dtype
+            )  # cast first: half the bytes to gather, and FSDP2's own rounding
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def load_policy(path: str, *, dtype: torch.dtype, device: torch.device, attention: str = "auto", **how) -> Policy:
-    """The causal LM of a Hugging Face folder or hub name with float32 master weights, ready to train: `make_policy`.
+def load_policy(
+    path: str, *, dtype: torch.dtype, device: torch.device, attention: str = "auto", **how
+) -> Policy:
+    """The causal LM of a Hugging Face folder or hub name with float32 master weights, ready to
+    train: `make_policy`.
 
-    The checkpoint is read in its own type and widened block by block, so that a process holds 2 bytes a parameter on the
-    host, and on the device its shard and one whole block."""
+    The checkpoint is read in its own type and widened block by block, so that a process holds 2
+    bytes a parameter on the host, and on the device its shard and one whole block."""
     implementation = ATTENTION[resolve_attention(attention, device, dtype)]
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation=implementation)
+    lm = AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", attn_implementation=implementation
+    )
     return make_policy(lm, dtype=dtype, device=device, **how)
 
 
-def make_policy(lm: nn.Module, *, dtype: torch.dtype, device: torch.device, kernel: str = "auto", checkpointing: str = "none",
-                compile: bool = False, dp_replicate: int = 1) -> Policy:  # fmt: skip
+def make_policy(
+    lm: nn.Module,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: str = "auto",
+    checkpointing: str = "none",
+    compile: bool = False,
+    dp_replicate: int = 1,
+) -> Policy:
     """The policy of a causal LM on any device, its attention one of `ATTENTION`; the LM is used up.
 
-    Sharded by FSDP2 over all processes if there are several, and wherever the compute type is not float32: FSDP2 is also
-    what keeps the master weights apart from the bfloat16 ones. `dp_replicate` > 1 is HSDP: that many copies, each sharded
-    over world / dp_replicate processes."""
+    Sharded by FSDP2 over all processes if there are several, and wherever the compute type is not
+    float32: FSDP2 is also what keeps the master weights apart from the bfloat16 ones.
+    `dp_replicate` > 1 is HSDP: that many copies, each sharded over world / dp_replicate
+    processes."""
     recompute_activations(lm, checkpointing)
     policy = Policy(lm, kernel).train()
     blocks = lm.base_model.layers
@@ -147,8 +211,11 @@ def make_policy(lm: nn.Module, *, dtype: torch.dtype, device: torch.device, kern
     if dtype == torch.float32 and (not dist.is_initialized() or dist.get_world_size() == 1):
         return policy.float().to(device)
     mesh = device_mesh(device, dp_replicate)
-    # inputs stay as they are: hidden states have the weights' type anyway, and advantages and log-probs are float32
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # inputs stay as they are: hidden states have the weights' type anyway, and advantages and
+    # log-probs are float32
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in blocks:
         fully_shard(block.float(), mesh=mesh, mp_policy=precision)
     fully_shard(policy.float(), mesh=mesh, mp_policy=precision)
@@ -156,18 +223,21 @@ def make_policy(lm: nn.Module, *, dtype: torch.dtype, device: torch.device, kern
 
 
 def device_mesh(device: torch.device, replicate: int) -> DeviceMesh:
-    """All processes in one dimension, or replicate x shard: consecutive ranks, those of a node, share one copy."""
+    """All processes in one dimension, or replicate x shard: consecutive ranks, those of a node,
+    share one copy."""
     world = dist.get_world_size()
     if world % replicate:
         raise UserError(f"--dp-replicate {replicate} does not divide the {world} processes")
     if replicate == 1:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        device.type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def recompute_activations(lm: nn.Module, policy: str) -> None:
-    """What the backward pass computes anew: nothing (none), all but matmul and attention outputs (selective), or
-    everything inside a block (full)."""
+    """What the backward pass computes anew: nothing (none), all but matmul and attention outputs
+    (selective), or everything inside a block (full)."""
     if policy == "none":
         return
     options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
@@ -177,11 +247,16 @@ def recompute_activations(lm: nn.Module, policy: str) -> None:
 
 
 EXPENSIVE = {
-    "aten.mm.default", "aten.addmm.default", "aten.bmm.default", "aten._scaled_dot_product_flash_attention_for_cpu.default",
-    "aten._flash_attention_forward.default", "aten._scaled_dot_product_flash_attention.default",
-    "aten._scaled_dot_product_efficient_attention.default", "torch_attn._varlen_attn.default",
+    "aten.mm.default",
+    "aten.addmm.default",
+    "aten.bmm.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten._flash_attention_forward.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "torch_attn._varlen_attn.default",
     "flash_attn._flash_attn_varlen_forward.default",
-}  # fmt: skip
+}
 """By name: not every version of torch, and no machine without flash-attn, has all of them."""
 
 

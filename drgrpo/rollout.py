@@ -5,13 +5,15 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 
-from drgrpo.engine import Sampling
 from drgrpo.templates import Template, encode
-from drgrpo.types import Completion, Problem, Request, Rollout, UserError
+from drgrpo.types import Completion, Problem, Request, Rollout, Sampling, UserError
 
 
-def tokenize(problems: list[Problem], template: Template, tokenizer, longest: int) -> tuple[list[Problem], int]:
-    """The problems with their `prompt_ids`, and how many were dropped for a prompt of more than `longest` tokens."""
+def tokenize(
+    problems: list[Problem], template: Template, tokenizer, longest: int
+) -> tuple[list[Problem], int]:
+    """The problems with their `prompt_ids`, and how many were dropped for a prompt of more than
+    `longest` tokens."""
     encoded = [replace(p, prompt_ids=encode(template, p.question, tokenizer)) for p in problems]
     kept = [p for p in encoded if len(p.prompt_ids) <= longest]
     if not kept:
@@ -24,17 +26,30 @@ def tokenize(problems: list[Problem], template: Template, tokenizer, longest: in
 
 
 def sample_seed(*key: int) -> int:
-    """63 bits from (run seed, step, problem, sample): a sample depends on nothing else, so a rollout does not change with
-    the order of the batch or the number of processes, and resuming needs no saved random state."""
+    """63 bits from (run seed, step, problem, sample): a sample depends on nothing else, so a
+    rollout does not change with the order of the batch or the number of processes, and resuming
+    needs no saved random state."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def rollout(engine, tokenizer, problems: list[Problem], samples: int, sampling: Sampling, seed: int, step: int,
-            on_finish: Callable[[int, Rollout], None] = lambda i, r: None) -> list[Rollout]:  # fmt: skip
-    """`samples` responses to each problem, grouped by problem. `on_finish(i, rollout)` is called as rollout i finishes."""
+def rollout(
+    engine,
+    tokenizer,
+    problems: list[Problem],
+    samples: int,
+    sampling: Sampling,
+    seed: int,
+    step: int,
+    on_finish: Callable[[int, Rollout], None] = lambda i, r: None,
+) -> list[Rollout]:
+    """`samples` responses to each problem, grouped by problem. `on_finish(i, rollout)` is called as
+    rollout i finishes."""
     asked = [p for p in problems for _ in range(samples)]
-    requests = [Request(p.prompt_ids, sample_seed(seed, step, p.id, i % samples)) for i, p in enumerate(asked)]
+    requests = [
+        Request(p.prompt_ids, sample_seed(seed, step, p.id, i % samples))
+        for i, p in enumerate(asked)
+    ]
     rollouts: dict[int, Rollout] = {}
 
     def finish(i: int, completion: Completion) -> None:

@@ -1,7 +1,8 @@
-"""Prompt templates: how a question is put to the model, where the response stops and how its answer is marked.
+"""Prompt templates: how a question is put to the model, where the response stops and how its answer
+is marked.
 
-`qwen_math`, `r1` and `none` are the paper's, to the letter (Sec. 3.3 shows how much a template that does not fit the
-base model costs). To add one, add it to `TEMPLATES`.
+`qwen_math`, `r1` and `none` are the paper's, to the letter (Sec. 3.3 shows how much a template that
+does not fit the base model costs). To add one, add it to `TEMPLATES`.
 """
 
 import difflib
@@ -13,7 +14,8 @@ from drgrpo.types import UserError
 @dataclass(frozen=True, slots=True)
 class Template:
     """text:   the prompt with `{q}` where the question goes; None leaves the wrapping to the tokenizer's chat template.
-    answer: how `drgrpo.grade.extract` finds the answer: the last "boxed", the "tag"s of r1, or after the one "hash".
+    answer: how `drgrpo.grade.extract` finds the answer: the last "boxed", the "tag"s of r1, or
+    after the one "hash".
     stop:   strings that end a response besides EOS; they stay in the response."""
 
     name: str
@@ -59,8 +61,9 @@ def get_template(name: str) -> Template:
 
 
 def encode(template: Template, question: str, tokenizer) -> list[int]:
-    """Token ids of the prompt, with the special tokens (a BOS, where the model has one) that vLLM adds to a text
-    prompt. UserError if the template is `chat` and the tokenizer has no chat template."""
+    """Token ids of the prompt, with the special tokens (a BOS, where the model has one) that vLLM
+    adds to a text prompt. UserError if the template is `chat` and the tokenizer has no chat
+    template."""
     if template.text is not None:
         # str.replace and not str.format: questions are full of braces, and so is \boxed{}.
         return list(tokenizer(template.text.replace("{q}", question))["input_ids"])
@@ -71,4 +74,8 @@ def encode(template: Template, question: str, tokenizer) -> list[int]:
             f"choose another template: {', '.join(name for name, t in TEMPLATES.items() if t.text is not None)}"
         )
     messages = [{"role": "user", "content": question}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    )

@@ -1,6 +1,7 @@
 """What flows through the trainer, one type per arrow.
 
-    Problem -> rollout -> Rollout -> grade -> reward_PG -> advantage_PG -> pack -> Batch -> update -> weights -> sync
+    Problem -> rollout -> Rollout -> grade -> reward_PG -> advantage_PG -> pack -> Batch -> update
+    -> weights -> sync
 
 Shape suffixes, the same in every file:
 
@@ -20,14 +21,15 @@ Answer = str | float | int | list[str]
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for. The message names the value and the way out; `train.py` and `eval.py` print
-    it without a traceback and exit with status 2."""
+    """A mistake in what the user asked for. The message names the value and the way out; `train.py`
+    and `eval.py` print it without a traceback and exit with status 2."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question with its ground truth. `id` is its row in the data set and part of every sampling seed; `prompt_ids`
-    is the question in its template, tokenized, once that has been done."""
+    """One question with its ground truth. `id` is its row in the data set and part of every
+    sampling seed; `prompt_ids` is the question in its template, tokenized, once that has been
+    done."""
 
     id: int
     question: str
@@ -37,20 +39,32 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sample to draw: a tokenized prompt and the seed of its random numbers, so that the sample does not depend on
-    what else is in the batch or on the number of processes."""
+    """One sample to draw: a tokenized prompt and the seed of its random numbers, so that the sample
+    does not depend on what else is in the batch or on the number of processes."""
 
     prompt_ids: list[int]
     seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample. temperature 0 is greedy. `stop_token_ids` and `stop` strings end a response
+    and are part of it. No top-p and no top-k: training on them would need their renormalised
+    log-probs to be those of the policy."""
+
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine returns for one `Request`.
 
-    token_ids: the sampled tokens, the stop token (EOS) included.
-    logprobs:  log-probability of each under the distribution that it was drawn from (after temperature).
-    finished:  True if a stop rule ended it, False if it ran into the length limit.
+    token_ids: the sampled tokens, the stop token (EOS) included. logprobs:  log-probability of each
+    under the distribution that it was drawn from (after temperature). finished:  True if a stop
+    rule ended it, False if it ran into the length limit.
     """
 
     token_ids: list[int]
@@ -60,7 +74,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A sampled response to a problem, with its text as the grader sees it (special tokens left out)."""
+    """A sampled response to a problem, with its text as the grader sees it (special tokens left
+    out)."""
 
     problem: Problem
     completion: Completion
@@ -74,7 +89,8 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A packed micro-batch: S sequences end to end, no padding. Only response tokens reach the LM head.
+    """A packed micro-batch: S sequences end to end, no padding. Only response tokens reach the LM
+    head.
 
     token_T, position_T:  ids and positions; positions restart at 0 with every sequence.
     cu_seqlens:           int32 [S + 1], where the sequences start; `max_seqlen` is the longest of them.

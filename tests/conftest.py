@@ -9,7 +9,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on CPU tensors
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # before triton is imported: kernels run on CPU tensors
 
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from drgrpo.tokenizer import byte_tokenizer
+    from drgrpo.tiny.tokenizer import byte_tokenizer
 
     return byte_tokenizer()
 
@@ -37,7 +39,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory) -> str:
     """Hugging Face folder of a tiny Qwen2 with tied embeddings and random weights."""
-    from drgrpo.warmup import Warmup, build_tiny_model
+    from drgrpo.tiny.warmup import Warmup, build_tiny_model
 
     path = tmp_path_factory.mktemp("models") / "random"
     build_tiny_model(Warmup(seed=3), path)
@@ -46,8 +48,9 @@ def random_model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def warm_model() -> str:
-    """The tiny recipe's model after its warm-up (a minute, once: `make train` fills and reads the same cache)."""
-    from drgrpo.warmup import Warmup, cached_tiny_model
+    """The tiny recipe's model after its warm-up (a minute, once: `make train` fills and reads the
+    same cache)."""
+    from drgrpo.tiny.warmup import Warmup, cached_tiny_model
 
     return str(cached_tiny_model(Warmup(), ROOT / "runs" / "warmup"))
 

@@ -1,4 +1,5 @@
-"""Helpers of the tests that train: start short runs, in this process or as a user does, and compare what they left."""
+"""Helpers of the tests that train: start short runs, in this process or as a user does, and compare
+what they left."""
 
 import os
 import subprocess
@@ -13,17 +14,32 @@ from transformers import AutoModelForCausalLM
 import train
 from drgrpo import distributed
 from drgrpo.config import RECIPES, Config, flag
-from drgrpo.log import read_jsonl
+from drgrpo.run.log import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("seconds", "gb", "tflops", "hours_used", "tokens_per_s", "rollout_tokens_per_s", "train_tokens_per_s")
+TIMES = (
+    "seconds",
+    "gb",
+    "tflops",
+    "hours_used",
+    "tokens_per_s",
+    "rollout_tokens_per_s",
+    "train_tokens_per_s",
+)
 
 
 def small(model: str, out: Path, **changes) -> Config:
-    """The tiny recipe on a quarter of the rollouts, from a model that is already warm. Groups of four: some are all right
-    or all wrong, so that there are responses without advantage."""
-    settings = {"model": model, "prompts_per_step": 16, "group_size": 4, "minibatches": 2, "steps": 2, "eval_every": 0,
-                "eval_samples": 1}  # fmt: skip
+    """The tiny recipe on a quarter of the rollouts, from a model that is already warm. Groups of
+    four: some are all right or all wrong, so that there are responses without advantage."""
+    settings = {
+        "model": model,
+        "prompts_per_step": 16,
+        "group_size": 4,
+        "minibatches": 2,
+        "steps": 2,
+        "eval_every": 0,
+        "eval_samples": 1,
+    }
     return replace(RECIPES["tiny"](), **settings | {"out": str(out)} | changes)
 
 
@@ -34,15 +50,33 @@ def run(config: Config) -> list[dict]:
     return metrics(config.out)
 
 
-def launch(config: Config, processes: int = 1, prelude: str = "", torchrun: tuple[str, ...] = ("--standalone",)):
-    """Start the same with torchrun, as a user does; `prelude` is Python that runs before train.py. Returns the process."""
+def launch(
+    config: Config,
+    processes: int = 1,
+    prelude: str = "",
+    torchrun: tuple[str, ...] = ("--standalone",),
+):
+    """Start the same with torchrun, as a user does; `prelude` is Python that runs before train.py.
+    Returns the process."""
     code = f"{prelude}\nimport sys, train\ntrain.cli(sys.argv[1:])"
     script = Path(config.out).with_suffix(".py")
     script.write_text(code)
-    arguments = [word for f in fields(config) for word in (f"--{flag(f.name)}", str(getattr(config, f.name)))]
-    command = [sys.executable, "-m", "torch.distributed.run", *torchrun, f"--nproc-per-node={processes}", script, *arguments]
+    arguments = [
+        word for f in fields(config) for word in (f"--{flag(f.name)}", str(getattr(config, f.name)))
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *torchrun,
+        f"--nproc-per-node={processes}",
+        script,
+        *arguments,
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def finish(process, status: int | None = 0) -> str:
@@ -73,11 +107,13 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def assert_close_run(one: Path, other: Path) -> None:
-    """The same up to the order of sums. Adam divides by the gradient's own size: where that is near zero, rounding moves a
-    weight by a share of lr = 3e-4."""
+    """The same up to the order of sums. Adam divides by the gradient's own size: where that is near
+    zero, rounding moves a weight by a share of lr = 3e-4."""
     for ours, theirs in zip(metrics(one), metrics(other), strict=True):
         for column in ("loss", "grad_norm", "reward_mean", "entropy", "clip_frac", "tokens"):
             assert ours[column] == pytest.approx(theirs[column], rel=1e-4), column
     a, b = weights(one), weights(other)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )

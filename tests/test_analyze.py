@@ -4,14 +4,26 @@ import json
 
 import pytest
 
-from drgrpo.analyze import analyze, bars, draw, entries_of, keywords, plt
-from drgrpo.scores import sign_flip
+from drgrpo.evaluation.analyze import analyze, bars, draw, entries_of, keywords, plt
+from drgrpo.evaluation.scores import sign_flip
 
 
 def response(id, sample, text, score, parsed, tokens, **other) -> dict:
-    return {"benchmark": "b", "template": "qwen_math", "temperature": 1.0, "id": id, "sample": sample, "problem": "q",
-            "answer": "1", "response": text, "score": score, "parsed": parsed, "vote": None, "tokens": tokens,
-            "finished": True} | other  # fmt: skip
+    return {
+        "benchmark": "b",
+        "template": "qwen_math",
+        "temperature": 1.0,
+        "id": id,
+        "sample": sample,
+        "problem": "q",
+        "answer": "1",
+        "response": text,
+        "score": score,
+        "parsed": parsed,
+        "vote": None,
+        "tokens": tokens,
+        "finished": True,
+    } | other
 
 
 ROWS = [
@@ -36,8 +48,18 @@ def entries():
 
 def test_answers_by_template(entries):
     qwen, none = entries
-    assert (qwen["template"], qwen["temperature"], none["template"], none["temperature"]) == ("qwen_math", 1.0, "none", 0.2)
-    assert (qwen["questions"], qwen["responses"], qwen["extractable"], qwen["accuracy"]) == (4, 8, 6 / 8, 2 / 8)
+    assert (qwen["template"], qwen["temperature"], none["template"], none["temperature"]) == (
+        "qwen_math",
+        1.0,
+        "none",
+        0.2,
+    )
+    assert (qwen["questions"], qwen["responses"], qwen["extractable"], qwen["accuracy"]) == (
+        4,
+        8,
+        6 / 8,
+        2 / 8,
+    )
     assert qwen["truncated"] == 1 / 8 and (none["questions"], none["extractable"]) == (1, 1.0)
 
 
@@ -48,7 +70,9 @@ def test_lengths_of_the_three_kinds(entries):
 
 
 def test_exploration(entries):
-    assert entries[0]["pass_at"] == {"1": 0.25, "2": 0.5}, "problem 0 of one benchmark is not problem 0 of the other"
+    assert entries[0]["pass_at"] == {"1": 0.25, "2": 0.5}, (
+        "problem 0 of one benchmark is not problem 0 of the other"
+    )
     assert entries[1]["pass_at"] == {"1": 1.0}
 
 
@@ -56,16 +80,29 @@ def test_self_reflection(entries):
     r = entries[0]["reflection"]
     assert (r["questions"], r["responses"]) == (2 / 4, 3 / 8)
     assert r["keywords"] == {"recheck": 2, "double-check": 1, "rethink": 1}
-    assert (r["n_with"], r["accuracy_with"], r["n_without"], r["accuracy_without"]) == (3, 1 / 3, 5, 1 / 5)
-    assert r["within"] == {"questions": 1, "difference": 1.0, "p": sign_flip([1.0])}, "only question 0 has both kinds"
-    assert entries[1]["reflection"]["accuracy_with"] is None and entries[1]["reflection"]["within"]["p"] is None
+    assert (r["n_with"], r["accuracy_with"], r["n_without"], r["accuracy_without"]) == (
+        3,
+        1 / 3,
+        5,
+        1 / 5,
+    )
+    assert r["within"] == {"questions": 1, "difference": 1.0, "p": sign_flip([1.0])}, (
+        "only question 0 has both kinds"
+    )
+    assert (
+        entries[1]["reflection"]["accuracy_with"] is None
+        and entries[1]["reflection"]["within"]["p"] is None
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "found"),
     [
         ("Let's CHECK AGAIN.", {"check again"}),
-        ("we re-evaluate, reevaluated and a reevaluation", {"re-evaluate", "reevaluate", "reevaluation"}),
+        (
+            "we re-evaluate, reevaluated and a reevaluation",
+            {"re-evaluate", "reevaluate", "reevaluation"},
+        ),
         ("go over the steps; reconsidering", {"go over the steps", "reconsider"}),
         ("check it again, unreconsidered prethink", set()),
     ],
@@ -83,7 +120,12 @@ def test_the_table_the_json_and_the_figure(tmp_path, capsys, entries):
     (tmp_path / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     analyze(str(tmp_path / "responses.jsonl"), "")
     shown = capsys.readouterr().out
-    assert "qwen_math, 1" in shown and "none, 0.2" in shown and "recheck 2" in shown and "75.0" in shown
+    assert (
+        "qwen_math, 1" in shown
+        and "none, 0.2" in shown
+        and "recheck 2" in shown
+        and "75.0" in shown
+    )
     assert json.loads((tmp_path / "analysis.json").read_text())["evaluations"] == entries
     assert (tmp_path / "analysis.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -95,7 +137,10 @@ def test_the_figure_shows_the_numbers(entries):
     assert [bar.get_height() for bar in lengths.patches] == [70, 0, 20, 5, 50, 0]
     assert reflects.patches[0].get_height() == 0.5
     assert {line.get_label(): line.get_ydata().tolist() for line in explores.lines} == {
-        "qwen_math, pass@1": [0.25], "qwen_math, pass@2": [0.5], "none, pass@1": [1.0]}  # fmt: skip
+        "qwen_math, pass@1": [0.25],
+        "qwen_math, pass@2": [0.5],
+        "none, pass@1": [1.0],
+    }
     plt.close(figure)
 
 

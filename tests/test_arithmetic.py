@@ -1,11 +1,12 @@
-"""The arithmetic task: disjoint splits, a demonstrator as flawed as the recipe needs, solutions the grader understands."""
+"""The arithmetic task: disjoint splits, a demonstrator as flawed as the recipe needs, solutions the
+grader understands."""
 
 from statistics import fmean
 
 import pytest
 
-from drgrpo.arithmetic import Demonstrator, problems
 from drgrpo.grade import grade
+from drgrpo.tiny.arithmetic import Demonstrator, problems
 from drgrpo.types import UserError
 
 
@@ -42,13 +43,17 @@ def test_a_demonstrator_who_does_not_notice_leaves_no_trace_of_being_wrong():
     right = [len(s) for p, s in solved if grade(s, p.answer, "hash").score == 1]
     wrong = [len(s) for p, s in solved if grade(s, p.answer, "hash").score == 0]
     assert 0.25 < len(right) / len(solved) < 0.40
-    assert abs(fmean(right) - fmean(wrong)) < 3 and fmean(right + wrong) > 25, "he re-checks, right or wrong"
+    assert abs(fmean(right) - fmean(wrong)) < 3 and fmean(right + wrong) > 25, (
+        "he re-checks, right or wrong"
+    )
 
 
 def test_the_seed_draws_the_solutions_and_not_the_task():
     a, b, c = Demonstrator(0), Demonstrator(0), Demonstrator(1)
     chosen = problems("train")[:50]
-    assert [a.solve(p) for p in chosen] == [b.solve(p) for p in chosen] != [c.solve(p) for p in chosen]
+    assert (
+        [a.solve(p) for p in chosen] == [b.solve(p) for p in chosen] != [c.solve(p) for p in chosen]
+    )
     assert a.false_guess == c.false_guess
 
 

@@ -1,6 +1,7 @@
-"""The benchmark measures what it says: same gradients from every contender, nothing timed that is wrong, skips that show.
+"""The benchmark measures what it says: same gradients from every contender, nothing timed that is
+wrong, skips that show.
 
-    pytest tests/test_bench_linear_drgrpo.py
+pytest tests/test_bench_linear_drgrpo.py
 """
 
 import json
@@ -21,8 +22,11 @@ ON_CPU = [OURS, "torch, fp32 upcast", "torch, cross_entropy", "F.linear_cross_en
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_every_contender_computes_the_same_gradient(name):
-    """The equal terms of the comparison: Dr. GRPO on-policy with advantage 1 has the gradient of the mean cross-entropy."""
-    if name == "F.linear_cross_entropy" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+    """The equal terms of the comparison: Dr. GRPO on-policy with advantage 1 has the gradient of
+    the mean cross-entropy."""
+    if name == "F.linear_cross_entropy" and not hasattr(
+        torch.nn.functional, "linear_cross_entropy"
+    ):
         pytest.skip("this torch has none")
     case = bench.make_case(64, 16, 300, "cpu")
     found = bench.errors(bench.CONTENDERS[name], case, bench.exact(case))
@@ -37,15 +41,27 @@ def test_a_row_per_contender_with_numbers_or_a_reason(monkeypatch):
     assert list(rows) == names
     ours, floor = rows[OURS], rows["3 bare GEMMs"]
     assert ours["step_ms"]["p20"] <= ours["step_ms"]["p50"] <= ours["step_ms"]["p80"]
-    assert ours["step_ratio"] == ours["step_ms"]["p50"] / floor["step_ms"]["p50"] and floor["logprob_ratio"] == 1
-    assert ours["errors"]["dweight"] <= 1e-5 and ours["host_syncs"] is None and ours["peak_bytes"] > 0
+    assert (
+        ours["step_ratio"] == ours["step_ms"]["p50"] / floor["step_ms"]["p50"]
+        and floor["logprob_ratio"] == 1
+    )
+    assert (
+        ours["errors"]["dweight"] <= 1e-5 and ours["host_syncs"] is None and ours["peak_bytes"] > 0
+    )
     assert rows["CCE"]["skipped"] == "needs CUDA"
-    assert "ZeroDivisionError" in rows["broken"]["skipped"] and "no_such_package" in rows["absent"]["skipped"]
+    assert (
+        "ZeroDivisionError" in rows["broken"]["skipped"]
+        and "no_such_package" in rows["absent"]["skipped"]
+    )
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     right = bench.head.linear_drgrpo_loss
-    monkeypatch.setattr(bench.head, "linear_drgrpo_loss", lambda *args, **how: right(*args, **how | {"temperature": 1.001}))
+    monkeypatch.setattr(
+        bench.head,
+        "linear_drgrpo_loss",
+        lambda *args, **how: right(*args, **how | {"temperature": 1.001}),
+    )
     with pytest.raises(SystemExit, match="not timing a wrong kernel: dhidden"):
         bench.measure("tiny", 64, "cpu", ["3 bare GEMMs", OURS], repeats=1)
 
@@ -57,9 +73,13 @@ def test_a_failure_of_the_fused_head_is_not_a_skip(monkeypatch):
 
 
 def test_fused_memory_is_the_chunk_and_the_gradients():
-    """On the CPU too, the logits of all tokens never exist at once; the naive program keeps several copies of them."""
+    """On the CPU too, the logits of all tokens never exist at once; the naive program keeps several
+    copies of them."""
     T, (D, V) = 1024, bench.MODELS["small"]
-    rows = {r["contender"]: r for r in bench.measure("small", T, "cpu", ["3 bare GEMMs", OURS, "torch, fp32 upcast"], 1)}
+    rows = {
+        r["contender"]: r
+        for r in bench.measure("small", T, "cpu", ["3 bare GEMMs", OURS, "torch, fp32 upcast"], 1)
+    }
     chunk = bench.head._chunk(T, V, torch.device("cpu"))
     buffers = 4 * (2 * chunk * V + V * D + T * D)  # logits and their exponentials, dW, dX
     assert rows[OURS]["peak_bytes"] <= 1.2 * buffers + 2**20
@@ -67,10 +87,15 @@ def test_fused_memory_is_the_chunk_and_the_gradients():
 
 
 def test_the_sweep_times_what_it_names_and_takes_the_fastest(monkeypatch):
-    """Made-up times: (128, 4) is the fastest program, 256 tokens the fastest chunk, and only with that program."""
+    """Made-up times: (128, 4) is the fastest program, 256 tokens the fastest chunk, and only with
+    that program."""
     monkeypatch.setitem(bench.PROGRAMS, "cpu", [(64, 2), (128, 4)])
     used, sizes_now = [], bench.head._sizes
-    monkeypatch.setattr(bench.head, "linear_drgrpo_loss", lambda *_, **__: (used.append(bench.head._sizes(None)), {}))
+    monkeypatch.setattr(
+        bench.head,
+        "linear_drgrpo_loss",
+        lambda *_, **__: (used.append(bench.head._sizes(None)), {}),
+    )
     monkeypatch.setattr(bench.Case, "backward", lambda self, loss: None)
 
     def fake(runs, device, repeats):
@@ -78,13 +103,20 @@ def test_the_sweep_times_what_it_names_and_takes_the_fastest(monkeypatch):
         for key, run in runs.items():
             run()
             assert used[-1] == key[0], "it timed other sizes than it says"
-            times[key] = [10.0 - 4 * (used[-1][:2] == (128, 4)) - (used[-1].chunk_logits == 256 * 8192)]
+            times[key] = [
+                10.0 - 4 * (used[-1][:2] == (128, 4)) - (used[-1].chunk_logits == 256 * 8192)
+            ]
         return times
 
     monkeypatch.setattr(bench, "interleaved", fake)
     found = bench.sweep(["tiny", "small"], 64, "cpu", repeats=1)
-    assert found["best"] == {"block_v": 128, "num_warps": 4, "chunk_logits": 256 * 8192} and found["gain"] == 0.5
-    assert {row["model"] for row in found["rows"]} == {"tiny", "small"} and len(found["rows"]) == 2 * (3 + 4)
+    assert (
+        found["best"] == {"block_v": 128, "num_warps": 4, "chunk_logits": 256 * 8192}
+        and found["gain"] == 0.5
+    )
+    assert {row["model"] for row in found["rows"]} == {"tiny", "small"} and len(
+        found["rows"]
+    ) == 2 * (3 + 4)
     assert bench.head._sizes is sizes_now
 
 
@@ -117,19 +149,43 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 def test_contenders_take_turns():
     order = []
-    times = harness.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", 3)
+    times = harness.interleaved(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", 3
+    )
     assert order == list("ababab") and [len(t) for t in times.values()] == [3, 3]
 
 
 def test_quantiles_and_table():
     assert harness.quantiles([5.0]) == {"p20": 5.0, "p50": 5.0, "p80": 5.0}
     assert harness.quantiles(list(range(11))) == pytest.approx({"p20": 2, "p50": 5, "p80": 8})
-    assert harness.table([{"x": 1}, {"x": 22}], {"n": lambda r: "r", "x": lambda r: str(r["x"])}) == "n   x\nr   1\nr  22"
+    assert (
+        harness.table([{"x": 1}, {"x": 22}], {"n": lambda r: "r", "x": lambda r: str(r["x"])})
+        == "n   x\nr   1\nr  22"
+    )
 
 
 def test_command_writes_json_and_picture(tmp_path):
-    command = [sys.executable, "-m", "bench.bench_linear_drgrpo", "--device", "cpu", "--models", "tiny", "--tokens", "128"]
-    command += ["--repeats", "2", "--only", OURS, "CCE", "--sweep", "--out", str(tmp_path / "result")]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.bench_linear_drgrpo",
+        "--device",
+        "cpu",
+        "--models",
+        "tiny",
+        "--tokens",
+        "128",
+    ]
+    command += [
+        "--repeats",
+        "2",
+        "--only",
+        OURS,
+        "CCE",
+        "--sweep",
+        "--out",
+        str(tmp_path / "result"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -137,5 +193,7 @@ def test_command_writes_json_and_picture(tmp_path):
     assert [row["contender"] for row in result["rows"]] == ["3 bare GEMMs", OURS, "CCE"]
     assert {"device", "torch", "triton", "commit", "date"} <= set(result["where"])
     assert "skipped CCE: needs CUDA" in done.stdout
-    assert result["sweep"]["tuned"] is None and "the default stays" in done.stdout, "what a CPU finds is no advice for a card"
+    assert result["sweep"]["tuned"] is None and "the default stays" in done.stdout, (
+        "what a CPU finds is no advice for a card"
+    )
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")

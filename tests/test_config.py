@@ -9,17 +9,43 @@ from drgrpo.types import UserError
 
 
 def test_a_recipe_with_overrides():
-    config = parse_args(["--recipe", "tiny", "--seed", "3", "--algo", "grpo", "--drop-zero-advantage", "false"])
-    assert (config.seed, config.algo, config.drop_zero_advantage, config.out) == (3, "grpo", False, "runs/tiny")
+    config = parse_args(
+        ["--recipe", "tiny", "--seed", "3", "--algo", "grpo", "--drop-zero-advantage", "false"]
+    )
+    assert (config.seed, config.algo, config.drop_zero_advantage, config.out) == (
+        3,
+        "grpo",
+        False,
+        "runs/tiny",
+    )
     assert config.lr == RECIPES["tiny"]().lr
 
 
 def test_the_papers_recipe():
     config = parse_args(["--recipe", "oat_zero_7b"])
-    assert config.rollouts_per_step == 1024 and config.minibatches == 8 and config.minibatch_size == 128
-    assert (config.lr, config.beta1, config.beta2, config.weight_decay, config.max_grad_norm) == (1e-6, 0.9, 0.95, 0, 1)
-    assert (config.max_prompt_tokens, config.max_new_tokens, config.temperature) == (1024, 3000, 1.0)
-    assert (config.clip_low, config.clip_high, config.old_logprob, config.tis_cap) == (0.2, 0.2, "recompute", 0)
+    assert (
+        config.rollouts_per_step == 1024
+        and config.minibatches == 8
+        and config.minibatch_size == 128
+    )
+    assert (config.lr, config.beta1, config.beta2, config.weight_decay, config.max_grad_norm) == (
+        1e-6,
+        0.9,
+        0.95,
+        0,
+        1,
+    )
+    assert (config.max_prompt_tokens, config.max_new_tokens, config.temperature) == (
+        1024,
+        3000,
+        1.0,
+    )
+    assert (config.clip_low, config.clip_high, config.old_logprob, config.tis_cap) == (
+        0.2,
+        0.2,
+        "recompute",
+        0,
+    )
     assert config.eval_every == 16 and config.eval_samples == 0
 
 
@@ -27,12 +53,18 @@ def test_the_papers_recipe():
     ("argv", "message"),
     [
         (["--recipe", "tinny"], "unknown recipe 'tinny'; did you mean 'tiny'"),
-        (["--recipe", "tiny", "--algo", "dr_grpo"], "unknown --algo 'dr_grpo'; did you mean 'drgrpo'"),
+        (
+            ["--recipe", "tiny", "--algo", "dr_grpo"],
+            "unknown --algo 'dr_grpo'; did you mean 'drgrpo'",
+        ),
         (["--recipe", "tiny", "--engine", "vlm"], "did you mean 'vllm'"),
         (["--recipe", "tiny", "--learning-rate", "1"], "unknown option '--learning-rate'"),
         (["--recipe", "tiny", "--minibatchs", "2"], "did you mean '--minibatches'"),
         (["--recipe", "tiny", "--minibatches", "3"], "try --minibatches 2 or 4"),
-        (["--recipe", "tiny", "--prompts-per-step", "0"], "--prompts-per-step 0 must be a positive number"),
+        (
+            ["--recipe", "tiny", "--prompts-per-step", "0"],
+            "--prompts-per-step 0 must be a positive number",
+        ),
         (["--recipe", "tiny", "--lr", "nan"], "--lr nan must be a positive number"),
         (["--recipe", "tiny", "--lr", "fast"], "invalid float value: 'fast'"),
         (["--recipe", "tiny", "--group-size", "1"], "use 2 or more"),
@@ -41,7 +73,10 @@ def test_the_papers_recipe():
         (["--recipe", "tiny", "stray"], "unexpected argument 'stray'"),
         (["--recipe", "tiny", "--top-p", "0.9"], "truncated distribution"),
         (["--recipe", "tiny", "--top-k", "20"], "truncated distribution"),
-        (["--recipe", "tiny", "--algo", "grpo", "--kl-coef", "0.1"], "use drgrpo, grpo_std or rloo"),
+        (
+            ["--recipe", "tiny", "--algo", "grpo", "--kl-coef", "0.1"],
+            "use drgrpo, grpo_std or rloo",
+        ),
         (["--steps", "3"], "required: --recipe"),
     ],
     ids=lambda x: " ".join(x[1:] or x) if isinstance(x, list) else "",
@@ -72,7 +107,16 @@ def test_every_field_is_documented_and_shown_by_help(capsys):
     for f in fields(Config):
         assert f"--{f.name.replace('_', '-')} " in shown
     assert all(recipe in shown for recipe in RECIPES)
-    groups = ("model:", "data:", "rollout:", "algorithm:", "optimizer (AdamW):", "processes:", "run:", "debug:")
+    groups = (
+        "model:",
+        "data:",
+        "rollout:",
+        "algorithm:",
+        "optimizer (AdamW):",
+        "processes:",
+        "run:",
+        "debug:",
+    )
     assert all(f"\n{group}\n" in shown for group in groups)
 
 

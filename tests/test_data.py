@@ -1,5 +1,6 @@
-"""What this proves: problems load from every kind of source, a mistake in any of them is said with its way out before any
-work starts, the problems of a step are a function of (seed, step) alone, and contamination is found."""
+"""What this proves: problems load from every kind of source, a mistake in any of them is said with
+its way out before any work starts, the problems of a step are a function of (seed, step) alone, and
+contamination is found."""
 
 import json
 import subprocess
@@ -63,9 +64,14 @@ def test_saved_folder_with_and_without_splits(tmp_path):
     one.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "two")
     assert [p.answer for p in load_problems(str(tmp_path / "one"))] == ["2", "4"]
-    assert [p.answer for p in load_problems(str(tmp_path / "two"))] == ["2", "4"]  # "train" if nothing is said
+    assert [p.answer for p in load_problems(str(tmp_path / "two"))] == [
+        "2",
+        "4",
+    ]  # "train" if nothing is said
     assert [p.answer for p in load_problems(f"{tmp_path / 'two'}:test")] == ["4"]
-    with pytest.raises(UserError, match=r"no split 'tests' \(did you mean 'test'\?\); it has train, test"):
+    with pytest.raises(
+        UserError, match=r"no split 'tests' \(did you mean 'test'\?\); it has train, test"
+    ):
         load_problems(f"{tmp_path / 'two'}:tests")
     with pytest.raises(UserError, match="leave out ':test'"):
         load_problems(f"{tmp_path / 'one'}:test")
@@ -85,7 +91,10 @@ def hub(monkeypatch):
     math = [{"problem": f"p{i}", "answer": str(i), "level": f"Level {i}"} for i in range(1, 6)]
     repos = {
         "rasbt/math_full_minus_math500": {"train": math},
-        "openai/gsm8k": {"train": [{"question": "q", "answer": "so 30,000\n#### 30,000"}], "test": []},
+        "openai/gsm8k": {
+            "train": [{"question": "q", "answer": "so 30,000\n#### 30,000"}],
+            "test": [],
+        },
         "EleutherAI/asdiv": {
             "validation": [
                 {"body": "Ann has 9.", "question": "How many?", "answer": "9 (apples)"},
@@ -97,7 +106,10 @@ def hub(monkeypatch):
         "HuggingFaceH4/MATH-500": {"test": [{"problem": "p", "answer": "p - q"}]},
         "math-ai/minervamath": {"test": [{"question": "p", "answer": "9.6"}]},
         "math-ai/olympiadbench": {"test": [{"question": "p", "final_answer": ["$2$"]}]},
-        "someone/set": {"a": [{"problem": "in a", "answer": "1"}], "b": [{"problem": "in b", "answer": "2"}]},
+        "someone/set": {
+            "a": [{"problem": "in a", "answer": "1"}],
+            "b": [{"problem": "in b", "answer": "2"}],
+        },
     }
     repos["someone/test-only"] = {"test": [{"problem": "p", "answer": "1"}]}
     asked = []
@@ -189,7 +201,10 @@ def test_unknown_file_type(tmp_path):
 
 def test_unknown_field_names_the_nearest(tmp_path):
     source = jsonl(tmp_path / "set.jsonl", [{"problem": "1+1?", "answers": "2", "level": 1}])
-    with pytest.raises(UserError, match=r"no field 'answer' \(did you mean 'answers'\?\); .* problem, answers, level"):
+    with pytest.raises(
+        UserError,
+        match=r"no field 'answer' \(did you mean 'answers'\?\); .* problem, answers, level",
+    ):
         load_problems(source)
     with pytest.raises(UserError, match=r"no field 'question'"):
         load_problems(source, problem_field="question")
@@ -216,13 +231,17 @@ def test_unknown_field_names_the_nearest(tmp_path):
 )
 def test_incomplete_rows_are_counted_and_named(tmp_path, row):
     source = jsonl(tmp_path / "set.jsonl", [ROWS[0], row, ROWS[1], *[row] * 6])
-    with pytest.raises(UserError, match=r"7 of 9 rows have .* row 2, 4, 5, 6, 7 \.\.\. \(counted from 1\)"):
+    with pytest.raises(
+        UserError, match=r"7 of 9 rows have .* row 2, 4, 5, 6, 7 \.\.\. \(counted from 1\)"
+    ):
         load_problems(source)
 
 
 def test_broken_json_names_the_line(tmp_path):
     with pytest.raises(UserError, match=r"set.jsonl:2: broken JSON"):
-        load_problems(write(tmp_path / "set.jsonl", json.dumps(ROWS[0]) + '\n{"problem": "1+1?", "answ\n'))
+        load_problems(
+            write(tmp_path / "set.jsonl", json.dumps(ROWS[0]) + '\n{"problem": "1+1?", "answ\n')
+        )
     with pytest.raises(UserError, match=r"set.json:3: broken JSON"):
         load_problems(write(tmp_path / "set.json", '[\n{"problem": "1+1?", "answer": "2"},\n]'))
     (tmp_path / "bytes.jsonl").write_bytes(b'{"problem": "\xff"}\n')
@@ -237,7 +256,10 @@ def test_json_of_another_shape(tmp_path):
         load_problems(write(tmp_path / "set.json", json.dumps(ROWS[0])))
 
 
-@pytest.mark.parametrize(("name", "text"), [("set.jsonl", ""), ("set.jsonl", "\n\n"), ("set.json", ""), ("set.json", "[]")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("set.jsonl", ""), ("set.jsonl", "\n\n"), ("set.json", ""), ("set.json", "[]")],
+)
 def test_empty_file(tmp_path, name, text):
     with pytest.raises(UserError, match="is empty"):
         load_problems(write(tmp_path / name, text))
@@ -264,7 +286,9 @@ def test_a_step_may_span_epochs():
 
 def test_steps_are_a_function_of_the_seed():
     assert step_problems(TEN, 5, 4, seed=1) == step_problems(TEN, 5, 4, seed=1)
-    assert [step_problems(TEN, s, 10, seed=1) for s in (1, 2)] != [step_problems(TEN, s, 10, seed=2) for s in (1, 2)]
+    assert [step_problems(TEN, s, 10, seed=1) for s in (1, 2)] != [
+        step_problems(TEN, s, 10, seed=2) for s in (1, 2)
+    ]
     # An epoch of one seed is not the next epoch of another.
     assert step_problems(TEN, 2, 10, seed=1) != step_problems(TEN, 1, 10, seed=2)
 
@@ -273,7 +297,10 @@ def test_steps_are_a_function_of_the_seed():
 
 
 def test_overlap_sees_through_case_space_and_latex_spacing():
-    train = [Problem(3, "Find $x,\\, y$  if\n\\quad $x = y$.", "1"), Problem(4, "Something else", "1")]
+    train = [
+        Problem(3, "Find $x,\\, y$  if\n\\quad $x = y$.", "1"),
+        Problem(4, "Something else", "1"),
+    ]
     evaluation = [Problem(7, "find $x,y$ if $x=y$.", "1"), Problem(8, "Find $x,z$ if $x=y$.", "1")]
     assert overlap(train, evaluation) == [(3, 7)]
     assert overlap(train[1:], evaluation) == []
@@ -289,7 +316,9 @@ def test_benchmark_source(tmp_path):
         benchmark_source("aime_24", None)
 
 
-@pytest.mark.parametrize(("name", "rows"), list(zip(BENCHMARKS, (30, 83, 500, 272, 675), strict=True)))
+@pytest.mark.parametrize(
+    ("name", "rows"), list(zip(BENCHMARKS, (30, 83, 500, 272, 675), strict=True))
+)
 def test_the_five_benchmarks(name, rows):
     if not (SHARED / "eval").exists():
         pytest.skip(f"no {SHARED}")
@@ -304,7 +333,11 @@ def test_the_odd_unusable_row_of_a_large_set_is_left_out_and_said(tmp_path):
     rows[1500] = {"problem": "1500+0?", "answer": None}
     problems = load_problems(jsonl(tmp_path / "set.jsonl", rows), say=said.append)
     assert len(problems) == 1998 and [p.id for p in problems[6:8]] == [6, 8]
-    assert len(said) == 1 and "2 of 2000 rows" in said[0] and "row 8, 1501 (counted from 1); left out" in said[0]
+    assert (
+        len(said) == 1
+        and "2 of 2000 rows" in said[0]
+        and "row 8, 1501 (counted from 1); left out" in said[0]
+    )
     rows[1501] = {"problem": "1501+0?"}
     with pytest.raises(UserError, match="3 of 2000 rows"):
         load_problems(jsonl(tmp_path / "set.jsonl", rows), say=said.append)

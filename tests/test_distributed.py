@@ -14,17 +14,27 @@ def test_two_processes_equal_one(base, warm_model, tmp_path):
 
 
 def test_two_nodes_of_two_processes_with_a_copy_each_equal_one(base, warm_model, tmp_path):
-    """A real rendezvous between two torchruns on this machine, FSDP2 inside a node and replication across (HSDP), and the
-    paper's recomputed log-probs: more collectives, in the same order everywhere."""
+    """A real rendezvous between two torchruns on this machine, FSDP2 inside a node and replication
+    across (HSDP), and the paper's recomputed log-probs: more collectives, in the same order
+    everywhere."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     config = small(warm_model, tmp_path / "nodes", dp_replicate=2)
     nodes = [
-        launch(config, processes=2, torchrun=("--nnodes=2", f"--node-rank={n}", "--rdzv-backend=c10d", "--rdzv-id=test",
-                                              f"--rdzv-endpoint=localhost:{port}"))
+        launch(
+            config,
+            processes=2,
+            torchrun=(
+                "--nnodes=2",
+                f"--node-rank={n}",
+                "--rdzv-backend=c10d",
+                "--rdzv-id=test",
+                f"--rdzv-endpoint=localhost:{port}",
+            ),
+        )
         for n in (0, 1)
-    ]  # fmt: skip
+    ]
     shown = [finish(node) for node in nodes]
     assert sum("runs on: 4 x cpu" in text for text in shown) == 1
     assert_close_run(base[0], tmp_path / "nodes")
@@ -33,7 +43,7 @@ def test_two_nodes_of_two_processes_with_a_copy_each_equal_one(base, warm_model,
 def test_one_process_that_is_told_to_stop_stops_all(warm_model, tmp_path):
     prelude = """
 import os, signal
-from drgrpo.engine import TorchEngine
+from drgrpo.engine_torch import TorchEngine
 original, calls = TorchEngine.sync, []
 def sync(self, weights):
     calls.append(original(self, weights))
@@ -41,7 +51,9 @@ def sync(self, weights):
         os.kill(os.getpid(), signal.SIGUSR1)
 TorchEngine.sync = sync
 """
-    shown = finish(launch(small(warm_model, tmp_path / "stop", steps=20), processes=2, prelude=prelude))
+    shown = finish(
+        launch(small(warm_model, tmp_path / "stop", steps=20), processes=2, prelude=prelude)
+    )
     assert "stopping after step 1: another process was asked to" in shown
     assert (tmp_path / "stop" / "checkpoints" / "step-000001").exists()
 

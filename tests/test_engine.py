@@ -1,19 +1,23 @@
-"""The PyTorch sampler: what it reports is what the model computes, and a sample depends on its own seed alone."""
+"""The PyTorch sampler: what it reports is what the model computes, and a sample depends on its own
+seed alone."""
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from drgrpo.engine import Sampling, TorchEngine, draw, resolve_engine, stop_token_ids, uniforms
-from drgrpo.types import Request
+from drgrpo.engine import resolve_engine, stop_token_ids
+from drgrpo.engine_torch import TorchEngine, draw, uniforms
+from drgrpo.types import Request, Sampling
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def engine(random_model, tokenizer):
-    return TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=1024)
+    return TorchEngine(
+        random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=1024
+    )
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +36,22 @@ def sampling(**changes) -> Sampling:
     return Sampling(**{"max_new_tokens": 24, "stop_token_ids": (256,)} | changes)
 
 
-def forward_logprobs(model, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
+def forward_logprobs(
+    model, prompt: list[int], response: list[int], temperature: float
+) -> torch.Tensor:
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+        logits = (
+            model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+        )
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_a_plain_forward_pass(engine, model, temperature):
     asked = requests(24)  # two batches, padded prompts, rows that stop early
-    for request, completion in zip(asked, engine.generate(asked, sampling(temperature=temperature)), strict=True):
+    for request, completion in zip(
+        asked, engine.generate(asked, sampling(temperature=temperature)), strict=True
+    ):
         expected = forward_logprobs(model, request.prompt_ids, completion.token_ids, temperature)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
 
@@ -67,12 +77,16 @@ def test_greedy_takes_the_likeliest_token(engine, model):
 
 
 def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine):
-    completions = engine.generate(requests(48), sampling(stop_token_ids=tuple(range(0, 256, 8)), max_new_tokens=20))
+    completions = engine.generate(
+        requests(48), sampling(stop_token_ids=tuple(range(0, 256, 8)), max_new_tokens=20)
+    )
     stopped = [c for c in completions if c.finished]
     assert 0 < len(stopped) < 48
     for c in completions:
         assert len(c.token_ids) == len(c.logprobs)
-        assert [t % 8 == 0 and t < 256 for t in c.token_ids] == [False] * (len(c.token_ids) - 1) + [c.finished]
+        assert [t % 8 == 0 and t < 256 for t in c.token_ids] == [False] * (len(c.token_ids) - 1) + [
+            c.finished
+        ]
         assert c.finished or len(c.token_ids) == 20
 
 
@@ -86,9 +100,13 @@ def test_a_stop_string_ends_a_response_and_stays_in_it(engine, tokenizer):
 
 
 def test_prompt_and_response_together_end_at_max_tokens(random_model, engine, tokenizer):
-    short = TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=45)
+    short = TorchEngine(
+        random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=45
+    )
     asked = requests(9)  # prompts of 3, 11 and 40 tokens
-    completions = zip(asked, engine.generate(asked, sampling()), short.generate(asked, sampling()), strict=True)
+    completions = zip(
+        asked, engine.generate(asked, sampling()), short.generate(asked, sampling()), strict=True
+    )
     for request, free, cut in completions:
         room = 45 - len(request.prompt_ids)
         assert cut.token_ids == free.token_ids[:room]
@@ -96,7 +114,9 @@ def test_prompt_and_response_together_end_at_max_tokens(random_model, engine, to
 
 
 def test_sync_takes_over_every_weight_and_notices_a_missing_one(random_model, engine, tokenizer):
-    fresh = TorchEngine(random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=1024)
+    fresh = TorchEngine(
+        random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=1024
+    )
     changed = {name: weight + 0.01 for name, weight in engine.lm.state_dict().items()}
     fresh.sync(changed.items())
     assert all(torch.equal(weight, changed[name]) for name, weight in fresh.lm.state_dict().items())
@@ -129,7 +149,9 @@ def test_uniforms_are_stateless_uniform_and_uncorrelated():
     assert np.array_equal(u[:, :10], uniforms(list(range(400)), 10))
     assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
     assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.02  # neighbouring seeds
-    assert abs(np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())[0, 1]) < 0.02  # neighbouring positions
+    assert (
+        abs(np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())[0, 1]) < 0.02
+    )  # neighbouring positions
 
 
 def test_no_request_gives_no_completion(engine):

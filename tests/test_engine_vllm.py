@@ -1,4 +1,5 @@
-"""Real vLLM, in this process: its log-probs are the trainer's, after every weight sync, and what breaks that is noticed."""
+"""Real vLLM, in this process: its log-probs are the trainer's, after every weight sync, and what
+breaks that is noticed."""
 
 import importlib.util
 
@@ -6,13 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from drgrpo.engine import Sampling, make_engine
-from drgrpo.types import Request
+from drgrpo.engine import make_engine
+from drgrpo.types import Request, Sampling
 from runs import assert_close_run, finish, launch, metrics, small
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make env"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make env"
+    ),
 ]
 
 MAX_GAP = 1e-4  # nats, float32; measured: 1e-6 at this size
@@ -33,14 +36,25 @@ def group():
 
 
 def build(path: str, tokenizer):
-    return make_engine("vllm", path, tokenizer, dtype=torch.float32, device=torch.device("cpu"), batch=64, max_tokens=256,
-                       kv_cache_gb=0.05)  # fmt: skip
+    return make_engine(
+        "vllm",
+        path,
+        tokenizer,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        batch=64,
+        max_tokens=256,
+        kv_cache_gb=0.05,
+    )
 
 
 @pytest.fixture(scope="module")
 def tied(group, random_model, tokenizer):
     """(engine, model): Qwen2 with tied embeddings, as the 0.5B and 1.5B models have."""
-    yield build(random_model, tokenizer), AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    yield (
+        build(random_model, tokenizer),
+        AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +62,27 @@ def untied(group, tokenizer, tmp_path_factory):
     """(engine, model): Llama with an LM head of its own."""
     path = tmp_path_factory.mktemp("models") / "llama"
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=False, initializer_range=0.08, max_position_embeddings=512,
-        eos_token_id=256, bos_token_id=None, pad_token_id=257,
-    )).save_pretrained(path)  # fmt: skip
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=260,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=False,
+            initializer_range=0.08,
+            max_position_embeddings=512,
+            eos_token_id=256,
+            bos_token_id=None,
+            pad_token_id=257,
+        )
+    ).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    yield build(str(path), tokenizer), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    yield (
+        build(str(path), tokenizer),
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+    )
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -65,7 +93,9 @@ def pair(request):
 def requests(count: int = 12) -> list[Request]:
     """Prompts of 40 to 70 tokens: more than one block of the prefix cache. Four samples of each."""
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(256, (40 + 10 * i,), generator=generator).tolist() for i in range(count // 4)]
+    prompts = [
+        torch.randint(256, (40 + 10 * i,), generator=generator).tolist() for i in range(count // 4)
+    ]
     return [Request(prompts[i // 4], seed=77 + i) for i in range(count)]
 
 
@@ -77,10 +107,15 @@ def gap(engine, model, temperature: float = 1.0) -> float:
     """Largest |sampler's log-prob - model's log-prob| over fresh samples."""
     largest = 0.0
     asked = requests()
-    for request, completion in zip(asked, engine.generate(asked, sampling(temperature=temperature)), strict=True):
+    for request, completion in zip(
+        asked, engine.generate(asked, sampling(temperature=temperature)), strict=True
+    ):
         prompt, response = request.prompt_ids, completion.token_ids
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+            logits = (
+                model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+                / temperature
+            )
         own = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
         largest = max(largest, (own - torch.tensor(completion.logprobs)).abs().max().item())
     return largest
@@ -144,7 +179,9 @@ def test_a_sample_depends_on_its_seed_alone(tied):
     engine, model = tied
     engine.sync(model.state_dict().items())
     together = engine.generate(requests(), sampling())
-    assert [c.token_ids for c in together] == [engine.generate([r], sampling())[0].token_ids for r in requests()]
+    assert [c.token_ids for c in together] == [
+        engine.generate([r], sampling())[0].token_ids for r in requests()
+    ]
     assert len({tuple(c.token_ids) for c in together[:4]}) == 4, "samples of one prompt must differ"
 
 
@@ -152,7 +189,9 @@ def test_responses_end_with_a_stop_token_a_stop_string_or_at_the_limit(tied, tok
     engine, _ = tied
     stops = tuple(range(0, 256, 8))
     for c in engine.generate(requests(), sampling(stop_token_ids=stops)):
-        assert [t in stops for t in c.token_ids] == [False] * (len(c.token_ids) - 1) + [c.finished] or c.token_ids[-1] == 256
+        assert [t in stops for t in c.token_ids] == [False] * (len(c.token_ids) - 1) + [
+            c.finished
+        ] or c.token_ids[-1] == 256
         assert c.finished or len(c.token_ids) == 16
     (free,) = engine.generate(requests()[:1], sampling())
     text = tokenizer.decode(free.token_ids)
@@ -164,8 +203,12 @@ def test_responses_end_with_a_stop_token_a_stop_string_or_at_the_limit(tied, tok
 def test_completions_are_handed_out_as_they_finish(tied):
     engine, _ = tied
     finished, stops = [], tuple(range(0, 256, 4))
-    completions = engine.generate(requests(), sampling(stop_token_ids=stops), lambda i, c: finished.append((i, c)))
-    assert sorted(i for i, _ in finished) == list(range(12)) and all(completions[i] == c for i, c in finished)
+    completions = engine.generate(
+        requests(), sampling(stop_token_ids=stops), lambda i, c: finished.append((i, c))
+    )
+    assert sorted(i for i, _ in finished) == list(range(12)) and all(
+        completions[i] == c for i, c in finished
+    )
     lengths = [len(c.token_ids) for _, c in finished]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1], "all were held back to the end"
 
@@ -173,7 +216,9 @@ def test_completions_are_handed_out_as_they_finish(tied):
 def test_the_trainers_torch_compile_is_left_alone(tied):
     tied[0].generate(requests(4), sampling())
     graphs = []
-    torch.compile(lambda x: x * 2 + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward)(torch.ones(3))
+    torch.compile(
+        lambda x: x * 2 + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )(torch.ones(3))
     assert graphs, "vLLM's presence switched torch.compile off"
 
 
@@ -185,7 +230,8 @@ def test_the_trainers_random_numbers_are_left_alone(group, random_model, tokeniz
     assert torch.equal(torch.rand(3), expected)
 
 
-# ---- the parity gate, in training: a sampler that is wrong in one thing stops the run before it trains on its samples
+# ---- the parity gate, in training: a sampler that is wrong in one thing stops the run before it
+# trains on its samples
 
 
 PREPARE = "from drgrpo.engine_vllm import prepare_environment; prepare_environment(on_gpu=False)"
@@ -213,9 +259,19 @@ train.group_advantage = lambda reward_PG, algo: torch.randn(reward_PG.shape)
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_gate_stops_a_run_whose_sampler_is_wrong(random_model, tmp_path, mistake):
-    """Its weights move (on random advantages), and its prompts fill many blocks of the prefix cache."""
-    config = small(random_model, tmp_path / "run", engine="vllm", steps=3, eval_data="", lr=1e-2, template="qwen_math",
-                   prompts_per_step=4, max_new_tokens=16)  # fmt: skip
+    """Its weights move (on random advantages), and its prompts fill many blocks of the prefix
+    cache."""
+    config = small(
+        random_model,
+        tmp_path / "run",
+        engine="vllm",
+        steps=3,
+        eval_data="",
+        lr=1e-2,
+        template="qwen_math",
+        prompts_per_step=4,
+        max_new_tokens=16,
+    )
     shown = finish(launch(config, prelude=PREPARE + MISTAKES[mistake] + MOVE), status=1)
     assert "ParityError" in shown and "disagree on fresh samples" in shown
     assert len(metrics(tmp_path / "run")) < 3
@@ -238,7 +294,8 @@ VLLMEngine.generate = crash_once
 
 
 def test_training_samples_from_vllm(group, warm_model, tokenizer, tmp_path):
-    """On one process; on two, one of whose engines crashes and is rebuilt; on two that share an engine: one result."""
+    """On one process; on two, one of whose engines crashes and is rebuilt; on two that share an
+    engine: one result."""
     runs = {"one": (1, "", {}), "two": (2, CRASH_ON_RANK_1, {}), "shared": (2, "", {"tp": 2})}
     for name, (processes, prelude, changes) in runs.items():
         config = small(warm_model, tmp_path / name, engine="vllm", eval_data="", **changes)
@@ -249,5 +306,8 @@ def test_training_samples_from_vllm(group, warm_model, tokenizer, tmp_path):
     assert max(row["reward_mean"] for row in metrics(tmp_path / "one")) > 0
 
     written = tmp_path / "one" / "hf"
-    engine, model = build(str(written), tokenizer), AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
+    engine, model = (
+        build(str(written), tokenizer),
+        AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32),
+    )
     assert gap(engine, model) < MAX_GAP, "vLLM reads the written folder otherwise than transformers"

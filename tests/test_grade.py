@@ -1,6 +1,7 @@
-"""What this proves: the grader finds the answer that each template asks for, agrees with the listed behaviour of the
-paper's grader (and with its Minerva bug only in `paper` mode), gives every ground truth 1.0, and survives hostile text:
-an answer that hangs, floods, crashes or tries to run code costs its own score and nothing else.
+"""What this proves: the grader finds the answer that each template asks for, agrees with the listed
+behaviour of the paper's grader (and with its Minerva bug only in `paper` mode), gives every ground
+truth 1.0, and survives hostile text: an answer that hangs, floods, crashes or tries to run code
+costs its own score and nothing else.
 
     pytest tests/test_grade.py
     DRGRPO_FUZZ=100000 pytest tests/test_grade.py -k fuzz       # the full fuzz run, about an hour on two cores
@@ -83,7 +84,9 @@ def test_extract_tag(text, answer):
     assert extract(text, "tag") == answer
 
 
-@pytest.mark.parametrize(("text", "answer"), [("1+1#2 ", "2"), ("#", ""), ("2", None), ("1#2#3", None)])
+@pytest.mark.parametrize(
+    ("text", "answer"), [("1+1#2 ", "2"), ("#", ""), ("2", None), ("1#2#3", None)]
+)
 def test_extract_hash(text, answer):
     assert extract(text, "hash") == answer
 
@@ -217,7 +220,15 @@ def test_grade_says_whether_there_was_an_answer():
 
 @pytest.mark.parametrize("mode", ["correct", "paper"])
 @pytest.mark.parametrize(
-    "name", ["eval/aime24", "eval/amc", "eval/math500", "eval/minerva", "eval/olympiad_bench", "train/math_12k"]
+    "name",
+    [
+        "eval/aime24",
+        "eval/amc",
+        "eval/math500",
+        "eval/minerva",
+        "eval/olympiad_bench",
+        "train/math_12k",
+    ],
 )
 def test_truths_score_one(name, mode):
     path = DATA / f"{name}.jsonl"
@@ -255,17 +266,24 @@ def test_a_hanging_answer_is_killed_counted_and_stalls_nobody():
     answers = [HUNG, "2/4", HUNG, "3/4", *["\\sqrt{117}"] * 3]
     with Grader("boxed", workers=2, timeout_s=1.0) as grader:
         start = time.monotonic()
-        scores = [grade.score for grade in grader([boxed(a) for a in answers], [*["1/2"] * 4, *["3\\sqrt{13}"] * 3])]
+        scores = [
+            grade.score
+            for grade in grader([boxed(a) for a in answers], [*["1/2"] * 4, *["3\\sqrt{13}"] * 3])
+        ]
         seconds = time.monotonic() - start
         assert scores == [0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0]
         assert (grader.timeouts, grader.errors) == (2, 0)
-        assert seconds < 12  # one second for both, that are one question; the rest is starting workers
+        assert (
+            seconds < 12
+        )  # one second for both, that are one question; the rest is starting workers
         assert grader([boxed("4/8")], ["1/2"])[0].score == 1.0  # the pool lives on
 
 
 def test_equal_pairs_are_graded_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(grade_module._Worker, "ask", lambda self, task: bool(asked.append(task["given"])) or True)
+    monkeypatch.setattr(
+        grade_module._Worker, "ask", lambda self, task: bool(asked.append(task["given"])) or True
+    )
     with Grader("boxed") as grader:
         grader([boxed("2/4")] * 50 + [boxed("3/6")], ["1/2"] * 51)
         assert sorted(asked) == ["2/4", "3/6"]
@@ -278,7 +296,12 @@ def test_cheap_decisions_start_no_worker():
     texts += [boxed("10{,}000"), boxed("x+" * 600 + "1"), boxed("(" * 50 + "x" + ")" * 50)]
     texts += [boxed("9^{9^{9^9}}"), boxed("x^{99999}")]
     with Grader("boxed") as grader:
-        scores = [grade.score for grade in grader(texts, ["12", "12", "12.0", "\\frac12", "12", "10000", *["y+1"] * 4])]
+        scores = [
+            grade.score
+            for grade in grader(
+                texts, ["12", "12", "12.0", "\\frac12", "12", "10000", *["y+1"] * 4]
+            )
+        ]
         assert not any(worker.asked for worker in grader._workers)
     assert scores == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, *[0.0] * 4]
 
@@ -289,7 +312,10 @@ def test_hash_needs_no_library():
         "from drgrpo.grade import Grader; print(Grader('hash')(['1+1#2', '1#3', '2'], ['2', '2', '2']))"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "score=1.0, parsed=True), Grade(score=0.0, parsed=True), Grade(score=0.0, parsed=False" in run.stdout, run
+    assert (
+        "score=1.0, parsed=True), Grade(score=0.0, parsed=True), Grade(score=0.0, parsed=False"
+        in run.stdout
+    ), run
 
 
 def test_missing_math_verify_is_said_before_any_work(monkeypatch):
@@ -330,7 +356,9 @@ def test_a_worker_may_die_in_any_way(monkeypatch, code, timeouts, errors):
     assert scores == [float(timeouts + errors == 0), 1.0]
 
 
-@pytest.mark.parametrize(("code", "limit"), [("time.sleep(60)", "SIGALRM"), ("exec('while True: pass')", "SIGPROF")])
+@pytest.mark.parametrize(
+    ("code", "limit"), [("time.sleep(60)", "SIGALRM"), ("exec('while True: pass')", "SIGPROF")]
+)
 def test_both_clocks_are_limited(monkeypatch, code, limit):
     worker_that_runs(monkeypatch, code)
     with pytest.raises(TimeoutError, match=limit):
@@ -391,7 +419,8 @@ CODE_IN_A_NAME = "\\sum_{n=0}^{\\infty} \\frac{1}{(1+n \\cdot x_{(a)if(exit(7))e
 
 @pytest.mark.parametrize("guard", ["names", "functions", "strings"])
 def test_no_guard_against_code_is_alone(guard):
-    """sympy pastes the name of a symbol into the source of a function to sum a series. Each guard holds by itself."""
+    """sympy pastes the name of a symbol into the source of a function to sum a series. Each guard
+    holds by itself."""
     check = {
         "names": f"assert grade._math_verify()[0]({CODE_IN_A_NAME!r}) == []",
         "functions": "from sympy.parsing import sympy_parser; free = sympy_parser.eval_expr; grade._forbid_code(); "
@@ -405,7 +434,9 @@ def test_no_guard_against_code_is_alone(guard):
         "    raise AssertionError(text)",
     }
     code = "from drgrpo import grade; " + check[guard]
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run
 
 
@@ -415,22 +446,126 @@ def test_the_attack_is_real():
         "from drgrpo import grade; import sympy; grade._harmless = lambda expression: True; "
         f"parse, verify = grade._math_verify(); verify([sympy.pi], parse({CODE_IN_A_NAME!r}))"
     )
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 7, run
 
 
-ENDLESS = (HUNG, "99999999!", "((((9!)!)!)!)!", "10^{-10^{9}}", "(x+y+z)^{999}", "\\int_0^1 x^{x} dx")
+ENDLESS = (
+    HUNG,
+    "99999999!",
+    "((((9!)!)!)!)!",
+    "10^{-10^{9}}",
+    "(x+y+z)^{999}",
+    "\\int_0^1 x^{x} dx",
+)
 FRAGMENTS = [
     *("9**9**9**9", "9^{9^{9^{9}}}", "\\binom{10^9}{10^8}", "1e999999"),
-    *("\\frac{", "\\sqrt{" * 30, "{" * 500, "}" * 500, "(" * 300, "[" * 99 + "]" * 99, "\\left(" * 40, "^{9999}"),
-    *("__import__('os').system('touch PWNED')", "__class__.__mro__", "lambda: 0", "eval(1)", "exec(exit(7))", "x.__dict__"),
-    *(CODE_IN_A_NAME, "x_{(a)if(exit(7))else(b)}", "\\text{__import__}", "\\operatorname{exit}(7)", "f_{\\text{exit(7)}}(x)"),
-    *("\x00", "\x07\x1b[2J", "\ud800", "\udfff\ud800", "\u202e", "\u2028", "\ufeff", "٣", "½", "∞", "𝟙", "\n", "\r\n"),
-    *("\\sum_{n=1}^{\\infty} \\frac{1}{n^{n}}", "\\prod_{k=1}^{999999999} k", "\\lim_{x\\to 0} x^x"),
-    *("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\sin(\\cos(", "x+y", "=", "<", "\\in", "\\cup", ",", ";", "\\pm"),
-    *("$", "$$", "\\$", "%", "\\%", "^\\circ", "\\boxed{", "\\boxed", "#", "~", "</think> <answer>", "</answer>", "\\\\"),
-    *("1", "12", "-3.5", "1/2", "x", "\\pi", "e", "i", "0", "\\frac{1}{2}", "1,234", "(1,2]", "\\{1,2\\}", "\\text{ cm}", "&"),
-    *("\\begin{pmatrix}", "\t", " or ", "\\text{", "_{", "^", "!", "|", ":", "\\dot", "\\overline{", "\\log_", "\\cdot"),
+    *(
+        "\\frac{",
+        "\\sqrt{" * 30,
+        "{" * 500,
+        "}" * 500,
+        "(" * 300,
+        "[" * 99 + "]" * 99,
+        "\\left(" * 40,
+        "^{9999}",
+    ),
+    *(
+        "__import__('os').system('touch PWNED')",
+        "__class__.__mro__",
+        "lambda: 0",
+        "eval(1)",
+        "exec(exit(7))",
+        "x.__dict__",
+    ),
+    *(
+        CODE_IN_A_NAME,
+        "x_{(a)if(exit(7))else(b)}",
+        "\\text{__import__}",
+        "\\operatorname{exit}(7)",
+        "f_{\\text{exit(7)}}(x)",
+    ),
+    *(
+        "\x00",
+        "\x07\x1b[2J",
+        "\ud800",
+        "\udfff\ud800",
+        "\u202e",
+        "\u2028",
+        "\ufeff",
+        "٣",
+        "½",
+        "∞",
+        "𝟙",
+        "\n",
+        "\r\n",
+    ),
+    *(
+        "\\sum_{n=1}^{\\infty} \\frac{1}{n^{n}}",
+        "\\prod_{k=1}^{999999999} k",
+        "\\lim_{x\\to 0} x^x",
+    ),
+    *(
+        "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}",
+        "\\sin(\\cos(",
+        "x+y",
+        "=",
+        "<",
+        "\\in",
+        "\\cup",
+        ",",
+        ";",
+        "\\pm",
+    ),
+    *(
+        "$",
+        "$$",
+        "\\$",
+        "%",
+        "\\%",
+        "^\\circ",
+        "\\boxed{",
+        "\\boxed",
+        "#",
+        "~",
+        "</think> <answer>",
+        "</answer>",
+        "\\\\",
+    ),
+    *(
+        "1",
+        "12",
+        "-3.5",
+        "1/2",
+        "x",
+        "\\pi",
+        "e",
+        "i",
+        "0",
+        "\\frac{1}{2}",
+        "1,234",
+        "(1,2]",
+        "\\{1,2\\}",
+        "\\text{ cm}",
+        "&",
+    ),
+    *(
+        "\\begin{pmatrix}",
+        "\t",
+        " or ",
+        "\\text{",
+        "_{",
+        "^",
+        "!",
+        "|",
+        ":",
+        "\\dot",
+        "\\overline{",
+        "\\log_",
+        "\\cdot",
+    ),
 ]
 
 
@@ -440,26 +575,42 @@ NOISE = "\\\\{}{}()^_$#%,.0123456789abcdefxyz=+-*/<>!|[] \n'\"é½∞"
 def hostile(rng: random.Random) -> str:
     if rng.random() < 0.6:
         return "".join(rng.choices(NOISE, k=rng.randint(0, 30)))
-    pieces = [rng.choice(FRAGMENTS) * rng.choice((1, 1, 1, 1, 2, 5)) for _ in range(rng.randint(1, 6))]
+    pieces = [
+        rng.choice(FRAGMENTS) * rng.choice((1, 1, 1, 1, 2, 5)) for _ in range(rng.randint(1, 6))
+    ]
     if rng.random() < 0.005:
         pieces.insert(rng.randint(0, len(pieces)), rng.choice(ENDLESS))
     return "".join(pieces)
 
 
 def test_fuzz_pool(tmp_path, monkeypatch):
-    """No crash, no hang, no leak, no code run. An answer may be right (fragments hold "1/2"); then it says so in process."""
+    """No crash, no hang, no leak, no code run. An answer may be right (fragments hold "1/2"); then
+    it says so in process."""
     count = int(os.environ.get("DRGRPO_FUZZ", 150))
     monkeypatch.chdir(tmp_path)  # where PWNED would appear
     rng = random.Random(count)
-    truths = ["\\frac{1}{2}", "x+y", "(1,2]", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\frac{\\pi^2}{6}", "5\n", "2^{2017}"]
+    truths = [
+        "\\frac{1}{2}",
+        "x+y",
+        "(1,2]",
+        "\\begin{pmatrix}1\\\\2\\end{pmatrix}",
+        "\\frac{\\pi^2}{6}",
+        "5\n",
+        "2^{2017}",
+    ]
     right = done = 0
     with Grader("boxed", timeout_s=0.25) as grader:
         while done < count:
-            batch = [(boxed(hostile(rng)), rng.choice(truths)) for _ in range(min(1000, count - done))]
+            batch = [
+                (boxed(hostile(rng)), rng.choice(truths)) for _ in range(min(1000, count - done))
+            ]
             grades = grader(*zip(*batch, strict=True))
             done += len(grades)
             right += sum(grade.score for grade in grades)
-            print(f"{done} inputs, {right:.0f} right, {grader.timeouts} timeouts, {grader.errors} errors", flush=True)
+            print(
+                f"{done} inputs, {right:.0f} right, {grader.timeouts} timeouts, {grader.errors} errors",
+                flush=True,
+            )
         assert grader([boxed("2/4")], ["1/2"])[0].score == 1.0
         pids = [worker.process.pid for worker in grader._workers if worker.process]
     assert not any(map(running, pids))
@@ -468,7 +619,9 @@ def test_fuzz_pool(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["{" * 2_000_000, "\\boxed{" + "{" * 2_000_000, "\\boxed{" + "x+" * 1_000_000 + "}"])
+@pytest.mark.parametrize(
+    "text", ["{" * 2_000_000, "\\boxed{" + "{" * 2_000_000, "\\boxed{" + "x+" * 1_000_000 + "}"]
+)
 def test_megabytes_are_no_work(text):
     start = time.process_time()
     with Grader("boxed") as grader:
@@ -478,7 +631,9 @@ def test_megabytes_are_no_work(text):
 
 @settings(max_examples=300, deadline=None)
 @given(
-    st.text() | st.text("\\{}$^_#%,.0123456789abx=()[] -+<>/\n") | st.lists(st.sampled_from(FRAGMENTS)).map("".join)
+    st.text()
+    | st.text("\\{}$^_#%,.0123456789abx=()[] -+<>/\n")
+    | st.lists(st.sampled_from(FRAGMENTS)).map("".join)
 )
 def test_fuzz_strings(text):
     for rule in ("boxed", "tag", "hash"):
@@ -486,7 +641,10 @@ def test_fuzz_strings(text):
         extract(boxed(text), rule)
         extract(tagged(text), rule)
     key = grade_module._key(text)
-    assert grade_module._quick(text, (text,), "boxed") == float(key != "") or len(text) > grade_module.MAX_CHARS
+    assert (
+        grade_module._quick(text, (text,), "boxed") == float(key != "")
+        or len(text) > grade_module.MAX_CHARS
+    )
     grade_module._too_much(text)
 
 
@@ -498,7 +656,9 @@ def test_fuzz_integers(a, b):
     assert equal(f"\\text{{{a}}}", a)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name
+)
 def test_a_signal_to_the_whole_job_is_the_trainers(number):
     with Grader("boxed", workers=1) as grader:
         grader([boxed("2/4")], ["1/2"])

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from drgrpo.guard import Stopper, Watchdog
+from drgrpo.run.guard import Stopper, Watchdog
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,11 @@ def test_the_time_limit():
 
 def test_a_hang_is_named_by_rank_and_phase_and_ended(capfd):
     ended = threading.Event()
-    watchdog = Watchdog(rank=3, minutes=0.2 / 60, exit=lambda status: ended.set() or setattr(watchdog, "status", status))
+    watchdog = Watchdog(
+        rank=3,
+        minutes=0.2 / 60,
+        exit=lambda status: ended.set() or setattr(watchdog, "status", status),
+    )
     watchdog.enter("sync")
     assert ended.wait(5)
     shown = capfd.readouterr().err

@@ -3,20 +3,42 @@
 import pytest
 from transformers import Qwen2Config
 
-from drgrpo.memory import GIB, make_ledger
+from drgrpo.run.memory import GIB, make_ledger
 from drgrpo.types import UserError
 
-QWEN_7B = Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-                      num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)  # fmt: skip
-QWEN_1_5B = Qwen2Config(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+QWEN_7B = Qwen2Config(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+QWEN_1_5B = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
 
 
 def ledger(lm=QWEN_7B, parameters=7.615e9, gb=80, **changes):
     settings = {
-        "shards": 8, "bytes_each": 2, "checkpointing": "full", "microbatch": 16384, "max_tokens": 4024, "sequences": 128,
-        "tp": 1, "kv_cache_gb": 0.0, "sleep": "auto", "gpu_bytes": gb * GIB if gb else None,
-    }  # fmt: skip
+        "shards": 8,
+        "bytes_each": 2,
+        "checkpointing": "full",
+        "microbatch": 16384,
+        "max_tokens": 4024,
+        "sequences": 128,
+        "tp": 1,
+        "kv_cache_gb": 0.0,
+        "sleep": "auto",
+        "gpu_bytes": gb * GIB if gb else None,
+    }
     return make_ledger(lm, parameters, **settings | changes)
 
 
@@ -58,7 +80,10 @@ def test_what_cannot_fit_is_refused_with_the_way_out(changes):
 
 
 def test_checkpointing_orders_the_activations():
-    sizes = [ledger(checkpointing=c, gb=None).training["activations"] for c in ("full", "selective", "none")]
+    sizes = [
+        ledger(checkpointing=c, gb=None).training["activations"]
+        for c in ("full", "selective", "none")
+    ]
     assert sizes == sorted(sizes) and sizes[0] < sizes[2] / 5
 
 

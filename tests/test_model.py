@@ -8,7 +8,15 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from drgrpo.model import EXPENSIVE, Objective, load_policy, max_positions, resolve_attention, sdpa_attention, varlen_attention
+from drgrpo.model import (
+    EXPENSIVE,
+    Objective,
+    load_policy,
+    max_positions,
+    resolve_attention,
+    sdpa_attention,
+    varlen_attention,
+)
 from drgrpo.pack import pack
 from drgrpo.types import UserError
 
@@ -19,7 +27,8 @@ def sequences(count=7, vocab=260, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randint(vocab, (n,), generator=generator).tolist()  # noqa: E731
     return [
-        (draw(3 + i), response := draw(1 + 5 * i % 17), [-1.0] * len(response), 0.5 - i % 2) for i in range(count)
+        (draw(3 + i), response := draw(1 + 5 * i % 17), [-1.0] * len(response), 0.5 - i % 2)
+        for i in range(count)
     ]
 
 
@@ -28,21 +37,34 @@ def model_dir(request, random_model, tmp_path):
     if request.param == "qwen2 tied":
         return random_model
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False, initializer_range=0.1, max_position_embeddings=128,
-        eos_token_id=256, bos_token_id=None,
-    )).save_pretrained(tmp_path)  # fmt: skip
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=260,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            initializer_range=0.1,
+            max_position_embeddings=128,
+            eos_token_id=256,
+            bos_token_id=None,
+        )
+    ).save_pretrained(tmp_path)
     return str(tmp_path)
 
 
 def separate(model_dir):
-    """log-probs, and gradients of the plain policy-gradient loss, one sequence at a time through transformers."""
+    """log-probs, and gradients of the plain policy-gradient loss, one sequence at a time through
+    transformers."""
     lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     logprobs = []
     for prompt, response, _, advantage in sequences():
         logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        logprobs.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0])
+        logprobs.append(
+            torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        )
         (-0.25 * advantage * logprobs[-1].sum()).backward()
     return torch.cat(logprobs).detach(), {name: p.grad for name, p in lm.named_parameters()}
 
@@ -51,20 +73,27 @@ def separate(model_dir):
 def test_packed_equals_one_sequence_at_a_time(model_dir, checkpointing):
     logprob_N, grads = separate(model_dir)
     policy = load_policy(model_dir, dtype=torch.float32, device=CPU, checkpointing=checkpointing)
-    loss, stats = policy(pack(sequences()), Objective(), scale=0.25)  # on-policy: the gradient is that of -A logp
+    loss, stats = policy(
+        pack(sequences()), Objective(), scale=0.25
+    )  # on-policy: the gradient is that of -A logp
     loss.backward()
     torch.testing.assert_close(stats["logprob"], logprob_N, atol=1e-5, rtol=0)
     for name, p in policy.lm.named_parameters():
-        torch.testing.assert_close(p.grad, grads[name], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            p.grad, grads[name], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_activation_checkpointing_computes_again_what_it_says(random_model):
-    """Matmuls of a forward and backward pass, counted by the profiler: full runs those of the blocks once more."""
+    """Matmuls of a forward and backward pass, counted by the profiler: full runs those of the
+    blocks once more."""
     from torch.utils.flop_counter import FlopCounterMode
 
     flops = {}
     for checkpointing in ("none", "selective", "full"):
-        policy = load_policy(random_model, dtype=torch.float32, device=CPU, checkpointing=checkpointing)
+        policy = load_policy(
+            random_model, dtype=torch.float32, device=CPU, checkpointing=checkpointing
+        )
         with FlopCounterMode(display=False) as counter:
             policy(pack(sequences()), Objective(), scale=1.0)[0].backward()
         counts = counter.get_flop_counts()["Global"]
@@ -81,7 +110,9 @@ def test_every_attention_of_this_torch_counts_as_expensive():
         namespace, op, overload = name.split(".")
         packet = getattr(getattr(torch.ops, namespace), op, None)
         found |= {str(getattr(packet, overload))} if packet else set()
-    assert EXPENSIVE - found <= {"flash_attn._flash_attn_varlen_forward.default"}, "only the package that CI lacks"
+    assert EXPENSIVE - found <= {"flash_attn._flash_attn_varlen_forward.default"}, (
+        "only the package that CI lacks"
+    )
 
 
 def test_compiled_blocks_compute_the_same(random_model):
@@ -92,7 +123,9 @@ def test_compiled_blocks_compute_the_same(random_model):
         policy = load_policy(random_model, dtype=torch.float32, device=CPU, compile=compile)
         loss, stats = policy(pack(sequences()), Objective(), scale=0.25)
         loss.backward()
-        results.append((stats["logprob"], torch.cat([p.grad.flatten() for p in policy.parameters()])))
+        results.append(
+            (stats["logprob"], torch.cat([p.grad.flatten() for p in policy.parameters()]))
+        )
     torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
 
 
@@ -112,8 +145,12 @@ def test_a_kl_penalty_pulls_towards_the_reference(random_model):
     slope_N = 1 - (ref_N - logprob_N).exp()  # of k3 with respect to the log-prob
     weighted = pack([(p, r, o, 0.0) for p, r, o, _ in sequences()])
     weighted = replace(weighted, advantage_N=-0.3 * slope_N)
-    policy(weighted, Objective(), scale=0.5)[0].backward()  # on-policy: the gradient of -advantage * logp
-    torch.testing.assert_close(got, torch.cat([p.grad.flatten() for p in policy.parameters()]), atol=1e-5, rtol=1e-4)
+    policy(weighted, Objective(), scale=0.5)[
+        0
+    ].backward()  # on-policy: the gradient of -advantage * logp
+    torch.testing.assert_close(
+        got, torch.cat([p.grad.flatten() for p in policy.parameters()]), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_both_kernel_backends_train_the_same(random_model):
@@ -125,12 +162,23 @@ def test_both_kernel_backends_train_the_same(random_model):
         loss, stats = policy(batch, Objective(), batch.sampler_logprob_N, scale=0.25)
         loss.backward()
         grads = torch.cat([p.grad.flatten() for p in policy.parameters()])
-        results.append((loss.detach(), stats["logprob"], stats["entropy"], policy(batch, Objective())[0], grads))
+        results.append(
+            (
+                loss.detach(),
+                stats["logprob"],
+                stats["entropy"],
+                policy(batch, Objective())[0],
+                grads,
+            )
+        )
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 
 
-def test_bfloat16_compute_keeps_master_weights_and_token_numbers_in_float32(random_model, group_of_one):
-    """FSDP2 would cast a batch's advantages and log-probs to bfloat16 on the way in: a ratio off by a percent."""
+def test_bfloat16_compute_keeps_master_weights_and_token_numbers_in_float32(
+    random_model, group_of_one
+):
+    """FSDP2 would cast a batch's advantages and log-probs to bfloat16 on the way in: a ratio off by
+    a percent."""
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         policy = load_policy(random_model, dtype=dtype, device=CPU)
@@ -157,7 +205,11 @@ def test_packed_sequences_do_not_see_each_other(random_model):
 
 def test_gradients_do_not_depend_on_the_split_into_micro_batches(random_model):
     grads = []
-    for parts in ([sequences()], [[s] for s in sequences()], [sequences()[:3], [], sequences()[3:]]):
+    for parts in (
+        [sequences()],
+        [[s] for s in sequences()],
+        [sequences()[:3], [], sequences()[3:]],
+    ):
         policy = load_policy(random_model, dtype=torch.float32, device=CPU)
         for part in parts:
             batch = pack(part)
@@ -209,12 +261,18 @@ def attention_of_each_sequence(query_THd, key_TKd, value_TKd, lengths):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         score_Hqk = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
         future_qk = torch.ones_like(score_Hqk[0], dtype=torch.bool).triu(1)
-        out.append(torch.einsum("hqk,khd->qhd", score_Hqk.masked_fill(future_qk, -torch.inf).softmax(-1), v))
+        out.append(
+            torch.einsum(
+                "hqk,khd->qhd", score_Hqk.masked_fill(future_qk, -torch.inf).softmax(-1), v
+            )
+        )
     return torch.cat(out)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "shared", "width"), [(4, 4, 64), (12, 2, 128), (28, 4, 128), (16, 8, 128), (2, 1, 32)])
+@pytest.mark.parametrize(
+    ("heads", "shared", "width"), [(4, 4, 64), (12, 2, 128), (28, 4, 128), (16, 8, 128), (2, 1, 32)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["varlen", "sdpa"])
 def test_gpu_packed_attention_is_that_of_each_sequence(backend, dtype, heads, shared, width):
@@ -233,7 +291,10 @@ def test_gpu_packed_attention_is_that_of_each_sequence(backend, dtype, heads, sh
     got = [out, *torch.autograd.grad(out, inputs, upstream)]
     exact = [want, *torch.autograd.grad(want, wide, upstream.double())]
     for x, y in zip(got, exact, strict=True):
-        assert x.shape == y.shape and (x - y).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * y.norm()
+        assert (
+            x.shape == y.shape
+            and (x - y).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * y.norm()
+        )
 
 
 def flat_gradient(policy):
@@ -244,24 +305,42 @@ def flat_gradient(policy):
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("attention", ["varlen", "flash_attn", "sdpa"])
-def test_gpu_bfloat16_policy_under_fsdp_is_the_model_on_each_sequence(model_dir, group_of_one, attention, checkpointing):
-    """One GPU, FSDP2: gradients and master weights are float32 shards, and a step that bfloat16 would swallow moves them."""
+def test_gpu_bfloat16_policy_under_fsdp_is_the_model_on_each_sequence(
+    model_dir, group_of_one, attention, checkpointing
+):
+    """One GPU, FSDP2: gradients and master weights are float32 shards, and a step that bfloat16
+    would swallow moves them."""
     if attention == "flash_attn":
         pytest.importorskip("flash_attn", reason="the package flash-attn is not installed")
     logprob_N, grads = separate(model_dir)
-    policy = load_policy(model_dir, dtype=torch.bfloat16, device=GPU, attention=attention, checkpointing=checkpointing)
+    policy = load_policy(
+        model_dir,
+        dtype=torch.bfloat16,
+        device=GPU,
+        attention=attention,
+        checkpointing=checkpointing,
+    )
     loss, stats = policy(pack(sequences(), GPU), Objective(), scale=0.25)
     loss.backward()
-    assert all(isinstance(p, DTensor) and p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())
+    assert all(
+        isinstance(p, DTensor) and p.dtype == p.grad.dtype == torch.float32
+        for p in policy.parameters()
+    )
     assert (stats["logprob"].cpu() - logprob_N).abs().mean() < 0.03
     exact = torch.cat([grads[name].flatten() for name, _ in policy.lm.named_parameters()])
     assert (flat_gradient(policy) - exact).norm() <= 0.05 * exact.norm()
     before = [p.full_tensor().clone() for p in policy.parameters()]
     torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True).step()
-    moved = [(p.full_tensor() - x).abs().max().item() for p, x in zip(policy.parameters(), before, strict=True)]
+    moved = [
+        (p.full_tensor() - x).abs().max().item()
+        for p, x in zip(policy.parameters(), before, strict=True)
+    ]
     assert all(0 < most < 2e-6 for most in moved)
     sent = dict(policy.named_weights(torch.bfloat16))
-    assert all(w.device.type == "cuda" and w.dtype == torch.bfloat16 and not isinstance(w, DTensor) for w in sent.values())
+    assert all(
+        w.device.type == "cuda" and w.dtype == torch.bfloat16 and not isinstance(w, DTensor)
+        for w in sent.values()
+    )
 
 
 @pytest.mark.gpu

@@ -18,13 +18,17 @@ def test_minibatches_partition_the_step_and_follow_the_seed():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    lengths=st.lists(st.integers(2, 3000), max_size=60), world=st.integers(1, 9), budget=st.integers(1, 5000)
-)  # fmt: skip
+    lengths=st.lists(st.integers(2, 3000), max_size=60),
+    world=st.integers(1, 9),
+    budget=st.integers(1, 5000),
+)
 def test_every_rollout_is_in_exactly_one_micro_batch(lengths, world, budget):
     lengths = dict(enumerate(lengths))
     plan = microbatches(lengths, world, budget)
     assert len(plan) == world
-    assert len({len(bins) for bins in plan}) == 1, "FSDP2 would hang: the processes run different numbers of passes"
+    assert len({len(bins) for bins in plan}) == 1, (
+        "FSDP2 would hang: the processes run different numbers of passes"
+    )
     assert len(plan[0]) >= 1
     assert sorted(i for bins in plan for part in bins for i in part) == sorted(lengths)
     for bins in plan:
@@ -36,7 +40,10 @@ def test_balance_is_within_five_percent_on_lognormal_lengths():
     import numpy as np
 
     lengths = np.random.default_rng(0).lognormal(6.5, 0.75, 1024).clip(50, 3000).astype(int)
-    tokens = [sum(int(lengths[i]) for i in share) for share in balance(dict(enumerate(lengths.tolist())), 8)]
+    tokens = [
+        sum(int(lengths[i]) for i in share)
+        for share in balance(dict(enumerate(lengths.tolist())), 8)
+    ]
     assert max(tokens) / (sum(tokens) / 8) <= 1.05
 
 
@@ -50,8 +57,18 @@ def test_the_budget_is_a_limit_to_the_token():
 
 
 def test_rows_and_targets_of_a_packed_batch():
-    batch = pack([([1, 2, 3], [4, 5], [-0.1, -0.2], 0.5), ([6], [7, 8, 9], [-0.3, -0.4, -0.5], -1.0)])
-    assert batch.token_T.tolist() == [1, 2, 3, 4, 6, 7, 8]  # the last response token predicts nothing
+    batch = pack(
+        [([1, 2, 3], [4, 5], [-0.1, -0.2], 0.5), ([6], [7, 8, 9], [-0.3, -0.4, -0.5], -1.0)]
+    )
+    assert batch.token_T.tolist() == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        7,
+        8,
+    ]  # the last response token predicts nothing
     assert batch.position_T.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 4, 7]
     assert batch.max_seqlen == 4

@@ -9,7 +9,9 @@ from drgrpo.parity import ParityError, check, difference
 
 
 def test_difference_counts_tokens():
-    total, largest, n = difference(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -2.75]))
+    total, largest, n = difference(
+        torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.0, -2.75])
+    )
     assert (total, largest, n) == (0.75, 0.5, 3)
     assert difference(torch.tensor([]), torch.tensor([])) == (0.0, 0.0, 0)
 
@@ -25,7 +27,12 @@ def test_rounding_passes(mean, largest, dtype):
 
 @pytest.mark.parametrize(
     ("mean", "largest", "dtype"),
-    [(1e-2, 5e-4, torch.float32), (1e-6, 1e-2, torch.float32), (1.1, 2, torch.bfloat16), (math.nan, 0, torch.float32)],
+    [
+        (1e-2, 5e-4, torch.float32),
+        (1e-6, 1e-2, torch.float32),
+        (1.1, 2, torch.bfloat16),
+        (math.nan, 0, torch.float32),
+    ],
     ids=["mean", "one token", "bf16", "nan"],
 )
 def test_more_stops_the_run_and_names_the_suspects(mean, largest, dtype):

@@ -4,18 +4,28 @@ import json
 
 import pytest
 
-from drgrpo.plot import plot
+from drgrpo.run.plot import plot
 from drgrpo.types import UserError
 
 
 def write_run(path, algo="drgrpo", evaluated=True, correct=18.0):
     path.mkdir()
     rows = [
-        {"step": s, "algo": algo, "reward_mean": s / 10, "response_len_correct": correct, "response_len_incorrect": 30.0 + s,
-         "seconds": {"rollout": 0.2, "train": 0.3, "total": 0.5}}
+        {
+            "step": s,
+            "algo": algo,
+            "reward_mean": s / 10,
+            "response_len_correct": correct,
+            "response_len_incorrect": 30.0 + s,
+            "seconds": {"rollout": 0.2, "train": 0.3, "total": 0.5},
+        }
         for s in (1, 2, 3)
-    ]  # fmt: skip
-    evals = [{"step": s, "benchmark": "b", "temperature": t, "accuracy": 0.5} for s in (0, 3) for t in (0.0, 1.0)]
+    ]
+    evals = [
+        {"step": s, "benchmark": "b", "temperature": t, "accuracy": 0.5}
+        for s in (0, 3)
+        for t in (0.0, 1.0)
+    ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (path / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in evals * evaluated))
     return path

@@ -2,7 +2,7 @@
 
 import shutil
 
-from drgrpo.provenance import fingerprint, problems_digest, versions
+from drgrpo.run.provenance import fingerprint, problems_digest, versions
 from drgrpo.types import Problem
 
 
@@ -25,11 +25,20 @@ def test_a_copy_has_the_same_weights_and_a_changed_byte_does_not(random_model, t
 
 def test_problems_are_told_apart_by_question_answer_and_id():
     problems = [Problem(0, "q", "1"), Problem(1, "r", ["2"])]
-    others = [problems[:1], [problems[0], Problem(1, "r", "2")], [problems[0], Problem(2, "r", ["2"])], problems[::-1]]
+    others = [
+        problems[:1],
+        [problems[0], Problem(1, "r", "2")],
+        [problems[0], Problem(2, "r", ["2"])],
+        problems[::-1],
+    ]
     digests = [problems_digest(p) for p in (problems, *others)]
     assert len(set(digests)) == 5 and problems_digest(list(problems)) == digests[0]
 
 
 def test_versions_of_what_grades_and_of_what_samples():
-    assert {"math-verify", "sympy", "latex2sympy2_extended"} < versions().keys() and "torch" not in versions()
+    assert {
+        "math-verify",
+        "sympy",
+        "latex2sympy2_extended",
+    } < versions().keys() and "torch" not in versions()
     assert {"torch", "transformers"} <= versions("torch").keys()

@@ -1,23 +1,42 @@
-"""The typed-in numbers are the paper's: its own averages come out, greedy accuracies are whole numbers of problems, and what
-the news article misprints is not there."""
+"""The typed-in numbers are the paper's: its own averages come out, greedy accuracies are whole
+numbers of problems, and what the news article misprints is not there."""
 
 import pytest
 
 from drgrpo.data import BENCHMARKS
-from drgrpo.published import PUBLISHED, N, same_model
+from drgrpo.evaluation.published import PUBLISHED, N, same_model
 
 BY_NAME = {row.name: row for row in PUBLISHED}
 
 PRINTED_AVERAGE = {  # as the paper prints them
-    "Qwen2.5-Math-1.5B, 4-shot": 19.7, "Qwen2.5-Math-1.5B, r1": 7.9, "Qwen2.5-Math-1.5B, qwen_math": 24.2,
-    "Qwen2.5-Math-1.5B, none": 33.1, "Qwen2.5-Math-7B, 4-shot": 23.8, "Qwen2.5-Math-7B, r1": 0.0,
-    "Qwen2.5-Math-7B, qwen_math": 26.5, "Qwen2.5-Math-7B, none": 38.2, "Oat-Zero-1.5B": 42.1, "R1-Distill-Qwen-1.5B": 22.0,
-    "R1-Distill-Qwen-1.5B, 8k": 41.5, "Qwen2.5-Math-1.5B-Instruct": 39.8, "Llama-3.2-3B": 3.3, "Llama-3.2-3B + Dr. GRPO": 6.8,
-    "Llama-3.2-3B-FineMath": 6.0, "Llama-3.2-3B-FineMath + Dr. GRPO": 14.8, "Llama-3.2-3B-NuminaQA": 0.14,
-    "Oat-Zero-3B": 20.7, "Llama-3.2-3B-Instruct": 17.1, "SimpleRL-Zero-7B": 46.6, "PRIME-Zero-7B": 48.0,
-    "OpenReasoner-Zero-7B": 43.0, "OpenReasoner-Zero-7B, 8k": 45.9, "Oat-Zero-7B": 51.4, "R1-Distill-Qwen-7B": 28.5,
-    "R1-Distill-Qwen-7B, 8k": 54.7, "Qwen2.5-Math-7B-Instruct": 45.1,
-}  # fmt: skip
+    "Qwen2.5-Math-1.5B, 4-shot": 19.7,
+    "Qwen2.5-Math-1.5B, r1": 7.9,
+    "Qwen2.5-Math-1.5B, qwen_math": 24.2,
+    "Qwen2.5-Math-1.5B, none": 33.1,
+    "Qwen2.5-Math-7B, 4-shot": 23.8,
+    "Qwen2.5-Math-7B, r1": 0.0,
+    "Qwen2.5-Math-7B, qwen_math": 26.5,
+    "Qwen2.5-Math-7B, none": 38.2,
+    "Oat-Zero-1.5B": 42.1,
+    "R1-Distill-Qwen-1.5B": 22.0,
+    "R1-Distill-Qwen-1.5B, 8k": 41.5,
+    "Qwen2.5-Math-1.5B-Instruct": 39.8,
+    "Llama-3.2-3B": 3.3,
+    "Llama-3.2-3B + Dr. GRPO": 6.8,
+    "Llama-3.2-3B-FineMath": 6.0,
+    "Llama-3.2-3B-FineMath + Dr. GRPO": 14.8,
+    "Llama-3.2-3B-NuminaQA": 0.14,
+    "Oat-Zero-3B": 20.7,
+    "Llama-3.2-3B-Instruct": 17.1,
+    "SimpleRL-Zero-7B": 46.6,
+    "PRIME-Zero-7B": 48.0,
+    "OpenReasoner-Zero-7B": 43.0,
+    "OpenReasoner-Zero-7B, 8k": 45.9,
+    "Oat-Zero-7B": 51.4,
+    "R1-Distill-Qwen-7B": 28.5,
+    "R1-Distill-Qwen-7B, 8k": 54.7,
+    "Qwen2.5-Math-7B-Instruct": 45.1,
+}
 
 
 def test_every_row_is_there_once():
@@ -29,14 +48,21 @@ def test_the_printed_average_comes_out(row):
     assert row.average == pytest.approx(PRINTED_AVERAGE[row.name], abs=0.061)  # both are rounded
 
 
-@pytest.mark.parametrize("row", [r for r in PUBLISHED if "Distill" not in r.name], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [r for r in PUBLISHED if "Distill" not in r.name], ids=lambda row: row.name
+)
 def test_a_greedy_accuracy_is_a_whole_number_of_problems(row):
-    """All but the R1-Distill rows, which are averages or come from elsewhere, and one number that is 271 of 674."""
+    """All but the R1-Distill rows, which are averages or come from elsewhere, and one number that
+    is 271 of 674."""
     for benchmark in BENCHMARKS:
         if (row.name, benchmark) == ("Qwen2.5-Math-1.5B-Instruct", "olympiad_bench"):
             continue
         n, printed = row.n(benchmark), row.score(benchmark)
-        assert any(abs(100 * k / n - printed) <= 0.0501 for k in range(n + 1)), (benchmark, printed, n)
+        assert any(abs(100 * k / n - printed) <= 0.0501 for k in range(n + 1)), (
+            benchmark,
+            printed,
+            n,
+        )
 
 
 def test_the_slip_of_the_paper_is_mended():
@@ -70,5 +96,9 @@ def test_a_model_is_matched_by_name_and_template():
     assert same_model(row, "sail/Qwen2.5-Math-7B-Oat-Zero", "qwen_math")
     assert same_model(row, "/models/Qwen2.5-Math-7B-Oat-Zero/", "qwen_math")
     assert not same_model(row, "sail/Qwen2.5-Math-7B-Oat-Zero", "r1")
-    assert not same_model(row, "Qwen/Qwen2.5-Math-7B", "qwen_math") and not same_model(BY_NAME["PRIME-Zero-7B"], "", "")
-    assert [r.name for r in PUBLISHED if same_model(r, "Qwen/Qwen2.5-Math-7B", "none")] == ["Qwen2.5-Math-7B, none"]
+    assert not same_model(row, "Qwen/Qwen2.5-Math-7B", "qwen_math") and not same_model(
+        BY_NAME["PRIME-Zero-7B"], "", ""
+    )
+    assert [r.name for r in PUBLISHED if same_model(r, "Qwen/Qwen2.5-Math-7B", "none")] == [
+        "Qwen2.5-Math-7B, none"
+    ]

@@ -1,4 +1,5 @@
-"""Never lose a run: killed, interrupted, damaged or crashed, it goes on as if nothing had happened, or says what did."""
+"""Never lose a run: killed, interrupted, damaged or crashed, it goes on as if nothing had happened,
+or says what did."""
 
 import os
 import random
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 import train
-from drgrpo import checkpoint
-from drgrpo.engine import TorchEngine
+from drgrpo.engine_torch import TorchEngine
+from drgrpo.run import checkpoint
 from runs import assert_close_run, assert_same_run, finish, launch, metrics, run, small
 
 SETTINGS = {"save_every": 1, "eval_every": 2, "steps": 4, "keep": 3}
@@ -32,7 +33,9 @@ def handlers():
 
 
 @pytest.mark.parametrize("old_logprob", ["recompute", "sampler"])
-def test_a_resumed_run_continues_as_if_it_had_never_stopped(warm_model, straight, tmp_path, old_logprob):
+def test_a_resumed_run_continues_as_if_it_had_never_stopped(
+    warm_model, straight, tmp_path, old_logprob
+):
     settings = SETTINGS | {"old_logprob": old_logprob}
     run(small(warm_model, tmp_path / "halves", **settings | {"steps": 2}))
     with open(tmp_path / "halves" / "metrics.jsonl", "a") as file:
@@ -40,15 +43,17 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(warm_model, straight
     run(small(warm_model, tmp_path / "halves", **settings))
     if old_logprob == "recompute":
         run(small(warm_model, tmp_path / "straight", **settings))
-    assert_same_run(tmp_path / "straight" if old_logprob == "recompute" else straight, tmp_path / "halves")
+    assert_same_run(
+        tmp_path / "straight" if old_logprob == "recompute" else straight, tmp_path / "halves"
+    )
     left = sorted(p.name for p in (tmp_path / "halves" / "checkpoints").iterdir())
     assert left == ["latest", "step-000002", "step-000003", "step-000004"]
 
 
 KILL = """
 import os, signal, torch
-from drgrpo import checkpoint
-from drgrpo.engine import TorchEngine
+from drgrpo.run import checkpoint
+from drgrpo.engine_torch import TorchEngine
 
 def kill_at(owner, name, count):
     original, calls = getattr(owner, name), []
@@ -69,23 +74,35 @@ kill_at({owner}, {name!r}, {count})
         ("TorchEngine", "_forward", 150),  # some token of some rollout or evaluation
         ("torch.optim.AdamW", "step", 7),  # some update
         ("checkpoint", "save_hf", 3),  # half a checkpoint is written
-        ("checkpoint", "commit", 3),  # it is whole, and the records are written, but it has no name yet
+        (
+            "checkpoint",
+            "commit",
+            3,
+        ),  # it is whole, and the records are written, but it has no name yet
         ("checkpoint", "point", 5),  # it has its name, `latest` does not yet say so
     ],
     ids=["rollout", "update", "save", "before commit", "in commit"],
 )
-def test_killed_at_a_random_moment_it_resumes_bit_for_bit(warm_model, straight, tmp_path, owner, name, most):
+def test_killed_at_a_random_moment_it_resumes_bit_for_bit(
+    warm_model, straight, tmp_path, owner, name, most
+):
     count = random.Random(f"{owner}.{name}").randint(2, most)
     config = small(warm_model, tmp_path / "killed", **SETTINGS)
-    shown = finish(launch(config, prelude=KILL.format(owner=owner, name=name, count=count)), status=None)
+    shown = finish(
+        launch(config, prelude=KILL.format(owner=owner, name=name, count=count)), status=None
+    )
     assert "SIGKILL" in shown or "exitcode: -9" in shown or "Signal 9" in shown, shown
-    assert not (tmp_path / "killed" / "checkpoints" / "step-000004").exists(), "it was not killed in time"
+    assert not (tmp_path / "killed" / "checkpoints" / "step-000004").exists(), (
+        "it was not killed in time"
+    )
     run(config)
     assert_same_run(straight, tmp_path / "killed")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
-def test_asked_to_stop_it_saves_and_ends_in_good_order(warm_model, straight, tmp_path, monkeypatch, capsys, number):
+def test_asked_to_stop_it_saves_and_ends_in_good_order(
+    warm_model, straight, tmp_path, monkeypatch, capsys, number
+):
     original, calls = TorchEngine.sync, []
 
     def signal_in_second_step(self, named_weights):
@@ -98,7 +115,9 @@ def test_asked_to_stop_it_saves_and_ends_in_good_order(warm_model, straight, tmp
         patch.setattr(TorchEngine, "sync", signal_in_second_step)
         run(small(warm_model, tmp_path / "asked", **settings))
     assert f"stopping after step 2: {number.name}" in capsys.readouterr().out
-    assert [p.name for p in checkpoint.found(small(warm_model, tmp_path / "asked"))] == ["step-000002"]
+    assert [p.name for p in checkpoint.found(small(warm_model, tmp_path / "asked"))] == [
+        "step-000002"
+    ]
     run(small(warm_model, tmp_path / "asked", **settings))
     assert_same_run(straight, tmp_path / "asked")
 
@@ -110,13 +129,20 @@ def test_a_time_limit_saves_and_stops(warm_model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("pattern", ["state/*.distcp", "trainer.json"])
-def test_a_damaged_checkpoint_costs_one_step_and_nothing_else(warm_model, straight, tmp_path, capsys, pattern):
+def test_a_damaged_checkpoint_costs_one_step_and_nothing_else(
+    warm_model, straight, tmp_path, capsys, pattern
+):
     run(small(warm_model, tmp_path / "hurt", **SETTINGS | {"steps": 3}))
     (file,) = (tmp_path / "hurt" / "checkpoints" / "step-000003").glob(pattern)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     run(small(warm_model, tmp_path / "hurt", **SETTINGS))
     shown = capsys.readouterr().out
-    assert "WARNING" in shown and "step-000003 is damaged" in shown and "resumed from" in shown and "step-000002" in shown
+    assert (
+        "WARNING" in shown
+        and "step-000003 is damaged" in shown
+        and "resumed from" in shown
+        and "step-000002" in shown
+    )
     assert_same_run(straight, tmp_path / "hurt")
 
 
@@ -139,10 +165,15 @@ def crash(monkeypatch, calls_that_crash: set[int]):
     monkeypatch.setattr(TorchEngine, "generate", generate)
 
 
-def test_a_crashed_sampler_is_rebuilt_from_the_current_weights(base, warm_model, tmp_path, monkeypatch, capsys):
+def test_a_crashed_sampler_is_rebuilt_from_the_current_weights(
+    base, warm_model, tmp_path, monkeypatch, capsys
+):
     crash(monkeypatch, {4})  # two evaluations, step 1, step 2
     run(small(warm_model, tmp_path / "crashed"))
-    assert "WARNING: a sampler crashed (RuntimeError('illegal memory access')" in capsys.readouterr().out
+    assert (
+        "WARNING: a sampler crashed (RuntimeError('illegal memory access')"
+        in capsys.readouterr().out
+    )
     assert_same_run(base[0], tmp_path / "crashed")
 
 
@@ -152,13 +183,19 @@ def test_a_sampler_that_crashes_again_ends_the_run(warm_model, tmp_path, monkeyp
         run(small(warm_model, tmp_path / "crashed"))
 
 
-def test_non_finite_gradients_are_skipped_counted_kept_and_stop_the_run(warm_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(float("nan")))
+def test_non_finite_gradients_are_skipped_counted_kept_and_stop_the_run(
+    warm_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *a, **k: torch.tensor(float("nan"))
+    )
     with pytest.raises(FloatingPointError, match="3 optimizer steps in a row"):
         run(small(warm_model, tmp_path / "nan"))
     rows = metrics(tmp_path / "nan")
     assert [r["skipped_updates"] for r in rows] == [2] and rows[0]["grad_norm"] is None
-    batches = torch.load(tmp_path / "nan" / "nonfinite-step-000002-update-0-rank-0.pt", weights_only=False)
+    batches = torch.load(
+        tmp_path / "nan" / "nonfinite-step-000002-update-0-rank-0.pt", weights_only=False
+    )
     assert batches and len(batches[0].target_N) > 0
 
 
@@ -177,14 +214,33 @@ def test_a_single_bad_step_is_skipped_and_training_goes_on(warm_model, tmp_path,
 def test_a_replayed_run_is_the_run_that_was_dumped(warm_model, tmp_path, monkeypatch):
     run(small(warm_model, tmp_path / "dumped", dump_rollouts=True, eval_data=""))
     sampled = []
-    monkeypatch.setattr(train, "rollout", lambda *args, original=train.rollout: sampled.append(args[6]) or original(*args))
-    run(small(warm_model, tmp_path / "replayed", replay=str(tmp_path / "dumped" / "rollouts"), eval_data=""))
+    monkeypatch.setattr(
+        train,
+        "rollout",
+        lambda *args, original=train.rollout: sampled.append(args[6]) or original(*args),
+    )
+    run(
+        small(
+            warm_model,
+            tmp_path / "replayed",
+            replay=str(tmp_path / "dumped" / "rollouts"),
+            eval_data="",
+        )
+    )
     assert sampled == [-1], "only the last parity probe samples"
     assert_same_run(tmp_path / "dumped", tmp_path / "replayed")
 
 
 def test_a_dry_run_measures_and_leaves_no_trace(warm_model, tmp_path, capsys):
-    train.main(small(warm_model, tmp_path / "dry", dry_run=True, tokens_per_microbatch=2048, checkpointing="full"))
+    train.main(
+        small(
+            warm_model,
+            tmp_path / "dry",
+            dry_run=True,
+            tokens_per_microbatch=2048,
+            checkpointing="full",
+        )
+    )
     shown = capsys.readouterr().out
     assert "memory ledger" in shown and "dry run: a micro-batch of 2 x 1024 tokens takes" in shown
     assert not (tmp_path / "dry").exists()

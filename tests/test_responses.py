@@ -1,10 +1,20 @@
-"""responses.jsonl: what is whole is kept, what is torn is cut off, and responses to other settings are nobody's."""
+"""responses.jsonl: what is whole is kept, what is torn is cut off, and responses to other settings
+are nobody's."""
 
 import json
 
 import pytest
 
-from drgrpo.responses import claim, evaluations, groups, key, read, recorded, too_long, write_json
+from drgrpo.evaluation.responses import (
+    claim,
+    evaluations,
+    groups,
+    key,
+    read,
+    recorded,
+    too_long,
+    write_json,
+)
 from drgrpo.types import Problem, UserError
 
 ASKED = {"settings": {"model": "m", "samples": 2, "out": "a"}, "versions": {"torch": "2"}}
@@ -46,7 +56,9 @@ def test_wherever_the_file_was_cut_whole_problems_remain(tmp_path):
 def test_other_settings_are_named(tmp_path):
     write(tmp_path, rows_of([0]))
     other = {"settings": {"model": "n", "samples": 2, "out": "b"}, "versions": {"torch": "3"}}
-    with pytest.raises(UserError, match='model is "m" there and "n" now; torch is "2" there and "3" now') as error:
+    with pytest.raises(
+        UserError, match='model is "m" there and "n" now; torch is "2" there and "3" now'
+    ) as error:
         claim(tmp_path, other, free={"out"})
     assert "out is" not in str(error.value) and "another --out" in str(error.value)
     assert read(tmp_path) == rows_of([0]), "and nothing is lost"
@@ -62,7 +74,11 @@ def test_responses_of_unknown_origin_are_not_continued(tmp_path):
 def test_a_file_or_its_folder_can_be_read(tmp_path):
     write(tmp_path, rows_of([4]))
     assert read(tmp_path) == read(tmp_path / "responses.jsonl") == rows_of([4])
-    assert recorded(tmp_path)["settings"] == recorded(tmp_path / "responses.jsonl")["settings"] == ASKED["settings"]
+    assert (
+        recorded(tmp_path)["settings"]
+        == recorded(tmp_path / "responses.jsonl")["settings"]
+        == ASKED["settings"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +103,23 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_grouping():
-    rows = rows_of([0, 1]) + [r | {"template": "r1"} for r in rows_of([0])] + [r | {"benchmark": "c"} for r in rows_of([0])]
-    assert [(k, list(sets)) for k, sets in evaluations(rows).items()] == [(("none", 1.0), ["b", "c"]), (("r1", 1.0), ["b"])]
-    assert [[key(r) for r in g] for g in groups(rows)] == [[k] * 2 for k in dict.fromkeys(
-        [("none", 1.0, "b", 0), ("none", 1.0, "b", 1), ("none", 1.0, "c", 0), ("r1", 1.0, "b", 0)])]  # fmt: skip
+    rows = (
+        rows_of([0, 1])
+        + [r | {"template": "r1"} for r in rows_of([0])]
+        + [r | {"benchmark": "c"} for r in rows_of([0])]
+    )
+    assert [(k, list(sets)) for k, sets in evaluations(rows).items()] == [
+        (("none", 1.0), ["b", "c"]),
+        (("r1", 1.0), ["b"]),
+    ]
+    assert [[key(r) for r in g] for g in groups(rows)] == [
+        [k] * 2
+        for k in dict.fromkeys(
+            [
+                ("none", 1.0, "b", 0),
+                ("none", 1.0, "b", 1),
+                ("none", 1.0, "c", 0),
+                ("r1", 1.0, "b", 0),
+            ]
+        )
+    ]

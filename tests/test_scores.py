@@ -1,5 +1,5 @@
-"""Every statistic against a closed form, a full enumeration or a simulation: pass@k, maj@k, the bootstrap, the tests of
-differences; and that problems, not samples, are what is resampled."""
+"""Every statistic against a closed form, a full enumeration or a simulation: pass@k, maj@k, the
+bootstrap, the tests of differences; and that problems, not samples, are what is resampled."""
 
 import itertools
 import math
@@ -8,8 +8,8 @@ from statistics import fmean, pvariance
 import numpy as np
 import pytest
 
-from drgrpo import scores
-from drgrpo.scores import (
+from drgrpo.evaluation import scores
+from drgrpo.evaluation.scores import (
     average,
     bootstrap,
     columns,
@@ -25,9 +25,26 @@ from drgrpo.scores import (
 )
 
 
-def row(id: int, score: float, sample: int = 0, tokens: int = 10, finished=True, parsed=True, vote=0, response="r") -> dict:
-    return {"id": id, "sample": sample, "score": score, "tokens": tokens, "finished": finished, "parsed": parsed, "vote": vote,
-            "response": response}  # fmt: skip
+def row(
+    id: int,
+    score: float,
+    sample: int = 0,
+    tokens: int = 10,
+    finished=True,
+    parsed=True,
+    vote=0,
+    response="r",
+) -> dict:
+    return {
+        "id": id,
+        "sample": sample,
+        "score": score,
+        "tokens": tokens,
+        "finished": finished,
+        "parsed": parsed,
+        "vote": vote,
+        "response": response,
+    }
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -38,7 +55,14 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n):
 
 
 def test_powers_of_two_up_to_the_samples():
-    assert [powers_of_two(n) for n in (1, 2, 3, 4, 7, 8)] == [[1], [1, 2], [1, 2], [1, 2, 4], [1, 2, 4], [1, 2, 4, 8]]
+    assert [powers_of_two(n) for n in (1, 2, 3, 4, 7, 8)] == [
+        [1],
+        [1, 2],
+        [1, 2],
+        [1, 2, 4],
+        [1, 2, 4],
+        [1, 2, 4, 8],
+    ]
 
 
 def test_majority():
@@ -51,27 +75,47 @@ def test_majority():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_maj_at_k_is_unbiased(k):
-    """Averaged over all orders in which the samples may come, it is the mean over all subsets of k."""
+    """Averaged over all orders in which the samples may come, it is the mean over all subsets of
+    k."""
     samples = [(0, 1.0), (0, 1.0), (1, 0.0), (1, 0.0), (None, 0.0), (2, 0.0)]
     orders = [maj_at_k(*zip(*order, strict=True), k) for order in itertools.permutations(samples)]
-    subsets = [majority(*zip(*subset, strict=True)) for subset in itertools.combinations(samples, k)]
+    subsets = [
+        majority(*zip(*subset, strict=True)) for subset in itertools.combinations(samples, k)
+    ]
     assert fmean(orders) == pytest.approx(fmean(subsets), abs=1e-12)
 
 
 def test_maj_at_1_and_pass_at_1_are_the_accuracy():
     groups = [(1, 0, 0, 1), (0, 0, 0, 1)]
-    rows = [row(p, s, k, vote=0 if s else 1) for p, group in enumerate(groups) for k, s in enumerate(group)]
+    rows = [
+        row(p, s, k, vote=0 if s else 1)
+        for p, group in enumerate(groups)
+        for k, s in enumerate(group)
+    ]
     result = score(rows)
     assert result["accuracy"] == result["pass_at"]["1"] == result["maj_at"]["1"] == 0.375
-    assert list(result["pass_at"]) == list(result["maj_at"]) == ["1", "2", "4"] and result["samples"] == 4
+    assert (
+        list(result["pass_at"]) == list(result["maj_at"]) == ["1", "2", "4"]
+        and result["samples"] == 4
+    )
     assert result["pass_at"]["4"] == 1.0 and result["maj_at"]["4"] == pytest.approx((0.5 + 0) / 2)
 
 
 def test_columns_count_problems_that_do_not_fit_as_wrong():
-    rows = [row(0, 1, tokens=4), row(1, 0, tokens=9, finished=False, parsed=False),
-            row(2, 0, tokens=0, parsed=False, response=None)]  # fmt: skip
-    assert columns(rows) == {"accuracy": 1 / 3, "n": 3, "dropped": 1, "len_correct": 4, "len_incorrect": 9,
-                             "truncated_frac": 0.5, "unparsed_frac": 0.5}  # fmt: skip
+    rows = [
+        row(0, 1, tokens=4),
+        row(1, 0, tokens=9, finished=False, parsed=False),
+        row(2, 0, tokens=0, parsed=False, response=None),
+    ]
+    assert columns(rows) == {
+        "accuracy": 1 / 3,
+        "n": 3,
+        "dropped": 1,
+        "len_correct": 4,
+        "len_incorrect": 9,
+        "truncated_frac": 0.5,
+        "unparsed_frac": 0.5,
+    }
 
 
 def test_one_sample_has_no_pass_at_k():
@@ -79,7 +123,8 @@ def test_one_sample_has_no_pass_at_k():
 
 
 def test_the_bootstrap_has_the_moments_of_resampling_with_replacement():
-    """Mean: that of the values. Variance: population variance / n. To 5 standard errors of 10 000 draws."""
+    """Mean: that of the values. Variance: population variance / n. To 5 standard errors of 10 000
+    draws."""
     values = [0.0, 0.0, 1.0, 0.25, 0.5, 1.0, 1.0]
     draws, variance = bootstrap(values), pvariance(values) / len(values)
     assert abs(draws.mean() - fmean(values)) < 5 * math.sqrt(variance / scores.DRAWS)
@@ -93,7 +138,8 @@ def test_the_bootstrap_is_seeded():
 
 
 def test_the_interval_holds_the_truth_95_times_in_100():
-    """300 benchmarks of 200 problems with difficulties drawn at random, 4 samples each. Standard error of the share: 1.3 %."""
+    """300 benchmarks of 200 problems with difficulties drawn at random, 4 samples each. Standard
+    error of the share: 1.3 %."""
     rng, truth, held = np.random.default_rng(7), 0.4, 0
     for _ in range(300):
         difficulty = rng.beta(2, 3, size=200)  # mean 0.4
@@ -118,7 +164,9 @@ def test_the_average_is_plain_and_its_interval_that_of_independent_benchmarks():
     expected = math.sqrt(0.25 / 30 + 0.1875 / 400) / 2
     low, high = result["average_interval"]
     assert (high - low) / 3.92 == pytest.approx(expected, rel=0.06)
-    same = average({"a": large, "b": large})["average_interval"]  # drawn apart, or it would be as wide as one
+    same = average({"a": large, "b": large})[
+        "average_interval"
+    ]  # drawn apart, or it would be as wide as one
     low, high = score(large)["interval"]
     assert (same[1] - same[0]) / (high - low) == pytest.approx(math.sqrt(0.5), rel=0.08)
 
@@ -137,11 +185,15 @@ def test_mcnemar_of_many():
 
 
 @pytest.mark.parametrize(
-    "differences", [[1, 1, 1, -1, 0, 0], [0.5, -0.25, 1, 0.75, 0.25, 0.5, -0.1], [0.2] * 8, [0.0, 0.0]], ids=str
+    "differences",
+    [[1, 1, 1, -1, 0, 0], [0.5, -0.25, 1, 0.75, 0.25, 0.5, -0.1], [0.2] * 8, [0.0, 0.0]],
+    ids=str,
 )
 def test_the_permutation_test_counts_all_signs(differences):
-    sums = [sum(s * d for s, d in zip(signs, differences, strict=True))
-            for signs in itertools.product((-1, 1), repeat=len(differences))]  # fmt: skip
+    sums = [
+        sum(s * d for s, d in zip(signs, differences, strict=True))
+        for signs in itertools.product((-1, 1), repeat=len(differences))
+    ]
     exact = fmean(abs(s) >= abs(sum(differences)) - 1e-9 for s in sums)
     assert sign_flip(differences) == pytest.approx(exact, abs=5 * math.sqrt(0.25 / scores.DRAWS))
 
@@ -156,7 +208,12 @@ def test_two_proportions_against_the_formula():
     z = (p - q) / math.sqrt(r * (1 - r) * (1 / n + 1 / m))
     assert two_proportions([(p, n, q, m)]) == pytest.approx(math.erfc(z / math.sqrt(2)))
     assert two_proportions([(p, n, q, m)]) == two_proportions([(q, m, p, n)])
-    assert two_proportions([(0.5, 1000, 0.4, 1000)]) < 1e-5 < 0.05 < two_proportions([(0.5, 30, 0.4, 30)])
+    assert (
+        two_proportions([(0.5, 1000, 0.4, 1000)])
+        < 1e-5
+        < 0.05
+        < two_proportions([(0.5, 30, 0.4, 30)])
+    )
 
 
 def test_two_proportions_of_several_benchmarks_add_their_variances():
@@ -172,7 +229,11 @@ def test_two_proportions_without_variance():
 
 
 def test_two_proportions_errs_as_rarely_as_it_says():
-    """Both runs draw from one truth: at most 5 % of 2000 differences are called beyond noise (standard error 0.5 %)."""
+    """Both runs draw from one truth: at most 5 % of 2000 differences are called beyond noise
+    (standard error 0.5 %)."""
     rng = np.random.default_rng(3)
-    called = [two_proportions([(a / 83, 83, b / 83, 83)]) < 0.05 for a, b in rng.binomial(83, 0.6, size=(2000, 2))]
+    called = [
+        two_proportions([(a / 83, 83, b / 83, 83)]) < 0.05
+        for a, b in rng.binomial(83, 0.6, size=(2000, 2))
+    ]
     assert 0.03 < fmean(called) < 0.065

@@ -1,6 +1,7 @@
-"""The compiled row kernel keeps its promises on sm_80, sm_90 and sm_100, on any machine; and the report can tell when not.
+"""The compiled row kernel keeps its promises on sm_80, sm_90 and sm_100, on any machine; and the
+report can tell when not.
 
-    pytest tests/test_static_report.py
+pytest tests/test_static_report.py
 """
 
 import importlib.util
@@ -36,7 +37,13 @@ def report(tmp_path_factory):
     """One run of the command, under the interpreter's variable, which it must drop for itself."""
     path = tmp_path_factory.mktemp("report") / "report.json"
     command = [sys.executable, "-m", "bench.static_report", "--json", str(path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert path.exists(), done.stderr
     result = json.loads(path.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == result
@@ -51,8 +58,8 @@ def test_every_variant_compiles_and_breaks_no_rule(report):
 
 
 def test_the_sweeps_are_seen(report):
-    """A report that finds no loop would break no rule. One sweep reads; with a gradient a second one writes, and a third
-    writes zeros. The unrolled loop's remainder counts as a loop."""
+    """A report that finds no loop would break no rule. One sweep reads; with a gradient a second
+    one writes, and a third writes zeros. The unrolled loop's remainder counts as a loop."""
     for c in report[1]["compiled"]:
         kinds = {s["kind"] for s in c["sweeps"]}
         gradient = VARIANTS[c["variant"]].get("GRAD", True)
@@ -95,35 +102,55 @@ launch(4, 50257, fp32, None)
 
 
 def test_the_launch_compiles_and_token_counts_do_not_compile_again():
-    """Through Triton's own launch path up to the launch: four token counts and misaligned per-token tensors are one binary,
-    each of the three other calls is another."""
+    """Through Triton's own launch path up to the launch: four token counts and misaligned per-token
+    tensors are one binary, each of the three other calls is another."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", LAUNCH], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1", "1", "1", "1", "2", "3", "4"]
 
 
 def test_predictions_are_within_the_targets(report):
-    """Predictions from assumed rates, so a guard against a change of the kernel, not a measurement."""
+    """Predictions from assumed rates, so a guard against a change of the kernel, not a
+    measurement."""
     for p in report[1]["predictions"]:
-        limit = {("A100", "7B"): 1.10, ("A100", "1.5B"): 1.15, ("H200", "7B"): 1.12, ("H200", "1.5B"): 1.20}
+        limit = {
+            ("A100", "7B"): 1.10,
+            ("A100", "1.5B"): 1.15,
+            ("H200", "7B"): 1.12,
+            ("H200", "1.5B"): 1.20,
+        }
         assert 1 < p["best_ratio"] <= limit[p["device"], p["model"]]
         assert p["best_ms"] < p["worst_ms"]
 
 
 def test_memory_is_within_the_targets():
-    for T, model, limit in [(16_384, "7B", 3.6e9), (65_536, "7B", 4.0e9), (16_384, "1.5B", 2.3e9), (65_536, "1.5B", 2.5e9)]:
+    for T, model, limit in [
+        (16_384, "7B", 3.6e9),
+        (65_536, "7B", 4.0e9),
+        (16_384, "1.5B", 2.3e9),
+        (65_536, "1.5B", 2.5e9),
+    ]:
         assert cost(T, *SHAPES[model], 4096)["peak_memory"] <= limit
-        assert cost(T, *SHAPES[model], 4096)["naive_memory"] >= 4 * cost(T, *SHAPES[model], 4096)["peak_memory"]
+        assert (
+            cost(T, *SHAPES[model], 4096)["naive_memory"]
+            >= 4 * cost(T, *SHAPES[model], 4096)["peak_memory"]
+        )
 
 
 def test_costs_by_hand():
     c = cost(T=8, D=4, V=100, chunk=4)
     assert c["flops"] == 3 * 2 * 8 * 4 * 100
     assert c["logits_bytes_best"] == 8 * 100 * 4 and c["logits_bytes_worst"] == 8 * 100 * 6
-    assert c["dweight_bytes"] == 8 * 400 + 6 * 400  # one read-modify-write, one first write, one cast
+    assert (
+        c["dweight_bytes"] == 8 * 400 + 6 * 400
+    )  # one read-modify-write, one first write, one cast
     p = predict(DEVICES[0], 8, 4, 100, 4, (0, 0))
-    assert p["best_ms"] == pytest.approx(p["three_gemms_ms"] + 1e3 * (8 * 100 * 4 + 14 * 400 + 4 * 32) / 1.7e12)
+    assert p["best_ms"] == pytest.approx(
+        p["three_gemms_ms"] + 1e3 * (8 * 100 * 4 + 14 * 400 + 4 * 32) / 1.7e12
+    )
 
 
 def test_bad_binaries_are_noticed():
@@ -137,7 +164,11 @@ def test_bad_binaries_are_noticed():
         replace(good, sweeps=(replace(good.sweeps[0], kind="read+write", store_bits=16),)),
         replace(good, sweeps=(replace(good.sweeps[0], ex2_per_element=1.125),)),
         replace(good, sweeps=(replace(good.sweeps[0], barriers=1),)),
-        replace(good, sweeps=(replace(good.sweeps[0], kind="read+write"),), variant="fp32 logits, bf16 gradient"),
+        replace(
+            good,
+            sweeps=(replace(good.sweeps[0], kind="read+write"),),
+            variant="fp32 logits, bf16 gradient",
+        ),
     ):
         assert len(bad.broken_rules(32)) == 1
 
@@ -168,7 +199,12 @@ def test_reading_sass():
     assert [len(loop) for loop in loops(SASS)] == [2, 3]
     store, load = sweeps(SASS, (16, 16))
     assert (store.kind, store.elements, store.store_bits) == ("write", 1, 16)
-    assert (load.kind, load.elements, load.load_bits, load.ex2_per_element) == ("read", 8, 128, 1 / 8)
+    assert (load.kind, load.elements, load.load_bits, load.ex2_per_element) == (
+        "read",
+        8,
+        128,
+        1 / 8,
+    )
     widths = {"LDG.E": 32, "LDG.E.U16": 16, "LDG.E.EL.U8": 8, "STG.E.64": 64, "LDG.E.ENL2.256": 256}
     assert {op: bits(op) for op in widths} == widths
 

@@ -1,4 +1,5 @@
-"""What this proves: every template is the paper's, to the letter, and is tokenized as vLLM tokenizes the same text."""
+"""What this proves: every template is the paper's, to the letter, and is tokenized as vLLM
+tokenizes the same text."""
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -7,7 +8,9 @@ from transformers import PreTrainedTokenizerFast
 from drgrpo.templates import TEMPLATES, encode, get_template
 from drgrpo.types import UserError
 
-QUESTION = "Solve $\\frac{x}{2} = {q}$ for {x}.\n"  # braces, a format field and the placeholder itself
+QUESTION = (
+    "Solve $\\frac{x}{2} = {q}$ for {x}.\n"  # braces, a format field and the placeholder itself
+)
 
 
 def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -18,8 +21,12 @@ def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|bos|>", "<|im_start|>", "<|im_end|>"])
     bos = tokenizer.token_to_id("<|bos|>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", bos)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", chat_template=chat_template)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", chat_template=chat_template
+    )
 
 
 PROMPTS = {
@@ -28,7 +35,9 @@ PROMPTS = {
     "r1": "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
     "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning process "
     "is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., <think> "
-    "reasoning process here </think> <answer> answer here </answer>.\nUser: " + QUESTION + "\nAssistant: <think>",
+    "reasoning process here </think> <answer> answer here </answer>.\nUser: "
+    + QUESTION
+    + "\nAssistant: <think>",
     "none": QUESTION,
     "arithmetic": QUESTION + "~",
 }
@@ -56,17 +65,23 @@ def test_chat_is_the_tokenizers_own_template_with_one_bos():
     )
     tokenizer = byte_tokenizer(chat)
     ids = encode(get_template("chat"), QUESTION, tokenizer)
-    assert tokenizer.decode(ids) == f"<|bos|><|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.decode(ids)
+        == f"<|bos|><|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert all(isinstance(id, int) for id in ids)
 
 
 def test_chat_without_a_chat_template_names_the_way_out():
-    with pytest.raises(UserError, match=r"no.*choose another template: qwen_math, r1, none, arithmetic"):
+    with pytest.raises(
+        UserError, match=r"no.*choose another template: qwen_math, r1, none, arithmetic"
+    ):
         encode(get_template("chat"), "1+1", byte_tokenizer())
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("qwen-math", "qwen_math"), ("no", "none"), ("R1", "r1"), ("arithmetics", "arithmetic")]
+    ("name", "near"),
+    [("qwen-math", "qwen_math"), ("no", "none"), ("R1", "r1"), ("arithmetics", "arithmetic")],
 )
 def test_an_unknown_template_suggests_the_nearest(name, near):
     with pytest.raises(UserError, match=f"{name!r}; did you mean {near!r}"):
@@ -80,11 +95,19 @@ def test_an_unknown_template_lists_what_there_is():
 
 @pytest.mark.parametrize(
     ("name", "answer"),
-    [("qwen_math", "boxed"), ("r1", "tag"), ("none", "boxed"), ("chat", "boxed"), ("arithmetic", "hash")],
+    [
+        ("qwen_math", "boxed"),
+        ("r1", "tag"),
+        ("none", "boxed"),
+        ("chat", "boxed"),
+        ("arithmetic", "hash"),
+    ],
 )
 def test_the_answer_is_where_the_prompt_asks_for_it(name, answer):
     assert TEMPLATES[name].answer == answer
 
 
 def test_only_r1_has_a_stop_string():
-    assert {name: template.stop for name, template in TEMPLATES.items() if template.stop} == {"r1": ("</answer>",)}
+    assert {name: template.stop for name, template in TEMPLATES.items() if template.stop} == {
+        "r1": ("</answer>",)
+    }

@@ -1,11 +1,12 @@
-"""The weight of a token, read off the trainer's own gradient, is the formula's: in every objective, at every length and std."""
+"""The weight of a token, read off the trainer's own gradient, is the formula's: in every objective,
+at every length and std."""
 
 import json
 import sys
 
 import pytest
 
-from bench import token_weight
+from bench.experiments import token_weight
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +20,22 @@ def test_the_loss_weighs_every_token_as_its_formula_says(result, algo):
 
 
 def test_only_the_mean_per_response_depends_on_the_length(result):
-    spread = {algo: found[0]["low"] / found[-1]["low"] for algo, found in result["by_length"].items()}
-    assert spread == pytest.approx({"drgrpo": 1, "dapo": 1, "grpo": 750, "grpo_length": 750}, rel=1e-3)
+    spread = {
+        algo: found[0]["low"] / found[-1]["low"] for algo, found in result["by_length"].items()
+    }
+    assert spread == pytest.approx(
+        {"drgrpo": 1, "dapo": 1, "grpo": 750, "grpo_length": 750}, rel=1e-3
+    )
 
 
 def test_only_the_division_by_the_std_depends_on_how_many_are_right(result):
-    spread = {algo: max(p["low"] for p in found) / min(p["low"] for p in found) for algo, found in result["by_std"].items()}
-    assert spread == pytest.approx({"drgrpo": 1, "grpo_length": 1, "grpo": 1.512, "dapo": 1.512}, rel=1e-3)
+    spread = {
+        algo: max(p["low"] for p in found) / min(p["low"] for p in found)
+        for algo, found in result["by_std"].items()
+    }
+    assert spread == pytest.approx(
+        {"drgrpo": 1, "grpo_length": 1, "grpo": 1.512, "dapo": 1.512}, rel=1e-3
+    )
 
 
 def test_it_leaves_a_table_a_figure_and_a_json(result, tmp_path, monkeypatch, capsys):
@@ -35,4 +45,6 @@ def test_it_leaves_a_table_a_figure_and_a_json(result, tmp_path, monkeypatch, ca
     printed = capsys.readouterr().out.strip().splitlines()
     assert json.loads(printed[-1]) == json.loads((tmp_path / "token_weight.json").read_text())
     assert (tmp_path / "token_weight.png").stat().st_size > 10_000
-    assert len([line for line in printed if line.startswith("| ")]) == 2 + len(token_weight.OBJECTIVES)
+    assert len([line for line in printed if line.startswith("| ")]) == 2 + len(
+        token_weight.OBJECTIVES
+    )

@@ -3,7 +3,15 @@
 import pytest
 from transformers import AutoTokenizer
 
-TEXTS = ["7+4+x=18~", "", "é 日本 🙂", "\\boxed{\\frac{1}{2}}\n\n\t", "a  b", "\x00\x7f", "<|im_start|>user\n"]
+TEXTS = [
+    "7+4+x=18~",
+    "",
+    "é 日本 🙂",
+    "\\boxed{\\frac{1}{2}}\n\n\t",
+    "a  b",
+    "\x00\x7f",
+    "<|im_start|>user\n",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))

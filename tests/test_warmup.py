@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drgrpo import warmup
-from drgrpo.warmup import Warmup, build_tiny_model, cached_tiny_model
+from drgrpo.tiny import warmup
+from drgrpo.tiny.warmup import Warmup, build_tiny_model, cached_tiny_model
 
 SHORT = Warmup(steps=2, batch=8)
 
@@ -19,7 +19,9 @@ def test_the_model_is_a_small_qwen2_that_any_text_fits_into(tmp_path):
     assert type(model).__name__ == "Qwen2ForCausalLM"
     assert model.num_parameters() < 5e6 and model.config.tie_word_embeddings
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path)) == 260
-    assert model.config.hidden_size // model.config.num_attention_heads == 32  # the least that vLLM's CPU build takes
+    assert (
+        model.config.hidden_size // model.config.num_attention_heads == 32
+    )  # the least that vLLM's CPU build takes
 
 
 def test_weights_follow_the_seed_and_leave_the_global_generator_alone(tmp_path):
@@ -29,7 +31,9 @@ def test_weights_follow_the_seed_and_leave_the_global_generator_alone(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         build_tiny_model(Warmup(seed=seed), tmp_path / name)
     assert torch.equal(torch.rand(1), expected)
-    a, b, c = (AutoModelForCausalLM.from_pretrained(tmp_path / n).model.embed_tokens.weight for n in "abc")
+    a, b, c = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / n).model.embed_tokens.weight for n in "abc"
+    )
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -38,8 +42,16 @@ def test_the_same_inputs_are_trained_once(tmp_path):
     first = cached_tiny_model(SHORT, tmp_path, lines.append)
     stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert cached_tiny_model(SHORT, tmp_path, lines.append) == first
-    assert (first / "model.safetensors").stat().st_mtime_ns == stamp and "from the cache" in lines[-1]
-    for change in ({"seed": 1}, {"lr": 1e-3}, {"steps": 3}, {"hidden_size": 128}, {"notices": False}):
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp and "from the cache" in lines[
+        -1
+    ]
+    for change in (
+        {"seed": 1},
+        {"lr": 1e-3},
+        {"steps": 3},
+        {"hidden_size": 128},
+        {"notices": False},
+    ):
         assert cached_tiny_model(replace(SHORT, **change), tmp_path, lines.append) != first
 
 

@@ -1,0 +1,1 @@
+"""Studies. Each is frozen with its result and its commit under `bench/results/`."""

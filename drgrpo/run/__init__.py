@@ -1,0 +1,1 @@
+"""What a training run needs besides the algorithm: its folder, checkpoints, log, memory, limits."""

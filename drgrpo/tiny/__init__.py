@@ -1,0 +1,1 @@
+"""The `tiny` recipe: its task, its tokenizer and its warmed-up model."""
