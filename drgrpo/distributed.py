@@ -31,14 +31,14 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def share(items: list, tp: int = 1) -> list:
+def shard(items: list, tp: int = 1) -> list:
     """This process's items: every group-count-th, so that long and short spread evenly. `tp`
     consecutive ranks are one group, which has one sampler and one share."""
     return items[dist.get_rank() // tp :: dist.get_world_size() // tp]
 
 
 def gather(items: list, tp: int = 1) -> list:
-    """The inverse of `share`, on every process."""
+    """The inverse of `shard`, on every process."""
     shares = gather_lists(items)[::tp]
     whole = [None] * sum(map(len, shares))
     for group, part in enumerate(shares):
@@ -55,7 +55,7 @@ def gather_lists(items: list) -> list[list]:
     return lists
 
 
-def anywhere(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """True on every process if it is true on one."""
     return any(flag for (flag,) in gather_lists([flag]))
 

@@ -1,23 +1,43 @@
-"""Samplers behind one small interface: `generate`, `sync`, `sleep`, `wake`, `close`.
+"""The sampler's interface, and which sampler a run gets.
 
-`engine_torch.TorchEngine` is a batched KV-cache sampler in plain PyTorch, for machines without a
-GPU; `engine_vllm.VLLMEngine` is vLLM. Both return the log-probability of each token under the
-distribution that it was drawn from, and both draw a sample from its request's seed alone, whatever
-else is in the batch.
+`engine_torch.TorchEngine` is plain PyTorch with a KV cache, for machines without a GPU.
+`engine_vllm.VLLMEngine` is vLLM. Another sampler is another class with these five members.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from drgrpo.types import Completion
-
-OnFinish = Callable[[int, Completion], None]
+from drgrpo.types import Completion, OnFinish, Request, Sampling, no_callback
 
 
-def ignore(index: int, completion: Completion) -> None:
-    """For who does not need completions as they finish."""
+class Engine(Protocol):
+    """A sampler with its own copy of the policy's weights.
+
+    Every completion holds the log-probability of each token under the distribution that it was
+    drawn from. A completion depends on its request's seed and on the weights, and on nothing else
+    in the batch."""
+
+    name: str
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
+    ) -> list[Completion]:
+        """One completion per request, in order. `on_finish(i, completion)` is called once request i
+        is complete, in any order."""
+
+    def sync(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Sample from these weights from now on. They come under their Hugging Face names, every
+        one of them. Wakes an engine that sleeps, and forgets what it computed with old weights."""
+
+    def sleep(self) -> None:
+        """Free memory for the trainer until the next `sync`, if the engine can."""
+
+    def close(self) -> None:
+        """Release the engine at the end of the program."""
 
 
 def resolve_engine(name: str, device: torch.device) -> str:
@@ -25,7 +45,7 @@ def resolve_engine(name: str, device: torch.device) -> str:
     return name if name != "auto" else "vllm" if device.type == "cuda" else "torch"
 
 
-def stop_token_ids(path: str, tokenizer) -> tuple[int, ...]:
+def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The model's own end tokens: those of its generation config and its tokenizer's."""
     eos = GenerationConfig.from_pretrained(path).eos_token_id
     ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
@@ -35,34 +55,25 @@ def stop_token_ids(path: str, tokenizer) -> tuple[int, ...]:
 def make_engine(
     name: str,
     path: str,
-    tokenizer,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     dtype: torch.dtype,
     device: torch.device,
     batch: int,
     max_tokens: int,
-    kv_cache_gb: float,
+    kv_cache_gb: float = 0.0,
     tp: int = 1,
     sleep: bool = False,
-):
-    """The engine called `name`, holding the weights at `path`. `max_tokens`: longest prompt and
-    response together; `tp`, `sleep` and `kv_cache_gb` are vLLM's."""
-    if name == "torch":
+) -> Engine:
+    """The engine called `name` (or what "auto" stands for), with the weights at `path`.
+
+    `batch`: sequences that it runs at once. `max_tokens`: longest prompt and response together.
+    `kv_cache_gb`, `tp` and `sleep` concern vLLM only."""
+    options = {"dtype": dtype, "device": device, "batch": batch, "max_tokens": max_tokens}
+    if resolve_engine(name, device) == "torch":
         from drgrpo.engine_torch import TorchEngine
 
-        return TorchEngine(
-            path, tokenizer, dtype=dtype, device=device, batch=batch, max_tokens=max_tokens
-        )
+        return TorchEngine(path, tokenizer, **options)
     from drgrpo.engine_vllm import VLLMEngine
 
-    return VLLMEngine(
-        path,
-        tokenizer,
-        dtype=dtype,
-        device=device,
-        batch=batch,
-        max_tokens=max_tokens,
-        kv_cache_gb=kv_cache_gb,
-        tp=tp,
-        sleep=sleep,
-    )
+    return VLLMEngine(path, tokenizer, **options, kv_cache_gb=kv_cache_gb, tp=tp, sleep=sleep)

@@ -8,8 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from drgrpo.engine import OnFinish, ignore
-from drgrpo.types import Completion, Request, Sampling
+from drgrpo.types import Completion, OnFinish, Request, Sampling, no_callback
 
 
 def uniforms(seed_B: list[int], count: int) -> np.ndarray:
@@ -115,14 +114,11 @@ class TorchEngine:
     def sleep(self) -> None:
         """Give memory back before training; nothing to give back here."""
 
-    def wake(self) -> None:
-        """Take it again before sampling."""
-
     def close(self) -> None:
         """Release the engine at the end of the program."""
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = ignore
+        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
     ) -> list[Completion]:
         """One completion per request, in order; `on_finish(i, completion)` is called as request i
         finishes, or soon after. Longest prompts first, so that a batch pads little and runs out of

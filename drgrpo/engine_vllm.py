@@ -14,8 +14,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from drgrpo.engine import OnFinish, ignore
-from drgrpo.types import Completion, Request, Sampling, UserError
+from drgrpo.types import Completion, OnFinish, Request, Sampling, UserError, no_callback
 
 
 class VLLMEngine:
@@ -74,7 +73,7 @@ class VLLMEngine:
         self.can_sleep, self.asleep, self.names = sleep, False, None
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = ignore
+        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
     ) -> list[Completion]:
         """One completion per request, in order; `on_finish(i, completion)` is called as request i
         finishes."""
@@ -113,6 +112,9 @@ class VLLMEngine:
         out would not be noticed by vLLM: the names are compared with those of the first sync, and
         the parity gate guards the rest."""
         names = []
+        if self.asleep:
+            torch.cuda.empty_cache()  # what training left in PyTorch's cache is vLLM's room
+            self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc(reload_weights, args=(recorded(named_weights, names),))
         if self.names is not None and names != self.names:
             raise RuntimeError(
@@ -135,12 +137,6 @@ class VLLMEngine:
         if self.can_sleep:
             self.llm.sleep(level=2)
             self.asleep = True
-
-    def wake(self) -> None:
-        """Make room for the weights that `sync` brings."""
-        if self.asleep:
-            torch.cuda.empty_cache()  # what training left in PyTorch's cache is vLLM's room
-            self.llm.wake_up(tags=["weights"])
 
     def close(self) -> None:
         """Ends the engine, and with it the default process group: nothing collective may follow."""

@@ -308,33 +308,16 @@ class Grader:
         self._threads = ThreadPoolExecutor(
             workers, thread_name_prefix="grader"
         )  # each waits on one worker
-        self._pending: list[Future[Grade]] = []
-        self._asked: dict[tuple, Future[Grade]] = {}
 
     def submit(self, text: str, answer: Answer) -> Future[Grade]:
-        """Starts grading a response; `collect` returns its grade."""
+        """Start grading a response. The future always holds a grade."""
         truths, given = _truths(answer), extract(text, self.rule)
         score = 0.0 if given is None else _quick(given, truths, self.rule)
-        if score is not None:
-            future: Future[Grade] = Future()
-            future.set_result(Grade(score, parsed=given is not None))
-        elif (given, truths) in self._asked:
-            future = self._asked[given, truths]
-        else:
-            future = self._asked[given, truths] = self._threads.submit(self._ask, given, truths)
-        self._pending.append(future)
+        if score is None:
+            return self._threads.submit(self._ask, given, truths)
+        future: Future[Grade] = Future()
+        future.set_result(Grade(score, parsed=given is not None))
         return future
-
-    def collect(self) -> list[Grade]:
-        """Waits for every response submitted since the last call; their grades in that order."""
-        grades = [self._result(future) for future in self._pending]
-        self._pending, self._asked = [], {}
-        return grades
-
-    def __call__(self, texts: Sequence[str], answers: Sequence[Answer]) -> list[Grade]:
-        for text, answer in zip(texts, answers, strict=True):
-            self.submit(text, answer)
-        return self.collect()
 
     def __enter__(self) -> Grader:
         return self
@@ -352,21 +335,16 @@ class Grader:
     def _ask(self, given: str, truths: tuple[str, ...]) -> Grade:
         worker = self._idle.get()
         try:
-            return Grade(
-                float(worker.ask({"given": given, "truths": truths, "mode": self.mode})),
-                parsed=True,
-            )
-        finally:
-            self._idle.put(worker)
-
-    def _result(self, future: Future[Grade]) -> Grade:
-        try:
-            return future.result()
+            equal = worker.ask({"given": given, "truths": truths, "mode": self.mode})
         except TimeoutError:
             self.timeouts += 1
+            equal = False
         except ChildProcessError:
             self.errors += 1
-        return Grade(0.0, parsed=True)
+            equal = False
+        finally:
+            self._idle.put(worker)
+        return Grade(float(equal), parsed=True)
 
 
 class _Worker:

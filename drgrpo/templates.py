@@ -5,10 +5,9 @@ is marked.
 does not fit the base model costs). To add one, add it to `TEMPLATES`.
 """
 
-import difflib
 from dataclasses import dataclass
 
-from drgrpo.types import UserError
+from drgrpo.types import UserError, check_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +52,8 @@ TEMPLATES = {
 
 def get_template(name: str) -> Template:
     """The template of that name; UserError with the nearest one if there is none."""
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UserError(f"unknown template {name!r}; {hint}There are: {', '.join(TEMPLATES)}")
+    check_name("template", name, TEMPLATES)
+    return TEMPLATES[name]
 
 
 def encode(template: Template, question: str, tokenizer) -> list[int]:

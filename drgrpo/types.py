@@ -12,9 +12,15 @@ Shape suffixes, the same in every file:
     S  sequences of a micro-batch        H, K  attention heads, key-value heads
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-import torch
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a mistake on the command line is answered before torch is imported
+    from torch import Tensor
 
 Answer = str | float | int | list[str]
 """A ground truth. A list means that any one of its members is right (Minerva, OlympiadBench)."""
@@ -23,6 +29,20 @@ Answer = str | float | int | list[str]
 class UserError(ValueError):
     """A mistake in what the user asked for. The message names the value and the way out; `train.py`
     and `eval.py` print it without a traceback and exit with status 2."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The most similar name, as a question to put into a message; empty if none is similar."""
+    similar = difflib.get_close_matches(name, map(str, names), n=1, cutoff=0.4)
+    return f"did you mean {similar[0]!r}? " if similar else ""
+
+
+def check_name(what: str, name: str, names: Iterable[str]) -> None:
+    """UserError unless `name` is one of `names`. The message offers the nearest."""
+    names = list(names)
+    if name not in names:
+        hint = nearest(name, names)
+        raise UserError(f"unknown {what} {name!r}; {hint}there are {', '.join(names)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +92,14 @@ class Completion:
     finished: bool
 
 
+OnFinish = Callable[[int, Completion], None]
+"""Called with the index of a request and its completion."""
+
+
+def no_callback(index: int, completion: Completion) -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A sampled response to a problem, with its text as the grader sees it (special tokens left
@@ -99,11 +127,11 @@ class Batch:
     advantage_N, sampler_logprob_N:  fp32, per response token.
     """
 
-    token_T: torch.Tensor
-    position_T: torch.Tensor
-    cu_seqlens: torch.Tensor
+    token_T: Tensor
+    position_T: Tensor
+    cu_seqlens: Tensor
     max_seqlen: int
-    row_N: torch.Tensor
-    target_N: torch.Tensor
-    advantage_N: torch.Tensor
-    sampler_logprob_N: torch.Tensor
+    row_N: Tensor
+    target_N: Tensor
+    advantage_N: Tensor
+    sampler_logprob_N: Tensor
