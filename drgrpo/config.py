@@ -7,8 +7,9 @@ on the command line is answered at once.
 """
 
 import inspect
+import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -16,10 +17,11 @@ from drgrpo.run.cli import Parser, flag
 from drgrpo.templates import get_template
 from drgrpo.types import UserError, check_name
 
-MAY_CHANGE_ON_RESUME = set(
-    "out steps eval_every save_every keep max_hours resume parity tensorboard wandb "
-    "watchdog_minutes dry_run attention kernel checkpointing compile dp_replicate "
-    "tokens_per_microbatch sleep kv_cache_gb sampler_batch drop_zero_advantage".split()
+MAY_CHANGE_ON_RESUME = (
+    *("out", "steps", "eval_every", "save_every", "keep", "max_hours", "resume", "parity"),
+    *("tensorboard", "wandb", "watchdog_minutes", "dry_run", "attention", "kernel"),
+    *("checkpointing", "compile", "dp_replicate", "tokens_per_microbatch", "sleep"),
+    *("kv_cache_gb", "sampler_batch", "drop_zero_advantage"),
 )
 """A resumed run may change these fields. They decide when and how things are computed, and what is
 learned stays the same up to rounding."""
@@ -35,11 +37,11 @@ class Config:
     out: str = ""
     """folder of the run (default: runs/RECIPE)"""
     seed: int = 0
-    """seed of the warm-up, of the data order and, with step, problem and sample, of every rollout"""
+    """seed of the warm-up, the data order and, with step, problem and sample, of every rollout"""
 
     # model
     model: str = ""
-    """Hugging Face folder or hub name of the initial policy; `tiny` builds one of 0.1 M parameters"""
+    """Hugging Face folder or hub name of the initial policy; `tiny` builds a 0.1 M parameter one"""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """compute type of policy and sampler; master weights and optimizer state are float32"""
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
@@ -53,7 +55,7 @@ class Config:
 
     # data
     train_data: str = ""
-    """.jsonl, .json or .parquet file, `save_to_disk` folder, hub name `name[:split]`, or named set"""
+    """.jsonl, .json or .parquet file, `save_to_disk` folder, hub name `name[:split]`, named set"""
     eval_data: str = ""
     """comma-separated sources of the evaluation during training, each as for train_data"""
     problem_field: str = "problem"
@@ -95,7 +97,7 @@ class Config:
     clip_high: float = 0.2
     """see clip_low"""
     old_logprob: Literal["sampler", "recompute", "none"] = "recompute"
-    """denominator of the ratio: sampler's log-probs, trainer's own (the paper), or none (ratio 1)"""
+    """denominator of the ratio: log-probs of sampler or trainer (the paper), or none (ratio 1)"""
     tis_cap: float = 0.0
     """truncated importance sampling: every token weighs min(old / sampler, tis_cap); 0: off"""
     kl_coef: float = 0.0
@@ -121,7 +123,7 @@ class Config:
 
     # processes
     dp_replicate: int = 1
-    """HSDP: copies of the sharded model, such as the number of nodes; 1 shards over all processes"""
+    """HSDP: copies of the sharded model, such as one a node; 1 shards over all processes"""
     watchdog_minutes: float = 60.0
     """a longer phase ends the run, after every process has logged where it hangs; 0: never"""
 
@@ -185,10 +187,11 @@ class Config:
 
     def _check_numbers(self) -> None:
         positive = (
-            "prompts_per_step group_size max_new_tokens minibatches sampler_batch steps tp keep "
-            "max_prompt_tokens tokens_per_microbatch temperature lr dp_replicate"
+            *("prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "steps"),
+            *("minibatches", "tokens_per_microbatch", "sampler_batch", "temperature", "lr"),
+            *("tp", "dp_replicate", "keep"),
         )
-        for name in positive.split():
+        for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be a positive number")
 
@@ -212,6 +215,14 @@ class Config:
         """where the run writes"""
         return Path(self.out)
 
+    def evaluates(self, step: int) -> bool:
+        """whether an evaluation follows this step"""
+        return step == self.steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """whether a checkpoint follows this step"""
+        return step == self.steps or (self.save_every > 0 and step % self.save_every == 0)
+
     def derived(self) -> str:
         """The numbers that follow from the config, each with its formula."""
         return (
@@ -229,9 +240,9 @@ def nearest_divisors(n: int, k: int) -> list[str]:
     return [str(d) for d in below + above]
 
 
-# ---- recipes: `tiny` for a laptop, and the paper's, each value with its source. "script" is
-# examples/qwen2.5-math-7b.sh of the reference (sail-sg/understand-r1-zero), "oat" a default of the
-# library under it (sail-sg/oat, args.py)
+# ---- recipes. Every value of the paper's has its source. "table 6" is the paper's own table (v2,
+# App. G). "script" is examples/qwen2.5-math-7b.sh of the reference (sail-sg/understand-r1-zero),
+# and "oat" a default of the library under it (sail-sg/oat, args.py).
 
 
 def tiny() -> Config:
@@ -271,29 +282,27 @@ def oat_zero_7b() -> Config:
         eval_data="aime24,amc,math500,minerva,olympiad_bench",  # paper, Table 4
         eval_every=16,  # script; greedy, 3000 tokens
         prompts_per_step=128,  # script: rollout_batch_size
-        group_size=8,  # script: num_samples
+        group_size=8,  # table 6
         minibatches=8,  # script: train_batch_size 128 of 1024 responses
         max_prompt_tokens=1024,  # script: prompt_max_length
-        max_new_tokens=3000,  # script: generate_max_length, which is also the constant normalizer (paper, Listing 1)
-        temperature=1.0,
-        top_p=1.0,
-        top_k=-1,  # script
+        max_new_tokens=3000,  # table 6; also the constant normalizer (Listing 1)
+        temperature=1.0,  # table 6
         algo="drgrpo",  # paper, Fig. 1
-        clip_low=0.2,
-        clip_high=0.2,  # oat: cliprange
-        old_logprob="recompute",  # oat: the learner recomputes them; the sampler's are not used for the ratio
+        clip_low=0.2,  # table 6
+        clip_high=0.2,  # table 6
+        old_logprob="recompute",  # oat: the learner computes them, the sampler's are not used
         tis_cap=0.0,  # oat has it since 0.2.1, after the paper
-        kl_coef=0.0,  # paper, Sec. 3: beta = 0 throughout
-        lr=1e-6,
-        warmup_steps=0,  # script: constant; its warm-up ratio has no effect on that schedule
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.0,  # oat
-        max_grad_norm=1.0,  # oat
+        kl_coef=0.0,  # table 6
+        lr=1e-6,  # table 6
+        warmup_steps=0,  # table 6: constant; the script's warm-up ratio has no effect on that
+        beta1=0.9,  # table 6
+        beta2=0.95,  # table 6
+        weight_decay=0.0,  # table 6
+        max_grad_norm=1.0,  # table 6
         dtype="bfloat16",  # oat: bfloat16, float32 master weights
         checkpointing="full",  # script: gradient_checkpointing
-        steps=500,  # not published; the guess of a reader of the paper. 27 h / 500 is 194 s a step
-        tokens_per_microbatch=16384,  # ours: the reference runs one response at a time, which gives the same gradient
+        steps=500,  # not published; 27 h / 500 is 194 s a step
+        tokens_per_microbatch=16384,  # ours; the reference runs one response at a time
     )
 
 
@@ -303,7 +312,7 @@ def oat_zero_1_5b() -> Config:
         oat_zero_7b(),
         recipe="oat_zero_1_5b",
         model="Qwen/Qwen2.5-Math-1.5B",  # paper, Table 4
-        train_data="math_12k",  # examples/qwen2.5-math-1.5b.sh; the caption of Table 4 can also be read as level 3-5
+        train_data="math_12k",  # examples/qwen2.5-math-1.5b.sh; Table 4 may mean level 3-5
     )
 
 
@@ -312,7 +321,7 @@ def oat_zero_3b() -> Config:
     return replace(
         oat_zero_7b(),
         recipe="oat_zero_3b",
-        model="lkevinzc/Llama-3.2-3B-NuminaQA",  # paper, Sec. 3.4; examples/llama3.2-3b-numinaqa.sh
+        model="lkevinzc/Llama-3.2-3B-NuminaQA",  # paper, Sec. 3.4; llama3.2-3b-numinaqa.sh
         train_data="math_12k",  # same script
         template="r1",  # same script
     )
@@ -324,14 +333,14 @@ RECIPES = {recipe.__name__: recipe for recipe in (tiny, oat_zero_1_5b, oat_zero_
 # ---- command line
 
 REFUSED = {
-    name: "rollouts must come from the whole distribution, whose log-probs and gradients are trained"
+    name: "training uses the log-probs of the whole distribution, so rollouts must come from it"
     for name in ("--top-p", "--top-k")
 }
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
-    """The recipe named by --recipe with the other flags on top, and whether only to print it.
-    UserError names what is wrong and the nearest valid thing."""
+def parse_args(argv: list[str] | None = None) -> Config:
+    """The recipe named by --recipe with the other flags on top. `--print-config` prints it and
+    exits. UserError names what is wrong and the nearest valid thing."""
     recipes = "; ".join(f"{name}: {inspect.getdoc(recipe)}" for name, recipe in RECIPES.items())
     parser = Parser(
         Config,
@@ -345,4 +354,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool]:
     print_only = given.pop("print_config")
     check_name("recipe", given["recipe"], RECIPES)
     config = replace(RECIPES[given["recipe"]](), **given)
-    return replace(config, out=config.out or f"runs/{config.recipe}"), print_only
+    config = replace(config, out=config.out or f"runs/{config.recipe}")
+    if print_only:
+        print(json.dumps(asdict(config), indent=2), config.derived(), sep="\n")
+        raise SystemExit(0)
+    return config

@@ -2,12 +2,17 @@
 
 import hashlib
 import struct
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import chain
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from drgrpo import distributed
+from drgrpo.data import overlap
 from drgrpo.engine import Engine
 from drgrpo.grade import Grade, Grader
 from drgrpo.templates import Template, encode
@@ -24,10 +29,36 @@ def tokenize(
     if not kept:
         shortest = min(len(p.prompt_ids) for p in encoded)
         raise UserError(
-            f"no prompt fits: the shortest of {len(encoded)} has {shortest} tokens and {longest} are allowed by "
-            "--max-prompt-tokens (in training) and by the model's positions less --max-new-tokens"
+            f"no prompt fits: the shortest of {len(encoded)} has {shortest} tokens and {longest} "
+            "are allowed by --max-prompt-tokens (in training) and by the model's positions less "
+            "--max-new-tokens"
         )
     return kept, len(encoded) - len(kept)
+
+
+def tokenize_sets(
+    problems: list[Problem],
+    eval_sets: dict[str, list[Problem]],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    log: Callable[[str], None],
+) -> tuple[list[Problem], dict[str, list[Problem]], dict[str, int]]:
+    """Training problems and evaluation sets with their prompts, and how many prompts of each
+    evaluation set are too long."""
+    problems, too_long = tokenize(problems, template, tokenizer, longest)
+    log(
+        f"data: {len(problems)} training problems, {too_long} dropped for a prompt of more than "
+        f"{longest} tokens"
+    )
+    kept, dropped = {}, {}
+    for name, eval_problems in eval_sets.items():
+        kept[name], dropped[name] = tokenize(eval_problems, template, tokenizer, longest)
+        log(
+            f"data: {name}, {len(kept[name])} problems, {dropped[name]} too long (they count as "
+            f"wrong); {len(overlap(problems, kept[name]))} of them among the training problems"
+        )
+    return problems, kept, dropped
 
 
 def sample_seed(*key: int) -> int:
@@ -75,3 +106,14 @@ class Sampler:
 
         self.engine.generate(requests, sampling, finish)
         return [rollouts[i] for i in range(len(prompts))], [grades[i] for i in sorted(grades)]
+
+    def gather(
+        self, rollouts: list[Rollout], rewards: list[float], group_size: int
+    ) -> tuple[list[Rollout], Tensor]:
+        """All processes' rollouts, group by group in the order of the step's problems, and their
+        rewards [P, G]."""
+        pairs = list(zip(rollouts, rewards, strict=True))
+        groups = [pairs[i : i + group_size] for i in range(0, len(pairs), group_size)]
+        pairs = list(chain(*distributed.gather(groups, self.tp)))
+        reward_PG = torch.tensor([reward for _, reward in pairs]).view(-1, group_size)
+        return [rollout for rollout, _ in pairs], reward_PG

@@ -115,16 +115,18 @@ class Rollout:
         return len(self.completion.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
     """A packed micro-batch: S sequences end to end, no padding. Only response tokens reach the LM
     head.
 
-    token_T, position_T:  ids and positions; positions restart at 0 with every sequence.
-    cu_seqlens:           int32 [S + 1], where the sequences start; `max_seqlen` is the longest of them.
-    row_N:                index into T of the hidden state that predicts each response token.
-    target_N:             the response tokens.
-    advantage_N, sampler_logprob_N:  fp32, per response token.
+    token_T, position_T: ids and positions. Positions restart at 0 with every sequence.
+    cu_seqlens: int32 [S + 1], where the sequences start. `max_seqlen` is the longest of them.
+    row_N: index into T of the hidden state that predicts each response token.
+    target_N: the response tokens.
+    advantage_N, sampler_logprob_N: fp32, per response token.
+    old_logprob_N: fp32, what the ratio divides by. None means ratio 1.
+    ref_logprob_N: fp32, of the reference model of a KL penalty. None means no penalty.
     """
 
     token_T: Tensor
@@ -135,3 +137,5 @@ class Batch:
     target_N: Tensor
     advantage_N: Tensor
     sampler_logprob_N: Tensor
+    old_logprob_N: Tensor | None = None
+    ref_logprob_N: Tensor | None = None
