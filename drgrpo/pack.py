@@ -91,7 +91,9 @@ def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Batch
     through which gradients are exactly zero."""
     tokens: list[int] = []
     positions: list[int] = []
-    starts, rows, targets = [0], [], []
+    starts: list[int] = [0]
+    rows: list[int] = []
+    targets: list[int] = []
     logprobs: list[float] = []
     advantages: list[float] = []
     for prompt, response, sampler_logprobs, advantage in sequences or [Sequence([0], [], [], 0.0)]:

@@ -61,7 +61,9 @@ def prompt(patch):
 def load_problems(patch):
     original = data.load_problems
     patch.setattr(data, "load_problems", lambda *args, **kwargs: original(*args, **kwargs)[:2])
-    return lambda out, row, base: len({r["problem"] for r in read_jsonl(out / "samples.jsonl")}) == 2
+    return lambda out, row, base: (
+        len({r["problem"] for r in read_jsonl(out / "samples.jsonl")}) == 2
+    )
 
 
 def recipes(patch):
@@ -123,4 +125,3 @@ def test_each_place_is_defined_in_its_file(place):
     file, name = place.split(":")
     pattern = rf"^(def|class) {name}\b|^{name}\b.*="
     assert re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)
-

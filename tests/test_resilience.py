@@ -114,9 +114,7 @@ def test_asked_to_stop_it_saves_and_ends_in_good_order(
         patch.setattr(TorchEngine, "sync", signal_in_second_step)
         run(small(warm_model, tmp_path / "asked", **settings))
     assert f"stopping after step 2: {number.name}" in capsys.readouterr().out
-    assert [p.name for p in list_checkpoints(tmp_path / "asked")] == [
-        "step-000002"
-    ]
+    assert [p.name for p in list_checkpoints(tmp_path / "asked")] == ["step-000002"]
     run(small(warm_model, tmp_path / "asked", **settings))
     assert_same_run(straight, tmp_path / "asked")
 

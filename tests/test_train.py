@@ -206,9 +206,7 @@ def test_the_last_sync_is_checked_too(warm_model, tmp_path, monkeypatch):
     assert len(metrics(tmp_path / "stale")) == 2
 
 
-def test_a_run_may_go_on_beside_a_sampler_that_disagrees(
-    warm_model, tmp_path, monkeypatch, capsys
-):
+def test_a_run_may_go_on_beside_a_sampler_that_disagrees(warm_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(parity.LIMITS, torch.float32, (0.0, 0.0))
     rows = run(small(warm_model, tmp_path / "warn", parity="warn"))
     assert len(rows) == 2 and "WARNING: trainer and sampler disagree" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -53,9 +53,11 @@ def resume(
     if path is None:
         return Progress()
     weights, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"weights": weights, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"weights": weights, "optimizer": optimizer_state}
     dcp.load(state, checkpoint_id=path / "state")
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"])
+    set_state_dict(
+        policy, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"]
+    )
     saved = json.loads((path / "trainer.json").read_text())
     done = Progress(saved["step"], saved["hours_used"])
     if done.step >= config.steps:

@@ -7,6 +7,7 @@ The figures go into the first run's plots/ folder:
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from drgrpo.types import UserError
 PHASES = ("rollout", "grade", "pack", "old", "train", "sync", "eval", "save")
 
 
-def plot(runs: list[str | Path]) -> list[Path]:
+def plot(runs: Sequence[str | Path]) -> list[Path]:
     """Draw both figures. Returns their paths."""
     folders = [Path(run) for run in runs]
     for folder in folders:
