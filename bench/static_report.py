@@ -33,7 +33,7 @@ RULES = (
 BF16 = dict(z="bf16", dz="bf16")
 VARIANTS = {  # what differs in the sweeps; the flags of the per-token part do not
     "on-policy": BF16,
-    "off-policy, TIS, k3": BF16 | dict(HAS_OLD=True, HAS_SAMPLER=True, KL=3),
+    "off-policy, TIS, k3": BF16 | dict(HAS_OLD=True, HAS_SAMPLER=True, HAS_REF=True),
     "fp16": dict(z="fp16", dz="fp16", HAS_OLD=True),
     "fp32": dict(z="fp32", dz="fp32", HAS_OLD=True),
     "fp32 logits, bf16 gradient": dict(z="fp32", dz="bf16", HAS_OLD=True),
@@ -86,7 +86,7 @@ class Compiled:
 
 
 def compile_row_kernel(
-    arch, z, dz, LOSS=True, GRAD=True, HAS_OLD=False, HAS_SAMPLER=False, KL=0, odd=False
+    arch, z, dz, LOSS=True, GRAD=True, HAS_OLD=False, HAS_SAMPLER=False, HAS_REF=False, odd=False
 ):
     """The cubin that the launcher's arguments lead to: the logits and their row stride are
     multiples of 16, as is V unless `odd`; nothing is assumed of the per-token tensors."""
@@ -98,7 +98,7 @@ def compile_row_kernel(
 
     kernel = head._drgrpo_row_kernel
     constants = dict(
-        LOSS=LOSS, GRAD=GRAD, HAS_OLD=HAS_OLD, HAS_SAMPLER=HAS_SAMPLER, KL=KL, SHARED_ROW=z != dz
+        LOSS=LOSS, GRAD=GRAD, HAS_OLD=HAS_OLD, HAS_SAMPLER=HAS_SAMPLER, HAS_REF=HAS_REF, SHARED_ROW=z != dz
     )
     sizes = head.sizes_of(divmod(arch, 10))
     constants |= dict(BLOCK_V=sizes.block_v)
