@@ -18,20 +18,23 @@ class Engine(Protocol):
     """A sampler with its own copy of the policy's weights.
 
     Every completion holds the log-probability of each token under the distribution that it was
-    drawn from. A completion depends on its request's seed and on the weights, and on nothing else
-    in the batch."""
+    drawn from. A completion depends on its request's seed and on the weights. It does not depend
+    on the other requests of the batch."""
 
     name: str
 
     def generate(
         self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
     ) -> list[Completion]:
-        """One completion per request, in order. `on_finish(i, completion)` is called once request i
-        is complete, in any order."""
+        """One completion per request, in order.
+
+        `on_finish(i, completion)` is called once request i is complete, in any order."""
 
     def sync(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Sample from these weights from now on. They come under their Hugging Face names, every
-        one of them. Wakes an engine that sleeps, and forgets what it computed with old weights."""
+        """Sample from these weights from now on. They come under their Hugging Face names.
+
+        A sleeping engine wakes, and what it cached with the old weights is dropped. RuntimeError
+        if a weight is missing."""
 
     def sleep(self) -> None:
         """Free memory for the trainer until the next `sync`, if the engine can."""
@@ -41,8 +44,10 @@ class Engine(Protocol):
 
 
 def resolve_engine(name: str, device: torch.device) -> str:
-    """What `auto` stands for on this machine."""
-    return name if name != "auto" else "vllm" if device.type == "cuda" else "torch"
+    """The engine that `auto` stands for on this device, or `name`."""
+    if name == "auto":
+        return "vllm" if device.type == "cuda" else "torch"
+    return name
 
 
 def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -68,8 +73,9 @@ def make_engine(
     """The engine called `name` (or what "auto" stands for), with the weights at `path`.
 
     `batch`: sequences that it runs at once. `max_tokens`: longest prompt and response together.
-    `kv_cache_gb`, `tp` and `sleep` concern vLLM only."""
+    `kv_cache_gb`, `tp` and `sleep` concern vLLM only. UserError if vLLM is not installed."""
     options = {"dtype": dtype, "device": device, "batch": batch, "max_tokens": max_tokens}
+    # vLLM takes seconds to import and may be missing, so each engine is imported by its own runs.
     if resolve_engine(name, device) == "torch":
         from drgrpo.engine_torch import TorchEngine
 
