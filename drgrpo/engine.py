@@ -57,29 +57,50 @@ def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
+class EngineConfig(Protocol):
+    """The fields of `Config`, or of eval.py's, that concern the sampler."""
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def sampler_batch(self) -> int: ...
+    @property
+    def tp(self) -> int: ...
+
+
 def make_engine(
-    name: str,
+    config: EngineConfig,
     path: str,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    dtype: torch.dtype,
     device: torch.device,
-    batch: int,
     max_tokens: int,
     kv_cache_gb: float = 0.0,
-    tp: int = 1,
     sleep: bool = False,
 ) -> Engine:
-    """The engine called `name` (or what "auto" stands for), with the weights at `path`.
+    """The engine that `config` names, with the weights at `path`.
 
-    `batch`: sequences that it runs at once. `max_tokens`: longest prompt and response together.
-    `kv_cache_gb`, `tp` and `sleep` concern vLLM only. UserError if vLLM is not installed."""
-    options = {"dtype": dtype, "device": device, "batch": batch, "max_tokens": max_tokens}
+    `max_tokens`: longest prompt and response together. `kv_cache_gb`: 0 takes what the GPU has
+    left, or 0.25 without one. UserError if vLLM is not installed."""
+    dtype, batch = getattr(torch, config.dtype), config.sampler_batch
     # vLLM takes seconds to import and may be missing, so each engine is imported by its own runs.
-    if resolve_engine(name, device) == "torch":
+    if resolve_engine(config.engine, device) == "torch":
         from drgrpo.engine_torch import TorchEngine
 
-        return TorchEngine(path, tokenizer, **options)
+        return TorchEngine(
+            path, tokenizer, dtype=dtype, device=device, batch=batch, max_tokens=max_tokens
+        )
     from drgrpo.engine_vllm import VLLMEngine
 
-    return VLLMEngine(path, tokenizer, **options, kv_cache_gb=kv_cache_gb, tp=tp, sleep=sleep)
+    return VLLMEngine(
+        path,
+        tokenizer,
+        dtype=dtype,
+        device=device,
+        batch=batch,
+        max_tokens=max_tokens,
+        kv_cache_gb=kv_cache_gb,
+        tp=config.tp,
+        sleep=sleep,
+    )

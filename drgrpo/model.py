@@ -111,7 +111,7 @@ def attention_implementation(name: str, device: torch.device, dtype: torch.dtype
 # ---- the policy
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Objective:
     """The arguments of `linear_drgrpo_loss` that are the same for every micro-batch."""
 
@@ -132,18 +132,12 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.objective, self.kernel = lm, objective, kernel
 
-    def loss(
-        self,
-        batch: Batch,
-        scale: float,
-        old_logprob_N: Tensor | None = None,
-        ref_logprob_N: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, stats) of a micro-batch, as `linear_drgrpo_loss` returns them.
 
         The loss is `scale` times the sum over tokens of the clipped objective (paper, Fig. 1).
-        Without `old_logprob_N` the ratio is 1. `ref_logprob_N` comes from the reference model, and
-        without it there is no KL penalty."""
+        Without `batch.old_logprob_N` the ratio is 1. Without `batch.ref_logprob_N` there is no KL
+        penalty."""
         hidden_ND, weight_VD = self._head_inputs(batch)
         objective = self.objective
         return linear_drgrpo_loss(
@@ -151,13 +145,13 @@ class Policy(nn.Module):
             weight_VD,
             batch.target_N,
             batch.advantage_N,
-            old_logprob=old_logprob_N,
+            old_logprob=batch.old_logprob_N,
             sampler_logprob=batch.sampler_logprob_N if objective.tis_cap else None,
-            ref_logprob=ref_logprob_N,
+            ref_logprob=batch.ref_logprob_N,
             clip_low=objective.clip_low,
             clip_high=objective.clip_high,
             tis_cap=objective.tis_cap,
-            kl_coef=0.0 if ref_logprob_N is None else objective.kl_coef,
+            kl_coef=0.0 if batch.ref_logprob_N is None else objective.kl_coef,
             temperature=objective.temperature,
             scale=scale,
             backend=self.kernel,

@@ -117,7 +117,7 @@ def test_lengths_have_the_mean_the_truncations_and_the_groups_that_were_asked_fo
     s = Setup(mean=800, sigma=0.6, cap_share=0.05, between=0.5)
     draw = lambda seed, s=s: simulator.draw(
         s, np.random.default_rng(seed), 4000, 8, s.cap_share, None
-    )  # noqa: E731
+    )
     length_PG = draw(0)
     assert length_PG.mean() == pytest.approx(800, rel=0.03)
     assert (length_PG == 3000).mean() == pytest.approx(0.05, abs=0.01)

@@ -14,7 +14,9 @@ from drgrpo.types import UserError
 
 
 def test_a_recipe_with_overrides():
-    config = parse_args("--recipe tiny --seed 3 --algo grpo --drop-zero-advantage false".split())
+    config = parse_args(
+        ["--recipe", "tiny", "--seed", "3", "--algo", "grpo", "--drop-zero-advantage", "false"]
+    )
     assert (config.seed, config.algo, config.drop_zero_advantage) == (3, "grpo", False)
     assert config.out == "runs/tiny" and config.lr == RECIPES["tiny"]().lr
 
@@ -82,7 +84,9 @@ def test_the_kl_refusal_names_every_objective_that_weighs_tokens():
 
 
 def test_evaluations_and_checkpoints_fall_on_multiples_and_on_the_last_step():
-    config = parse_args("--recipe tiny --steps 7 --eval-every 3 --save-every 0".split())
+    config = parse_args(
+        ["--recipe", "tiny", "--steps", "7", "--eval-every", "3", "--save-every", "0"]
+    )
     assert [step for step in range(1, 8) if config.evaluates(step)] == [3, 6, 7]
     assert [step for step in range(1, 8) if config.saves(step)] == [7]
 
@@ -104,7 +108,7 @@ def test_there_are_at_most_52_fields_each_documented_and_shown_by_help(capsys):
 
 def test_the_resolved_config_can_be_printed(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_args("--recipe oat_zero_7b --print-config --seed 7".split())
+        parse_args(["--recipe", "oat_zero_7b", "--print-config", "--seed", "7"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert '"seed": 7' in shown and '"lr": 1e-06' in shown and "1024 rollouts/step" in shown

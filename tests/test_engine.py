@@ -2,6 +2,7 @@
 seed alone. Then the order in which vLLM is called, on an imitation of it."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from drgrpo.config import RECIPES
 from drgrpo.engine import make_engine, resolve_engine, stop_token_ids
 from drgrpo.engine_torch import sample_token, uniforms
 from drgrpo.types import Request, Sampling, UserError
@@ -16,9 +18,9 @@ from drgrpo.types import Request, Sampling, UserError
 CPU = torch.device("cpu")
 
 
-def build(path: str, tokenizer, name: str = "torch", **changes):
-    options = {"dtype": torch.float32, "device": CPU, "batch": 16, "max_tokens": 1024}
-    return make_engine(name, path, tokenizer, **options | changes)
+def build(path: str, tokenizer, name: str = "torch", max_tokens=1024, sleep=False):
+    config = replace(RECIPES["tiny"](), engine=name, sampler_batch=16)
+    return make_engine(config, path, tokenizer, CPU, max_tokens, sleep=sleep)
 
 
 @pytest.fixture(scope="module")

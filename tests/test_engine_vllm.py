@@ -2,11 +2,13 @@
 breaks that is noticed."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from drgrpo.config import RECIPES
 from drgrpo.engine import make_engine
 from drgrpo.types import Request, Sampling
 from runs import assert_close_run, finish, launch, metrics, small
@@ -36,8 +38,8 @@ def group():
 
 
 def build(path: str, tokenizer):
-    options = {"dtype": torch.float32, "device": torch.device("cpu"), "batch": 64}
-    return make_engine("vllm", path, tokenizer, **options, max_tokens=256, kv_cache_gb=0.05)
+    config = replace(RECIPES["tiny"](), engine="vllm", sampler_batch=64)
+    return make_engine(config, path, tokenizer, torch.device("cpu"), 256, kv_cache_gb=0.05)
 
 
 def with_its_model(path: str, tokenizer):

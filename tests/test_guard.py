@@ -68,7 +68,7 @@ def test_skipped_steps_keep_their_batches_and_three_in_a_row_end_the_run(tmp_pat
     guard, batches = NonFinite(tmp_path, rank=1), [pack([])]
     for step, applied in enumerate((False, False, True, False, False)):
         guard.check(applied, batches, step, 0)
-    with pytest.raises(FloatingPointError, match="3 optimizer steps in a row.*lower --lr"):
+    with pytest.raises(FloatingPointError, match=r"3 optimizer steps in a row.*lower --lr"):
         guard.check(False, batches, 5, 2)
     kept = sorted(p.name for p in tmp_path.iterdir())
     assert len(kept) == 5 and kept[-1] == "nonfinite-step-000005-update-2-rank-1.pt"

@@ -153,7 +153,8 @@ def test_a_kl_penalty_pulls_towards_the_reference(random_model):
     batch = pack([(prompt, response, old, 0.0) for prompt, response, old, _ in sequences()])
     ref_N = torch.linspace(-6, -5, len(batch.target_N))
     policy = load(random_model, Objective(kl_coef=0.3))
-    loss, stats = policy.loss(batch, 0.5, batch.sampler_logprob_N, ref_N)
+    batch.old_logprob_N, batch.ref_logprob_N = batch.sampler_logprob_N, ref_N
+    loss, stats = policy.loss(batch, 0.5)
     loss.backward()
     penalty_gradient = flat_gradient(policy)
 
@@ -163,7 +164,9 @@ def test_a_kl_penalty_pulls_towards_the_reference(random_model):
     torch.testing.assert_close(loss.detach(), 0.5 * 0.3 * k3_N.sum())
     slope_N = 1 - gap_N.exp()  # of k3 with respect to the log-prob
     policy.zero_grad()
-    policy.loss(replace(batch, advantage_N=-0.3 * slope_N), scale=0.5)[0].backward()
+    plain = pack(sequences())
+    plain.advantage_N = -0.3 * slope_N
+    policy.loss(plain, scale=0.5)[0].backward()
     torch.testing.assert_close(penalty_gradient, flat_gradient(policy), atol=1e-5, rtol=1e-4)
 
 
@@ -171,21 +174,22 @@ def test_every_number_of_the_objective_reaches_the_loss(random_model):
     batch = pack(sequences())
     plain, default = load(random_model), Objective()
     logprob_N = plain.logprob(batch)
-    old_N = logprob_N + torch.linspace(-0.5, 0.5, len(logprob_N))
-    loss, _ = plain.loss(batch, 1.0, old_N)
+    batch.old_logprob_N = logprob_N + torch.linspace(-0.5, 0.5, len(logprob_N))
+    loss, _ = plain.loss(batch, 1.0)
     changes = {"clip_low": 0.01, "clip_high": 0.01, "tis_cap": 1.5, "temperature": 0.7}
     for name, value in changes.items():
         policy = load(random_model, replace(default, **{name: value}))
-        assert (policy.loss(batch, 1.0, old_N)[0] - loss).abs() > 1e-3, name
+        assert (policy.loss(batch, 1.0)[0] - loss).abs() > 1e-3, name
         assert torch.equal(policy.logprob(batch), logprob_N) == (name != "temperature")
 
 
 def test_both_kernel_backends_train_the_same(random_model):
     """Triton in its interpreter where there is no GPU."""
     results, batch = [], pack(sequences(3))
+    batch.old_logprob_N = batch.sampler_logprob_N
     for kernel in ("torch", "triton"):
         policy = load(random_model, kernel=kernel)
-        loss, stats = policy.loss(batch, 0.25, batch.sampler_logprob_N)
+        loss, stats = policy.loss(batch, 0.25)
         loss.backward()
         values = loss.detach(), stats["logprob"], stats["entropy"], policy.logprob(batch)
         results.append((*values, flat_gradient(policy)))
@@ -200,8 +204,8 @@ def test_bfloat16_compute_keeps_master_weights_and_token_numbers_in_float32(
     results, batch = [], pack(sequences())
     for dtype in (torch.float32, torch.bfloat16):
         policy = load(random_model, dtype=dtype)
-        old_N = policy.logprob(batch) - 0.001
-        loss, stats = policy.loss(batch, 0.25, old_N)
+        batch.old_logprob_N = policy.logprob(batch) - 0.001
+        loss, stats = policy.loss(batch, 0.25)
         loss.backward()
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())
         results.append((stats["log_ratio"], flat_gradient(policy)))
@@ -241,7 +245,8 @@ def test_gradients_do_not_depend_on_the_split_into_micro_batches(random_model):
     for parts in (all_at_once, one_by_one, with_an_empty_one):
         policy = load(random_model)
         for batch in map(pack, parts):
-            policy.loss(batch, 1 / 100, batch.sampler_logprob_N)[0].backward()
+            batch.old_logprob_N = batch.sampler_logprob_N
+            policy.loss(batch, 1 / 100)[0].backward()
         gradients.append(flat_gradient(policy))
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""A run is never lost: killed, interrupted, damaged or crashed, it resumes as if nothing had happened."""
+"""A run that is killed, interrupted, damaged or crashed resumes as if nothing had happened."""
 
 import json
 import os

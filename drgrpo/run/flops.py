@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from drgrpo.config import Config
+from drgrpo.run.log import Stopwatch
 from drgrpo.types import Rollout
 
 PEAK_TFLOPS = {
@@ -56,10 +57,10 @@ def utilization(
     lm: nn.Module,
     rollouts: list[Rollout],
     advantage_PG: Tensor,
-    seconds: float,
+    timer: Stopwatch,
     device: torch.device,
 ) -> dict[str, float | None]:
-    """What one device made of a step's training phase of `seconds`.
+    """What one device made of a step's training phase.
 
     tflops: 1e12 operations per second. mfu: their share of the device's peak, None if that is
     unknown. `rollouts` are those of all processes. A response that training skipped does not
@@ -70,6 +71,6 @@ def utilization(
         for rollout, advantage in zip(rollouts, advantages, strict=True)
         if advantage or not config.drops_zero_advantage
     ]
-    speed = training_flops(lm, lengths) / dist.get_world_size() / seconds
+    speed = training_flops(lm, lengths) / dist.get_world_size() / timer.seconds["train"]
     peak = peak_flops(device)
     return {"tflops": speed / 1e12, "mfu": speed / peak if peak else None}
