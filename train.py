@@ -96,7 +96,7 @@ def main(config: Config) -> None:
         stop=template.stop,
         stop_token_ids=stop_token_ids(model_path, tokenizer),
     )
-    log.say(f"{ledger}\nruns on: {world} x {device.type}, {config.dtype}; engine {engine.name}")
+    summary.start(config, policy, engine.name, ledger, device, log)
     if config.dry_run:
         engine.sleep()
         return dry_run(config, policy, optimizer, longest, log)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 
 from drgrpo.run.files import append_jsonl
@@ -59,6 +60,7 @@ class Log:
         self.console = Console(highlight=False, soft_wrap=True, quiet=not active)
         if not self.console.is_terminal:
             self.console.width = 120
+        transformers.utils.logging.disable_progress_bar()  # bars of loading break into the lines
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)

@@ -1,13 +1,31 @@
-"""What a finished run shows: a table of before and after, and figures."""
+"""What a run shows at its start and at its end."""
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.table import Table
 
 from drgrpo.config import Config
+from drgrpo.kernels.linear_drgrpo import resolve_backend
+from drgrpo.model import Policy, resolve_attention
 from drgrpo.run.files import read_jsonl
 from drgrpo.run.log import Log, number
+from drgrpo.run.memory import Ledger
 from drgrpo.run.plot import plot
+
+
+def start(
+    config: Config, policy: Policy, engine: str, ledger: Ledger, device: torch.device, log: Log
+) -> None:
+    """Print what runs where, and what "auto" stands for here."""
+    attention = resolve_attention(config.attention, device, getattr(torch, config.dtype))
+    kernel = resolve_backend(config.kernel, device)
+    log.say(
+        f"{ledger}\nruns on: {dist.get_world_size()} x {device.type}, {config.dtype}; engine "
+        f"{engine}, attention {attention}, kernel {kernel}; torch {torch.__version__}; "
+        f"{policy.lm.num_parameters():,} parameters"
+    )
 
 
 def finish(config: Config, log: Log) -> None:
