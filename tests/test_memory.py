@@ -10,25 +10,17 @@ from drgrpo.config import Config
 from drgrpo.run.memory import GIB, Ledger, ledger_of, make_ledger
 from drgrpo.types import UserError
 
-SIZES_7B = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
+
+def qwen2(vocab, width, inner, heads, kv_heads, tied):
+    sizes = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": inner}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return Qwen2Config(**sizes, num_hidden_layers=28, tie_word_embeddings=tied)
+
+
+MODELS = {
+    "7B": (qwen2(152064, 3584, 18944, 28, 4, tied=False), 7.615e9),
+    "1.5B": (qwen2(151936, 1536, 8960, 12, 2, tied=True), 1.54e9),
 }
-SIZES_1_5B = {
-    "vocab_size": 151936,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
-MODELS = {"7B": (Qwen2Config(**SIZES_7B), 7.615e9), "1.5B": (Qwen2Config(**SIZES_1_5B), 1.54e9)}
 CONFIG = Config(recipe="the paper's", sampler_batch=128)
 
 

@@ -286,9 +286,7 @@ def test_max_positions(random_model):
 GPU = torch.device("cuda", 0)
 
 
-def attention_of_each_sequence(
-    query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor, lengths: list[int]
-) -> Tensor:
+def attention_of_each_sequence(query_THd, key_TKd, value_TKd, lengths):
     """One sequence after the other, [T, H, d]."""
     out = []
     for q, k, v in zip(*(x.split(lengths) for x in (query_THd, key_TKd, value_TKd)), strict=True):

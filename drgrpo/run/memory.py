@@ -1,5 +1,5 @@
-"""What fits: a ledger of a process's GPU memory. It decides whether vLLM stays while the trainer
-works, and how large its KV cache is."""
+"""What fits: a ledger of a process's GPU memory, in GiB. It decides whether vLLM stays while the
+trainer works, and how large its KV cache is."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,7 @@ from drgrpo.types import UserError
 
 GIB = 2**30
 USABLE = 0.92  # of a GPU: CUDA contexts, NCCL buffers and fragmentation take the rest
-SMALLEST_CACHE = 0.5 * GIB
-LM_HEAD_TOKENS = 4096  # logits of so many tokens exist at a time, 2 bytes each
+SMALLEST_CACHE = 0.5  # GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,8 @@ class Ledger:
             parts.append(f"{phase} {sum(items.values()):.2f} ({sizes})")
         habit = "sleeps" if self.sleep else "stays"
         end = "no GPU" if self.gpu is None else f"of {self.gpu:.1f}, vLLM {habit} while training"
-        return (
-            f"memory ledger, GiB per process (activations are estimates): {'; '.join(parts)}; {end}"
-        )
+        total = "; ".join([*parts, end])
+        return f"memory ledger, GiB per process (activations are estimates): {total}"
 
 
 def ledger_of(
@@ -65,38 +63,33 @@ def make_ledger(
     """The same without weights or a GPU: `lm` and `parameters` describe the model, `gpu_bytes` the
     GPU, None if there is none."""
     shards = world // config.dp_replicate
-    element_size = getattr(torch, config.dtype).itemsize
-    kept = kept_bytes(parameters, shards, reference=bool(config.kl_coef))
-    training = training_bytes(config, lm, parameters, shards)
-    weights = element_size * parameters / config.tp
+    kept = kept_gib(parameters, shards, reference=bool(config.kl_coef))
+    training = training_gib(config, lm, parameters, shards)
+    weights = getattr(torch, config.dtype).itemsize * parameters / config.tp / GIB
     if gpu_bytes is None:
-        sleeps, cache = False, (config.kv_cache_gb or 0.25) * GIB
+        gpu, sleeps, cache = None, False, config.kv_cache_gb or 0.25
     else:
-        always, extra = sum(kept.values()), sum(training.values())
-        budget = USABLE * gpu_bytes - always
-        if budget - max(weights, extra) < SMALLEST_CACHE:
-            raise UserError(refusal(parameters, shards, gpu_bytes, always, extra, weights))
-        tokens = config.sampler_batch * (longest + config.max_new_tokens)
-        wanted = tokens * 2 * lm.num_hidden_layers * kv_width(lm) * element_size
-        sleeps, cache = plan_sampling(config, wanted, budget - weights, extra)
+        gpu, extra = gpu_bytes / GIB, sum(training.values())
+        free = USABLE * gpu - sum(kept.values())
+        if free - max(weights, extra) < SMALLEST_CACHE:
+            raise UserError(refusal(parameters, shards, gpu, sum(kept.values()), extra, weights))
+        wanted = wanted_cache_gib(config, lm, longest)
+        sleeps, cache = plan_sampling(config, wanted, free - weights, extra)
+    sampling = {"vLLM weights": weights, "key-value cache": cache}
     return Ledger(
-        kept=in_gib(kept),
-        training=in_gib(training),
-        sampling=in_gib({"vLLM weights": weights, "key-value cache": cache}),
-        gpu=None if gpu_bytes is None else gpu_bytes / GIB,
-        kv_cache=cache / GIB,
-        sleep=sleeps,
+        kept=kept, training=training, sampling=sampling, gpu=gpu, kv_cache=cache, sleep=sleeps
     )
 
 
-def kept_bytes(parameters: int, shards: int, reference: bool) -> dict[str, float]:
+def kept_gib(parameters: int, shards: int, reference: bool) -> dict[str, float]:
     """Master weights and Adam's two moments in float32, shared by `shards` processes, and for a KL
     penalty a second model's weights."""
-    kept = {"master weights": 4 * parameters / shards, "Adam": 8 * parameters / shards}
-    return kept | ({"reference": 4 * parameters / shards} if reference else {})
+    share = 4 * parameters / shards / GIB
+    kept = {"master weights": share, "Adam": 2 * share}
+    return kept | ({"reference": share} if reference else {})
 
 
-def training_bytes(
+def training_gib(
     config: Config, lm: PretrainedConfig, parameters: int, shards: int
 ) -> dict[str, float]:
     """What forward and backward passes of one micro-batch add."""
@@ -113,48 +106,51 @@ def training_bytes(
     # The backward pass holds one block in full, whatever is recomputed.
     elements = lm.num_hidden_layers * activation_width[config.checkpointing]
     elements += activation_width["none"]
-    return {
+    sizes = {
         "gradients": 4 * parameters / shards,
-        # FSDP2 prefetches: two blocks at a time.
+        # FSDP2 prefetches: two blocks at a time, beside embedding and LM head.
         "gathered weights": element_size * (2 * vocabulary + 2 * block_params),
         "activations": config.tokens_per_microbatch * elements * element_size,
-        "LM head": 4 * vocabulary + 2 * LM_HEAD_TOKENS * lm.vocab_size,
+        # The weight's gradient in float32, and 16-bit logits of 4096 tokens.
+        "LM head": 4 * vocabulary + 2 * 4096 * lm.vocab_size,
     }
+    return {name: size / GIB for name, size in sizes.items()}
+
+
+def wanted_cache_gib(config: Config, lm: PretrainedConfig, longest: int) -> float:
+    """A cache for all sequences that a sampler runs at once, each of the greatest length."""
+    tokens = config.sampler_batch * (longest + config.max_new_tokens)
+    elements = tokens * 2 * lm.num_hidden_layers * kv_width(lm)
+    return elements * getattr(torch, config.dtype).itemsize / GIB
 
 
 def plan_sampling(
     config: Config, wanted: float, free: float, training: float
 ) -> tuple[bool, float]:
-    """(whether vLLM sleeps while training, bytes of its KV cache).
+    """(whether vLLM sleeps while training, GiB of its KV cache).
 
-    `wanted`: bytes of a cache that holds all sequences. `free`: bytes beside what is kept and
-    vLLM's weights. `training`: bytes of the training phase. --sleep auto lets vLLM stay if at least
-    half of the wanted cache still fits beside training."""
+    `free`: GiB beside what is kept and vLLM's weights. `training`: GiB of the training phase.
+    --sleep auto lets vLLM stay if at least half of the wanted cache fits beside training."""
     free_while_training = free - training
     sleeps = config.sleep == "on"
     if config.sleep == "auto":
         sleeps = free_while_training < wanted / 2
     fitting = min(wanted, free if sleeps else free_while_training)
-    return sleeps, config.kv_cache_gb * GIB or max(fitting, SMALLEST_CACHE)
+    return sleeps, config.kv_cache_gb or max(fitting, SMALLEST_CACHE)
 
 
 def refusal(
-    parameters: int, shards: int, gpu_bytes: int, kept: float, training: float, weights: float
+    parameters: int, shards: int, gpu: float, kept: float, training: float, weights: float
 ) -> str:
-    """The message if the model does not fit. The last four are bytes."""
+    """The message if the model does not fit. The last four are GiB."""
     return (
         f"{parameters / 1e9:.1f} B parameters on {shards} processes do not fit a GPU of "
-        f"{gpu_bytes / GIB:.0f} GiB: {kept / GIB:.0f} GiB for weights and Adam, then "
-        f"{training / GIB:.0f} to train or {weights / GIB:.0f} and a cache to sample; use more "
-        "processes, fewer --dp-replicate, a smaller --tokens-per-microbatch or more --tp"
+        f"{gpu:.0f} GiB: {kept:.0f} GiB for weights and Adam, then {training:.0f} to train or "
+        f"{weights:.0f} and a cache to sample; use more processes, fewer --dp-replicate, a "
+        "smaller --tokens-per-microbatch or more --tp"
     )
 
 
 def kv_width(lm: PretrainedConfig) -> int:
     """Elements of one token's keys in one layer. Its values have as many."""
     return lm.num_key_value_heads * head_dim(lm)
-
-
-def in_gib(sizes: dict[str, float]) -> dict[str, float]:
-    """Bytes to GiB."""
-    return {name: size / GIB for name, size in sizes.items()}
