@@ -14,6 +14,7 @@ from drgrpo.evaluation import config as evaluation
 from drgrpo.types import UserError
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.md"))
 PROSE = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -21,7 +22,7 @@ PROSE = [
     ROOT / "drgrpo" / "README.md",
     *DOCS,
 ]
-PAGES = [*PROSE, ROOT / "bench" / "README.md", ROOT / "kernels" / "README.md"]
+PAGES = [*PROSE, *RESULTS, ROOT / "bench" / "README.md", ROOT / "kernels" / "README.md"]
 
 NEEDS_A_NETWORK = {
     "git clone <this repository> drgrpo && cd drgrpo",
