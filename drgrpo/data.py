@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drgrpo.run.cli import comma_list
 from drgrpo.tiny import arithmetic
-from drgrpo.types import Answer, Problem, UserError, check_name, nearest
+from drgrpo.types import Answer, Problem, UserError, check_name, comma_list, nearest
 
 if TYPE_CHECKING:
     from drgrpo.config import Config

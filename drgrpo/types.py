@@ -45,6 +45,12 @@ def check_name(what: str, name: str, names: Iterable[str]) -> None:
         raise UserError(f"unknown {what} {name!r}; {hint}there are {', '.join(names)}")
 
 
+def comma_list(text: str) -> list[str]:
+    """The distinct words between commas, in order."""
+    words = [word.strip() for word in text.split(",")]
+    return list(dict.fromkeys(word for word in words if word))
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One question with its ground truth. `id` is its row in the data set and part of every

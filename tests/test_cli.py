@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from drgrpo.run.cli import Parser, comma_list, user_errors
-from drgrpo.types import UserError
+from drgrpo.run.cli import Parser, user_errors
+from drgrpo.types import UserError, comma_list
 
 
 @dataclass

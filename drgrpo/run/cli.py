@@ -73,12 +73,6 @@ def flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-def comma_list(text: str) -> list[str]:
-    """The distinct words between commas, in order."""
-    words = [word.strip() for word in text.split(",")]
-    return list(dict.fromkeys(word for word in words if word))
-
-
 def field_docs(cls: type) -> dict[str, str]:
     """Field name -> the string literal under it. A dataclass field has no docstring at run time."""
     (node,) = ast.parse(inspect.getsource(cls)).body
