@@ -149,6 +149,11 @@ def markdown(heads: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def spread(values: list[float], form: str, middle: Callable = statistics.fmean) -> str:
+    """The mean or the median, and the range."""
+    return f"{middle(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
 def write_file(path: Path, text: str) -> None:
     """Writes it whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
