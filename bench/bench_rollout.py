@@ -1,20 +1,22 @@
-"""Rollout and weight sync at the size of a real model, and whether the sampler's log-probs are the
-trainer's.
+"""How fast are rollout and weight sync at the size of a real model, and are the sampler's log-probs
+the trainer's?
 
-    python -m bench.bench_rollout --device cuda                # 1.5B, random weights; both engines, where vLLM is installed
-    python -m bench.bench_rollout --rehearse                   # the same on a CPU with the tiny model
+    python -m bench.bench_rollout --device cuda                # 1.5B, random weights, both engines
+    python -m bench.bench_rollout --rehearse                   # the same on a CPU, the tiny model
     python -m bench.bench_rollout --rehearse --engines vllm
 
-Per engine: seconds to build it, to sync the trainer's weights, and to sample a batch that drains as
-responses end (which they do by a made-up set of stop tokens, as random weights have no sense of an
-end); tokens/s, the share of the time in which fewer than 16 sequences were left, and tokens/s of a
-batch whose responses all have one length. Then the trainer's weights move and its log-probs of
-fresh samples are compared with the sampler's, before the sync, for scale, and after it; vLLM also
-sleeps at level 2, gives its memory back, wakes, takes the weights and is compared once more. Exit
-status 1 if a sync does not shrink the difference tenfold. Whether the gate of drgrpo/parity.py
-would pass it is reported only: bfloat16 errors grow through a deep network of random weights more
-than through a trained one. The PyTorch engine is there for parity, not for speed. Writes
-DIR/rollout.json after every stage; the last line printed is that JSON.
+Seconds to build each engine, to sync the trainer's weights, and to sample a batch that drains as
+responses end. A made-up set of stop tokens ends them, as random weights have no sense of an end.
+tokens/s comes with the share of the time in which fewer than 16 sequences ran, and with tokens/s of
+a batch whose responses all have one length.
+
+Then the trainer's weights move. Its log-probs of fresh samples are compared with the sampler's
+before the sync, for scale, and after it. vLLM also sleeps at level 2, gives its memory back, wakes,
+takes the weights and is compared once more. Exit status 1 if a sync does not shrink the difference
+tenfold. Whether the gate of drgrpo/parity.py would let it pass is reported only, because bfloat16
+errors grow more through a deep network of random weights than through a trained one. The PyTorch
+engine is there for parity, not for speed. DIR/rollout.json is written after every stage, and it is
+the last line printed.
 """
 
 import argparse
@@ -22,16 +24,16 @@ import importlib.util
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import train
-from bench.bench_step import SHAPES
-from bench.harness import ROOT, provenance, write_json
+from bench.harness import RESULTS, provenance, write_json
+from bench.shapes import SHAPES, model_config
 from drgrpo import distributed, pack, parity
 from drgrpo.engine import make_engine
 from drgrpo.model import Objective, Policy, load_policy
@@ -39,23 +41,22 @@ from drgrpo.tiny.tokenizer import byte_tokenizer
 from drgrpo.tiny.warmup import Warmup, build_tiny_model
 from drgrpo.types import Completion, Request, Sampling
 
-SIZES = {  # engine: (responses, token budget) on a GPU
-    "torch": (64, 96),
-    "vllm": (512, 1024),
-}
+SIZES = {"torch": (64, 96), "vllm": (512, 1024)}
+"""(responses, token budget) of each engine on a GPU. vLLM is last: when it ends, it takes the
+process group with it."""
 PROMPT, TAIL = 120, 16
-SECONDS = {"vllm": 60.0}  # what building it takes at least: it is not begun with less
+SECONDS = {"vllm": 60.0}
+"""What building an engine takes at least. It is not begun with less."""
 
 
 def build_model(shape: str, device: torch.device, folder: str) -> None:
     """Random bfloat16 weights from one seed, on disk. Blocks add more to the residual stream than
-    the embedding brings, else a tied head would repeat its input; and the last norm gives logits
-    the spread at which the entropy is a few nats, where transformers' own scale leaves every token
-    about as likely as any other."""
+    the embedding brings, else a tied head would repeat its input. The last norm gives logits the
+    spread at which the entropy is a few nats. At transformers' own scale every token is about as
+    likely as any other."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        **SHAPES[shape], max_position_embeddings=4096, eos_token_id=None, bos_token_id=None
-    )
+    no_ends = {"eos_token_id": None, "bos_token_id": None}
+    config = model_config(SHAPES[shape], max_position_embeddings=4096, **no_ends)
     config.initializer_range = config.hidden_size**-0.5
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -74,39 +75,34 @@ def make_requests(count: int, prompt: int, vocabulary: int, step: int) -> list[R
 
 def make_sampling(budget: int, vocabulary: int) -> Sampling:
     """A token in so many ends a response that they are about a third of the budget long."""
-    return Sampling(
-        max_new_tokens=budget, stop_token_ids=tuple(range(0, vocabulary, max(2, budget // 3)))
-    )
+    stop = tuple(range(0, vocabulary, max(2, budget // 3)))
+    return Sampling(max_new_tokens=budget, stop_token_ids=stop)
 
 
 def sample(engine, requests: list[Request], sampling: Sampling) -> tuple[list[Completion], dict]:
     """The responses, and how long the batch took to drain."""
-    start, ended = time.perf_counter(), []
+    start, ends = time.perf_counter(), []
     completions = engine.generate(
-        requests, sampling, lambda i, c: ended.append(time.perf_counter() - start)
+        requests, sampling, lambda i, c: ends.append(time.perf_counter() - start)
     )
-    tokens, seconds = sum(len(c.token_ids) for c in completions), time.perf_counter() - start
-    tail = seconds - ended[-TAIL] if len(ended) > TAIL else seconds
+    seconds, lengths = time.perf_counter() - start, [len(c.token_ids) for c in completions]
+    tail = seconds - ends[-TAIL] if len(ends) > TAIL else seconds
     return completions, {
         "responses": len(requests),
-        "tokens": tokens,
-        "longest": max(len(c.token_ids) for c in completions),
+        "tokens": sum(lengths),
+        "longest": max(lengths),
         "rollout_s": seconds,
-        "tokens_per_s": tokens / seconds,
+        "tokens_per_s": sum(lengths) / seconds,
         "tail_share": tail / seconds,
     }
 
 
 def steady(engine, sequences: int, length: int, prompt: int, vocabulary: int) -> dict:
     """The same with responses of one length, nothing draining."""
-    how = Sampling(max_new_tokens=length, stop_token_ids=())
-    found = sample(engine, make_requests(sequences, prompt, vocabulary, 4), how)[1]
-    return {
-        "sequences": sequences,
-        "prompt": prompt,
-        "length": length,
-        "tokens_per_s": found["tokens_per_s"],
-    }
+    sampling = Sampling(max_new_tokens=length, stop_token_ids=())
+    speed = sample(engine, make_requests(sequences, prompt, vocabulary, 4), sampling)[1]
+    job = {"sequences": sequences, "prompt": prompt, "length": length}
+    return job | {"tokens_per_s": speed["tokens_per_s"]}
 
 
 def gaps(
@@ -118,17 +114,14 @@ def gaps(
 ) -> dict:
     """|trainer - sampler| over all response tokens, in nats, and whether the gate would let them
     pass."""
-    gap_N = []
-    sequences = [
-        (r.prompt_ids, c.token_ids, c.logprobs, 0.0)
-        for r, c in zip(requests, completions, strict=True)
-    ]
+    sequences, parts = [], []
+    for r, c in zip(requests, completions, strict=True):
+        sequences.append((r.prompt_ids, c.token_ids, c.logprobs, 0.0))
     for i in range(0, len(sequences), 16):
         batch = pack.pack(sequences[i : i + 16], device)
-        gap_N.append((train.logprob(policy, batch, Objective()) - batch.sampler_logprob_N).abs())
-    gap_N = torch.cat(gap_N).double()
+        parts.append((train.logprob(policy, batch, Objective()) - batch.sampler_logprob_N).abs())
+    gap_N, limits = torch.cat(parts).double(), parity.LIMITS[dtype]
     mean, largest = gap_N.mean().item(), gap_N.max().item()
-    limits = parity.LIMITS[dtype]
     return {
         "gap_mean": mean,
         "gap_p999": gap_N.quantile(0.999).item(),
@@ -139,7 +132,7 @@ def gaps(
 
 
 @contextmanager
-def timed(row: dict, key: str, device: torch.device):
+def timed(row: dict, key: str, device: torch.device) -> Iterator[None]:
     start = time.perf_counter()
     yield
     if device.type == "cuda":
@@ -164,10 +157,16 @@ def measure(
     row: dict,
     save: Callable[[], object],
 ) -> None:
-    """Fills the row of one engine, stage by stage."""
+    """Fills the row of one engine, stage by stage. `size`: responses, their budget, prompt
+    tokens."""
     count, budget, prompt = size
     vocabulary, sleeps = policy.lm.config.vocab_size, name == "vllm" and device.type == "cuda"
     sampling = make_sampling(budget, vocabulary)
+    fresh = make_requests(min(count, 64), prompt, vocabulary, 3)
+
+    def compare() -> dict:
+        return gaps(policy, fresh, sample(engine, fresh, sampling)[0], dtype, device)
+
     with timed(row, "build_s", device):
         engine = make_engine(
             name,
@@ -183,20 +182,16 @@ def measure(
     with timed(row, "first_sync_s", device):
         engine.sync(policy.named_weights(dtype))
     save()
-    engine.generate(
-        make_requests(8, prompt, vocabulary, 1), make_sampling(8, vocabulary)
-    )  # warms up
+    warm_up = make_requests(8, prompt, vocabulary, 1)
+    engine.generate(warm_up, make_sampling(8, vocabulary))
     row |= sample(engine, make_requests(count, prompt, vocabulary, 2), sampling)[1]
     row["steady"] = steady(engine, min(count, 256), budget // 4, prompt, vocabulary)
     save()
-    fresh = make_requests(min(count, 64), prompt, vocabulary, 3)
     move(policy)
-    row["stale_gap_mean"] = gaps(policy, fresh, sample(engine, fresh, sampling)[0], dtype, device)[
-        "gap_mean"
-    ]
+    row["stale_gap_mean"] = compare()["gap_mean"]
     with timed(row, "sync_s", device):
         engine.sync(policy.named_weights(dtype))
-    row |= gaps(policy, fresh, sample(engine, fresh, sampling)[0], dtype, device)
+    row |= compare()
     save()
     if sleeps:
         row["after_sleep"] = slept = {}
@@ -208,45 +203,47 @@ def measure(
         with timed(slept, "wake_and_sync_s", device):
             engine.wake()
             engine.sync(policy.named_weights(dtype))
-        slept |= gaps(policy, fresh, sample(engine, fresh, sampling)[0], dtype, device)
+        slept |= compare()
         save()
     engine.close()
 
 
-def why_not(name: str, engines: list[str] | None, rehearse: bool, left: float) -> str | None:
+def why_not(name: str, engines: list[str] | None, rehearse: bool, rest: float) -> str | None:
+    """Why this engine is not measured, with `rest` seconds to go."""
     if engines is not None:
         return None if name in engines else "not asked for"
     if name == "vllm" and rehearse:
         return "not rehearsed, as it takes half a minute to start; --engines vllm does"
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
-    return None if left > SECONDS.get(name, 0.0) else f"not reached: {left:.0f} s left"
+    return None if rest > SECONDS.get(name, 0.0) else f"not reached: {rest:.0f} s left"
 
 
-def main() -> None:
-    started = time.monotonic()
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--shape", choices=[name for name in SHAPES if name != "toy"], default="1.5b"
-    )
-    parser.add_argument("--engines", nargs="+", choices=list(SIZES))
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="begin no engine that could not end in time"
-    )
-    parser.add_argument("--rehearse", action="store_true", help="the tiny model, on a CPU")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder")
+    default, endless = "cuda" if torch.cuda.is_available() else "cpu", math.inf
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default=default)
+    add("--shape", choices=SHAPES, default="1.5b")
+    add("--engines", nargs="+", choices=SIZES)
+    add("--seconds", type=float, default=endless, help="begin no engine that would end later")
+    add("--rehearse", action="store_true", help="the tiny model, on a CPU")
+    add("--out", type=Path, default=RESULTS, help="folder")
     args = parser.parse_args()
     if args.device == "cpu" and not args.rehearse:
         parser.error("a model of that size on a CPU would take hours: --rehearse, or --device cuda")
+    return args
+
+
+def main() -> None:
+    started, args = time.monotonic(), parse()
     _, _, device = distributed.start()
     dtype = torch.float32 if args.rehearse else torch.bfloat16
-    shape = "tiny" if args.rehearse else args.shape
-    report = {"where": provenance(args.device), "shape": shape, "dtype": str(dtype), "engines": {}}
+    shape, engines = "tiny" if args.rehearse else args.shape, {}
+    where = provenance(args.device)
+    report = {"where": where, "shape": shape, "dtype": str(dtype), "engines": engines}
 
     def save() -> str:
         return write_json(args.out / "rollout.json", report)
@@ -257,24 +254,20 @@ def main() -> None:
         else:
             build_model(args.shape, device, folder)
         policy = load_policy(folder, dtype=dtype, device=device)
-        for name, (
-            count,
-            budget,
-        ) in SIZES.items():  # vLLM last: when it ends, it takes the process group with it
-            row = report["engines"][name] = {}
-            if reason := why_not(
-                name, args.engines, args.rehearse, args.seconds - (time.monotonic() - started)
-            ):
+        for name, (count, budget) in SIZES.items():
+            row = engines[name] = {}
+            rest = args.seconds - (time.monotonic() - started)
+            size = (16, 24, 20) if args.rehearse else (count, budget, PROMPT)
+            if reason := why_not(name, args.engines, args.rehearse, rest):
                 row["skipped"] = reason
             else:
-                size = (16, 24, 20) if args.rehearse else (count, budget, PROMPT)
                 measure(name, folder, policy, dtype, device, size, row, save)
             print(f"{name}: {row}", flush=True)
     distributed.stop()
     print(save())
-    for name, row in report["engines"].items():
-        for found in (row, row.get("after_sleep", {})):
-            if not found.get("gap_mean", 0.0) <= row.get("stale_gap_mean", 0.0) / 10:
+    for name, row in engines.items():
+        for stage in (row, row.get("after_sleep", {})):
+            if not stage.get("gap_mean", 0.0) <= row.get("stale_gap_mean", 0.0) / 10:
                 raise SystemExit(f"{name} does not have the trainer's weights after a sync: {row}")
 
 

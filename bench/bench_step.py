@@ -1,22 +1,21 @@
-"""What is each throughput feature worth? One optimizer step and one whole RL step by phase,
-features on and off.
+"""Where does a step's time go, and what is each throughput feature worth?
 
-    python -m bench.bench_step                                    # CPU: the tiny recipe's model, a wider one, whole RL steps
-    python -m bench.bench_step --device cuda --shape 1.5b         # a GPU: made-up weights and rollouts, nothing downloaded
+    python -m bench.bench_step                                # CPU: the tiny recipe, a wider model
+    python -m bench.bench_step --device cuda --shape 1.5b     # GPU: made-up weights and rollouts
     python -m bench.bench_step --device cuda --shape 7b --layers 8 --seconds 540
-    python -m bench.bench_step --rehearse                         # what a GPU would run, on a toy shape, in a minute
+    python -m bench.bench_step --rehearse                     # what a GPU runs, on a toy shape
 
-The training phase of a step (pack, old log-probs, every optimizer step) runs through train.py's own
-functions on the same rollouts, with everything on and with one feature at a time off. Variants take
-turns in one process. Before one is timed, its gradient norms must be those of "everything on" (to
-1e-3 in float32, 3e-2 in bfloat16); the learning rate is 0, so that the weights stay. On a CPU whole
-steps of train.py follow, for the phases outside training.
+The training phase of a step is packing, old log-probs and every optimizer step. It runs through
+train.py's own functions on the same rollouts, with everything on and with one feature at a time
+off. Variants take turns in one process. Before one is timed, its gradient norms must be those of
+"everything on", to 1e-3 in float32 and 3e-2 in bfloat16. The learning rate is 0, so the weights
+stay. On a CPU whole steps of train.py follow, for the phases outside training.
 
-Time is that of CUDA events, or of the wall clock on a CPU. Peak memory is the CUDA allocator's, all
-in all; on a CPU what one step allocates beyond what was there. tok/s counts trained tokens, prompts
-included; MFU has no recomputation and no padding in its numerator. A variant that runs out of
-memory is a row that says so, and so is one that --seconds did not reach. The JSON is rewritten
-after every variant; the last line printed is that JSON.
+Time is that of CUDA events, or of the wall clock on a CPU. Peak memory is all that the CUDA
+allocator held. On a CPU it is what one step allocates beyond what was there. tok/s counts trained
+tokens, prompts included. MFU has no recomputation and no padding in its numerator. A variant that
+runs out of memory, or that --seconds did not reach, is a row that says so. The JSON is rewritten
+after every variant, and it is the last line printed.
 """
 
 import argparse
@@ -28,10 +27,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import NormalDist, median
 from unittest.mock import patch
@@ -40,12 +40,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 import drgrpo.model
 import train
-from bench.harness import ROOT, markdown, peak_memory, provenance, write_json
+from bench.harness import (
+    RESULTS,
+    ROOT,
+    markdown,
+    new_figure,
+    peak_memory,
+    provenance,
+    save_figure,
+    write_json,
+)
+from bench.shapes import SHAPES, model_config
 from drgrpo import data, distributed, pack
 from drgrpo.advantage import group_advantage
 from drgrpo.config import CHOICES, RECIPES, Config
@@ -78,66 +88,10 @@ WIDE = Warmup(
     intermediate_size=768,
 )
 
-SHAPES = {  # the config.json of each model on the hub
-    "0.6b": dict(
-        model_type="qwen3",
-        hidden_size=1024,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=3072,
-        vocab_size=151_936,
-        tie_word_embeddings=True,
-    ),
-    "1.5b": dict(
-        model_type="qwen2",
-        hidden_size=1536,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        intermediate_size=8960,
-        vocab_size=151_936,
-        tie_word_embeddings=True,
-    ),
-    "3b": dict(
-        model_type="llama",
-        hidden_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=8192,
-        vocab_size=128_256,
-        tie_word_embeddings=True,
-    ),
-    "7b": dict(
-        model_type="qwen2",
-        hidden_size=3584,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        intermediate_size=18_944,
-        vocab_size=152_064,
-        tie_word_embeddings=False,
-    ),
-    "toy": dict(
-        model_type="qwen3",
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        vocab_size=512,
-        tie_word_embeddings=True,
-    ),
-}
-
 PROMPT, SIGMA, MEDIAN, CUT, NO_ADVANTAGE = 120, 0.75, 0.195, 0.02, 0.45
-"""Made-up rollouts, a model of a 7B run: tokens of a prompt; response lengths are lognormal, their
-median a share of the budget (at 3000 tokens the mean is 790), and a share more hits the budget;
-share of responses whose whole group has one reward."""
+"""Made-up rollouts, a model of a 7B run. A prompt has PROMPT tokens. Response lengths are
+lognormal, with SIGMA and with a MEDIAN in shares of the budget. At 3000 tokens the mean is 790. A
+share CUT more hits the budget. A share NO_ADVANTAGE is in groups with one reward."""
 
 PUBLISHED = {
     "tokens_per_s": 12_327,
@@ -147,7 +101,7 @@ PUBLISHED = {
     "source": "https://github.com/PrimeIntellect-ai/prime-rl, commit aa1bec0, benchmarks/baselines/"
     "benchmark-1xh100-Qwen--Qwen3-0.6B-rl-full-1gpu-Recompute-flash_attention_3-16384-cp1-ep1.json",
 }
-"""Qwen3-0.6B, two micro-batches of 16384 tokens a step, every block recomputed; mfu by its own
+"""Qwen3-0.6B, two micro-batches of 16384 tokens a step, every block recomputed. `mfu` is by its own
 count of FLOPs."""
 
 PHASES = ("pack", "old log-probs", "forward", "head + loss", "backward", "optimizer")
@@ -156,16 +110,15 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 OUT_OF_MEMORY, NOT_REACHED = "out of memory", "not reached"
 
 
-# ---- features, and what stands in for them when they are off. A variant is what it changes: fields
-# of the config, and `head` and `rows`
+# ---- features, and what stands in for them when they are off
+#
+# A variant is what it changes: fields of the config, and `head` and `rows`.
 
 
 def features(config: Config, sweep: bool) -> dict[str, dict]:
-    """Everything on, then one feature at a time off; `sweep`: activation checkpointing by tokens of
-    a micro-batch too."""
-    levels = [c for c in CHOICES["checkpointing"] if c != config.checkpointing]
-    full = config.tokens_per_microbatch
-    return {
+    """Everything on, then one feature at a time off. `sweep` adds activation checkpointing by
+    tokens of a micro-batch."""
+    variants = {
         "everything on": {},
         "zero-advantage responses kept": {"drop_zero_advantage": False},
         "padded rows": {"rows": padded_rows},
@@ -173,65 +126,63 @@ def features(config: Config, sweep: bool) -> dict[str, dict]:
         "equal counts, not balanced": {"rows": equal_counts},
         "LM head not fused with the loss": {"head": whole_logits},
         "old log-probs recomputed": {"old_logprob": "recompute"},
-        **{f"checkpointing {level}": {"checkpointing": level} for level in levels},
-        **{
-            f"checkpointing {level}, {tokens} tokens": {
-                "checkpointing": level,
-                "tokens_per_microbatch": tokens,
-            }
-            for level in CHOICES["checkpointing"]
-            for tokens in (full // 4, full // 2)
-            if sweep
-        },
     }
+    full, levels = config.tokens_per_microbatch, CHOICES["checkpointing"]
+    for level in levels:
+        if level != config.checkpointing:
+            variants[f"checkpointing {level}"] = {"checkpointing": level}
+    for level, tokens in product(levels, (full // 4, full // 2)) if sweep else ():
+        changes = {"checkpointing": level, "tokens_per_microbatch": tokens}
+        variants[f"checkpointing {level}, {tokens} tokens"] = changes
+    return variants
 
 
 def whole_logits(
-    hidden_ND,
-    weight_VD,
-    target_N,
-    advantage_N,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    advantage_N: Tensor,
     *,
-    old_logprob,
-    clip_low,
-    clip_high,
-    temperature,
-    scale,
+    old_logprob: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    temperature: float,
+    scale: float,
     **_,
-):
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The LM head as trainers write it: all logits at once in the compute type, log-probs in
-    float32, autograd. Without the KL penalty and the sampler's weights, which no variant has."""
+    float32, autograd. It has no KL penalty and no sampler's weights, as no variant has."""
     logits_NV = (hidden_ND @ weight_VD.T).float() / temperature
     logprob_N = -F.cross_entropy(logits_NV, target_N, reduction="none")
     log_ratio_N = logprob_N - (logprob_N.detach() if old_logprob is None else old_logprob)
     ratio_N = log_ratio_N.exp()
-    free_N, clipped_N = (
-        ratio_N * advantage_N,
-        ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantage_N,
-    )
+    free_N = ratio_N * advantage_N
+    clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high) * advantage_N
     stats = {"logprob": logprob_N, "log_ratio": log_ratio_N, "clipped": free_N > clipped_N}
-    return -scale * torch.minimum(free_N, clipped_N).sum(), {
-        name: stat.detach() for name, stat in stats.items()
-    }
+    loss = -scale * torch.minimum(free_N, clipped_N).sum()
+    return loss, {name: stat.detach() for name, stat in stats.items()}
+
+
+def even_parts(items: list[int], count: int) -> list[list[int]]:
+    """`count` parts of equal length, to one, in the order of the items."""
+    return [part.tolist() for part in np.array_split(np.array(items, dtype=int), count)]
 
 
 def equal_counts(lengths: dict[int, int], world: int, budget: int) -> list[list[list[int]]]:
-    """`pack.microbatches` without balance: in the order of arrival, as many responses to each
-    process and each micro-batch, in as few micro-batches as stay within the budget."""
-    shares = [part.tolist() for part in np.array_split(np.array([*lengths], dtype=int), world)]
+    """`pack.microbatches` without balance. In the order of arrival, every process and every
+    micro-batch gets as many responses, in as few micro-batches as stay within the budget."""
+    shares = even_parts([*lengths], world)
     for count in range(1, 1 + max(1, *map(len, shares))):
-        plan = [
-            [part.tolist() for part in np.array_split(np.array(share, dtype=int), count)]
-            for share in shares
-        ]
-        if all(sum(lengths[i] for i in part) <= budget for parts in plan for part in parts):
+        plan = [even_parts(share, count) for share in shares]
+        loads = [sum(lengths[i] for i in part) for parts in plan for part in parts]
+        if max(loads) <= budget:
             break
     return plan
 
 
 def padded_rows(lengths: dict[int, int], world: int, budget: int) -> list[list[list[int]]]:
-    """`pack.microbatches` for padded rows, of one process: in the order of arrival, as many as rows
-    x longest <= budget."""
+    """`pack.microbatches` for padded rows, of one process. In the order of arrival, a micro-batch
+    gets as many as rows x longest <= budget."""
     assert world == 1
     batches = [[]]
     for i in lengths:
@@ -253,10 +204,8 @@ def padded_model(lm) -> Iterator[None]:
         length_S = cu_seq_lens_q.diff()
         mask_SL = torch.arange(max_length_q, device=length_S.device) < length_S[:, None]
         token_SL = input_ids.new_zeros(mask_SL.shape).masked_scatter(mask_SL, input_ids[0])
-        hidden_SLD = body(
-            input_ids=token_SL, attention_mask=mask_SL, use_cache=False
-        ).last_hidden_state
-        return BaseModelOutput(last_hidden_state=hidden_SLD[mask_SL][None])
+        output = body(input_ids=token_SL, attention_mask=mask_SL, use_cache=False)
+        return BaseModelOutput(last_hidden_state=output.last_hidden_state[mask_SL][None])
 
     lm.config._attn_implementation = "sdpa"
     try:
@@ -285,28 +234,25 @@ def switched(policy: Policy, config: Config, changes: dict) -> Iterator[None]:
 
 
 class Clock:
-    """Marks on the device's own timeline: what lies between two of them belongs to the phase that
+    """Marks on the device's own timeline. What lies between two of them belongs to the phase that
     the later one names."""
 
     def __init__(self, device: torch.device):
-        self.device, self.marks = device, []
+        self.cuda, self.marks = device.type == "cuda", []
         self.mark("start")
 
     def mark(self, phase: str) -> None:
-        if self.device.type == "cuda":
-            moment = torch.cuda.Event(enable_timing=True)
+        moment = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
             moment.record()
-        else:
-            moment = time.perf_counter()
         self.marks.append((phase, moment))
 
     def seconds(self) -> dict[str, float]:
         phases = dict.fromkeys(PHASES, 0.0)
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize()
-        for (_, before), (phase, moment) in zip(self.marks, self.marks[1:], strict=False):
-            cuda = self.device.type == "cuda"
-            phases[phase] += before.elapsed_time(moment) / 1e3 if cuda else moment - before
+        for (_, before), (phase, moment) in pairwise(self.marks):
+            phases[phase] += before.elapsed_time(moment) / 1e3 if self.cuda else moment - before
         return phases
 
     @contextmanager
@@ -314,7 +260,7 @@ class Clock:
         """Marks the end of every forward pass, of every head with its loss, and of every backward
         pass."""
 
-        def marking(function, phase):
+        def marking(function: Callable, phase: str) -> Callable:
             def run(*args, **kwargs):
                 result = function(*args, **kwargs)
                 self.mark(phase)
@@ -342,14 +288,15 @@ class Trainer:
         config: Config,
         device: torch.device,
         build: Callable[[], Policy],
-        make_rollouts: Callable,
+        make_rollouts: Callable[[Policy], tuple[list[Rollout], Tensor]],
     ):
         self.config, self.device, self.build = config, device, build
         self.start()
         self.rollouts, self.advantage_PG = make_rollouts(self.policy)
 
     def start(self) -> None:
-        """Anew after running out of memory, which leaves FSDP2 in the middle of a pass."""
+        """Builds the policy, anew after running out of memory, which leaves FSDP2 in the middle of
+        a pass."""
         self.policy = self.optimizer = None
         gc.collect()
         if self.device.type == "cuda":
@@ -362,9 +309,8 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def changed(self, changes: dict) -> Config:
-        return replace(
-            self.config, **{k: v for k, v in changes.items() if k in asdict(self.config)}
-        )
+        known = asdict(self.config)
+        return replace(self.config, **{k: v for k, v in changes.items() if k in known})
 
     def step(self, changes: dict) -> tuple[list[float], dict[str, float]]:
         """(gradient norm of every optimizer step, seconds by phase)."""
@@ -375,27 +321,17 @@ class Trainer:
                 config, self.rollouts, self.advantage_PG, 1, 0, 1, self.device
             )
             clock.mark("pack")
-            old = [
-                [train.old_logprob(config, self.policy, b, objective) for b in batches]
-                for batches in updates
-            ]
+            old = []
+            for batches in updates:
+                old.append([train.old_logprob(config, self.policy, b, objective) for b in batches])
             clock.mark("old log-probs")
             with clock.watching(self.policy):
                 for batches, logprobs in zip(updates, old, strict=True):
-                    work = [
-                        (batch, old_N, None) for batch, old_N in zip(batches, logprobs, strict=True)
-                    ]
-                    norms.append(
-                        train.train_minibatch(
-                            config,
-                            self.policy,
-                            self.optimizer,
-                            work,
-                            objective,
-                            lr=0.0,
-                            check_parity=False,
-                        )["grad_norm"]
+                    work = [(b, old_N, None) for b, old_N in zip(batches, logprobs, strict=True)]
+                    stats = train.train_minibatch(
+                        config, self.policy, self.optimizer, work, objective, 0.0, False
                     )
+                    norms.append(stats["grad_norm"])
                     clock.mark("optimizer")
             return norms, clock.seconds()
 
@@ -403,11 +339,8 @@ class Trainer:
         """(prompt, response) tokens of the responses that are trained on."""
         drops = self.changed(changes).drops
         pairs = zip(self.rollouts, self.advantage_PG.flatten().tolist(), strict=True)
-        return [
-            (len(r.problem.prompt_ids), r.length)
-            for r, advantage in pairs
-            if advantage or not drops
-        ]
+        kept = [r for r, advantage in pairs if advantage or not drops]
+        return [(len(r.problem.prompt_ids), r.length) for r in kept]
 
     def facts(self) -> dict:
         return {
@@ -423,7 +356,7 @@ class Trainer:
 
 
 class Budget:
-    """Seconds that may be spent. Something new may start while what is left exceeds the longest so
+    """Seconds that may be spent. Something new may start while the rest exceeds the longest so
     far."""
 
     def __init__(self, seconds: float):
@@ -442,43 +375,39 @@ class Budget:
 def measure(
     trainer: Trainer, variants: dict[str, dict], repeats: int, budget: Budget, publish: Callable
 ) -> None:
-    """Every variant in turns A B C A B C; the first one is the reference. `publish` gets all rows
+    """Every variant in turns A B C A B C. The first one is the reference. `publish` gets all rows
     after each."""
     rows = {name: {"variant": name, "skipped": NOT_REACHED, "turns": []} for name in variants}
     reference = next(iter(rows.values()))
-    for _ in range(repeats):
-        for name, changes in variants.items():
-            if rows[name]["skipped"] == OUT_OF_MEMORY or not budget.allows():
-                continue
-            with budget.spending():
-                try:
-                    visit(trainer, changes, rows[name], reference)
-                except torch.OutOfMemoryError:
-                    rows[name]["skipped"] = OUT_OF_MEMORY
-                if (
-                    rows[name]["skipped"] == OUT_OF_MEMORY
-                ):  # here, where the traceback does not hold the tensors any more
-                    trainer.start()
-            publish([summary(trainer, variants[n], row) for n, row in rows.items()])
-            if reference["skipped"] == OUT_OF_MEMORY:
-                raise UserError(
-                    f"{OUT_OF_MEMORY} with everything on: choose fewer --layers or --responses"
-                )
+    for _, (name, changes) in product(range(repeats), variants.items()):
+        row = rows[name]
+        if row["skipped"] == OUT_OF_MEMORY or not budget.allows():
+            continue
+        with budget.spending():
+            try:
+                visit(trainer, changes, row, reference)
+            except torch.OutOfMemoryError:
+                row["skipped"] = OUT_OF_MEMORY
+            # not in the handler, where the traceback still holds the tensors
+            if row["skipped"] == OUT_OF_MEMORY:
+                trainer.start()
+        publish([summary(trainer, variants[key], value) for key, value in rows.items()])
+        if reference["skipped"] == OUT_OF_MEMORY:
+            message = "with everything on: choose fewer --layers or --responses"
+            raise UserError(f"{OUT_OF_MEMORY} {message}")
 
 
 def visit(trainer: Trainer, changes: dict, row: dict, reference: dict) -> None:
-    """One timed turn, after a first one that warms up, counts memory and must agree with the
-    reference."""
+    """One timed turn. A first one warms up, counts memory and must agree with the reference."""
     if "grad_norms" not in row:
         norms: list[float] = []
         row["peak_bytes"] = peak(lambda: norms.extend(trainer.step(changes)[0]), trainer.device)
-        row["grad_norms"], limit = norms, TOLERANCE[trainer.config.dtype]
-        if not all(
-            abs(a - b) <= limit * b for a, b in zip(norms, reference["grad_norms"], strict=True)
-        ):
+        row["grad_norms"] = norms
+        expected, limit = reference["grad_norms"], TOLERANCE[trainer.config.dtype]
+        if any(abs(a - b) > limit * b for a, b in zip(norms, expected, strict=True)):
             sys.exit(
-                f"not timing a wrong variant: {row['variant']!r} has gradient norms {norms}, {reference['variant']!r} has "
-                f"{reference['grad_norms']}"
+                f"not timing a wrong variant: {row['variant']!r} has gradient norms {norms}, "
+                f"{reference['variant']!r} has {expected}"
             )
     row["turns"].append(trainer.step(changes)[1])
     row["skipped"] = None
@@ -516,26 +445,24 @@ def summary(trainer: Trainer, changes: dict, row: dict) -> dict:
 # ---- made-up models and rollouts, at the sizes of real ones
 
 
-def lm_config(shape: str, layers: int) -> PretrainedConfig:
-    sizes = SHAPES[shape] | {"num_hidden_layers": layers, "max_position_embeddings": 32_768}
-    return AutoConfig.for_model(**sizes)
+def lm_config(model: str, layers: int) -> PretrainedConfig:
+    return model_config(model, num_hidden_layers=layers, max_position_embeddings=32_768)
 
 
-def build_policy(shape: str, layers: int, dtype: torch.dtype, device: torch.device) -> Policy:
+def build_policy(model: str, layers: int, dtype: torch.dtype, device: torch.device) -> Policy:
     """Random weights from one seed, in float32, made on the device."""
     torch.manual_seed(0)
+    attention = ATTENTION[resolve_attention("auto", device, dtype)]
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(
-            lm_config(shape, layers),
-            dtype=torch.float32,
-            attn_implementation=ATTENTION[resolve_attention("auto", device, dtype)],
+            lm_config(model, layers), dtype=torch.float32, attn_implementation=attention
         )
     return make_policy(lm, dtype=dtype, device=device)
 
 
-def needed_bytes(shape: str, layers: int, config: Config) -> float:
+def needed_bytes(model: str, layers: int, config: Config) -> float:
     """The memory ledger's estimate for one process that trains alone."""
-    lm = lm_config(shape, layers)
+    lm = lm_config(model, layers)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(lm).num_parameters()
     ledger = make_ledger(
@@ -555,28 +482,26 @@ def needed_bytes(shape: str, layers: int, config: Config) -> float:
     return GIB * (sum(ledger.kept.values()) + sum(ledger.training.values()))
 
 
-def layers_that_fit(shape: str, config: Config, free: int) -> int:
+def layers_that_fit(model: str, config: Config, free: int) -> int:
     """All of the model's layers, or as many as `free` bytes hold with their gradients, optimizer
     states and activations."""
-    for layers in range(SHAPES[shape]["num_hidden_layers"], 0, -1):
-        if needed_bytes(shape, layers, config) <= USABLE * free:
+    for layers in range(model_config(model).num_hidden_layers, 0, -1):
+        if needed_bytes(model, layers, config) <= USABLE * free:
             return layers
+    needed = needed_bytes(model, 1, config) / GIB
     raise UserError(
-        f"--shape {shape}: not one layer fits {free / GIB:.1f} GiB, of which {needed_bytes(shape, 1, config) / GIB:.1f} are "
-        "needed beside its vocabulary; choose a smaller --shape"
+        f"{model}: not one layer fits {free / GIB:.1f} GiB, and one needs {needed:.1f} with the "
+        "vocabulary; choose a smaller --shape"
     )
 
 
 def lengths_like_a_run(count: int, budget: int, rng: np.random.Generator) -> np.ndarray:
-    """Response lengths in tokens, [count]: quantiles and not draws, so that few are as typical as
-    many."""
+    """Response lengths in tokens, [count]. They are quantiles and not draws, so that few are as
+    typical as many."""
     quantile_B = (np.arange(count) + 0.5) / count
     normal_B = np.array([NormalDist().inv_cdf(q) for q in quantile_B])
-    length_B = (
-        rng.permutation(np.exp(math.log(MEDIAN * budget) + SIGMA * normal_B))
-        .clip(1, budget)
-        .astype(int)
-    )
+    lognormal_B = np.exp(math.log(MEDIAN * budget) + SIGMA * normal_B)
+    length_B = rng.permutation(lognormal_B).clip(1, budget).astype(int)
     length_B[rng.permutation(count)[: round(CUT * count)]] = budget
     return length_B
 
@@ -593,32 +518,37 @@ def made_up_rewards(prompts: int, group: int, rng: np.random.Generator) -> Tenso
 
 
 def made_up(
-    config: Config, device: torch.device, length_B, prompt: int, policy: Policy
+    config: Config, device: torch.device, length_B: Sequence[int], prompt: int, policy: Policy
 ) -> tuple[list[Rollout], Tensor]:
-    """Rollouts of random tokens that the policy itself gives log-probs to, as a sampler with its
+    """Rollouts of random tokens. The policy itself gives their log-probs, as a sampler with its
     weights would."""
     rng, vocab = np.random.default_rng(0), policy.lm.config.vocab_size
-    problems = [
-        Problem(p, "", "", rng.integers(vocab, size=prompt).tolist())
-        for p in range(config.prompts_per_step)
-    ]
+    problems = []
+    for p in range(config.prompts_per_step):
+        problems.append(Problem(p, "", "", rng.integers(vocab, size=prompt).tolist()))
     tokens = [rng.integers(vocab, size=length).tolist() for length in length_B]
+    prompt_B = [problems[i // config.group_size] for i in range(len(tokens))]
     lengths = {i: prompt + len(t) for i, t in enumerate(tokens)}
     logprobs: dict[int, list[float]] = {}
     for chosen in pack.microbatches(lengths, 1, config.tokens_per_microbatch)[0]:
-        parts = [
-            (problems[i // config.group_size].prompt_ids, tokens[i], [0.0] * len(tokens[i]), 0.0)
-            for i in chosen
-        ]
-        logprob_N = train.logprob(policy, pack.pack(parts, device), Objective()).tolist()
-        for i in chosen:
-            logprobs[i], logprob_N = logprob_N[: len(tokens[i])], logprob_N[len(tokens[i]) :]
-    completions = [
-        Completion(t, logprobs[i], len(t) < config.max_new_tokens) for i, t in enumerate(tokens)
-    ]
+        parts = [(prompt_B[i].prompt_ids, tokens[i], [0.0] * len(tokens[i]), 0.0) for i in chosen]
+        logprob_N = train.logprob(policy, pack.pack(parts, device), Objective())
+        sizes = [len(tokens[i]) for i in chosen]
+        for i, part in zip(chosen, logprob_N.split(sizes), strict=True):
+            logprobs[i] = part.tolist()
+    rollouts = []
+    for i, (problem, ids) in enumerate(zip(prompt_B, tokens, strict=True)):
+        completion = Completion(ids, logprobs[i], len(ids) < config.max_new_tokens)
+        rollouts.append(Rollout(problem, completion, ""))
     reward_PG = made_up_rewards(config.prompts_per_step, config.group_size, rng)
-    rollouts = [Rollout(problems[i // config.group_size], c, "") for i, c in enumerate(completions)]
     return rollouts, group_advantage(reward_PG, config.algo)
+
+
+DEALS = {  # how responses are dealt, and whether every micro-batch has one of them
+    "balanced": (pack.microbatches, False),
+    "equal counts": (equal_counts, False),
+    "equal counts, one response per micro-batch": (equal_counts, True),
+}
 
 
 def imbalance(config: Config, world: int = 8) -> dict[str, float]:
@@ -627,221 +557,180 @@ def imbalance(config: Config, world: int = 8) -> dict[str, float]:
     busiest of each one counts."""
     rng = np.random.default_rng(0)
     length_B = PROMPT + lengths_like_a_run(config.rollouts_per_step, config.max_new_tokens, rng)
-    advantage_B = group_advantage(
-        made_up_rewards(config.prompts_per_step, config.group_size, rng), config.algo
-    ).flatten()
-    budget, found = config.tokens_per_microbatch, {}
-    for name, split, room in (
-        ("balanced", pack.microbatches, budget),
-        ("equal counts", equal_counts, budget),
-        ("equal counts, one response per micro-batch", equal_counts, 1),
-    ):
+    reward_PG = made_up_rewards(config.prompts_per_step, config.group_size, rng)
+    advantage_B = group_advantage(reward_PG, config.algo).flatten()
+    shares = {}
+    for name, (split, alone) in DEALS.items():
+        budget = 1 if alone else config.tokens_per_microbatch
         busiest = total = 0
-        for chosen in pack.minibatches(
-            config.rollouts_per_step, config.minibatches, seed=0, step=1
-        ):
+        for chosen in pack.minibatches(len(length_B), config.minibatches, seed=0, step=1):
             lengths = {i: int(length_B[i]) for i in chosen if advantage_B[i]}
-            plan = split(lengths, world, room)
-            tokens = np.array(
-                [[sum(lengths[i] for i in part) for part in parts] for parts in plan]
-            )  # [world, micro-batches]
-            busiest, total = busiest + world * tokens.max(0).sum(), total + tokens.sum()
-        found[name] = float(busiest / total)
-    return found
+            for parts in zip(*split(lengths, world, budget), strict=True):
+                loads = [sum(lengths[i] for i in part) for part in parts]
+                busiest += world * max(loads)
+                total += sum(loads)
+        shares[name] = busiest / total
+    return shares
 
 
 # ---- what is measured where
 
 
 def sample(config: Config, path: str, policy: Policy) -> tuple[list[Rollout], Tensor]:
-    """Rollouts of the model at `path` with their advantages; made-up rewards where it gets nothing
-    right."""
+    """Rollouts of the model at `path` with their advantages. Rewards are made up where it gets
+    nothing right."""
     tokenizer, template = byte_tokenizer(), get_template("arithmetic")
     problems, _ = tokenize(data.load_problems("arithmetic"), template, tokenizer, 64)
+    problems = problems[: config.prompts_per_step]
     engine = TorchEngine(
         path, tokenizer, dtype=torch.float32, device=CPU, batch=256, max_tokens=256
     )
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens, stop_token_ids=(tokenizer.eos_token_id,)
-    )
-    rollouts = rollout(
-        engine, tokenizer, problems[: config.prompts_per_step], config.group_size, sampling, 0, 1
-    )
+    stop = (tokenizer.eos_token_id,)
+    sampling = Sampling(max_new_tokens=config.max_new_tokens, stop_token_ids=stop)
+    rollouts = rollout(engine, tokenizer, problems, config.group_size, sampling, 0, 1)
     with Grader("hash") as grader:
         grades = grader([r.text for r in rollouts], [r.problem.answer for r in rollouts])
     reward_PG = torch.tensor([g.score for g in grades]).view(-1, config.group_size)
-    if not reward_PG.any():  # random weights: half of the groups get one right answer in four
+    if not reward_PG.any():  # random weights: every second group gets one answer in four
         reward_PG[::2, ::4] = 1.0
     return rollouts, group_advantage(reward_PG, config.algo)
 
 
-def on_cpu(report: dict, args, budget: Budget, save: Callable) -> None:
+class Cases:
+    """The tables of a report, filled and saved while they are measured."""
+
+    def __init__(self, report: dict, repeats: int, budget: Budget, save: Callable[[], str]):
+        self.report, self.repeats, self.budget, self.save = report, repeats, budget, save
+
+    def run(
+        self, name: str, make_trainer: Callable[[], Trainer], variants: dict[str, dict], **facts
+    ) -> dict:
+        """One table. The trainer is made here, so that the one before it is gone."""
+        rows = [{"variant": v, "skipped": NOT_REACHED} for v in variants]
+        case = self.report["cases"][name] = facts | {"rows": rows}
+
+        def publish(rows: list[dict]) -> None:
+            case["rows"] = rows
+            self.save()
+
+        if self.budget.allows():
+            trainer = make_trainer()
+            case |= trainer.facts()
+            measure(trainer, variants, self.repeats, self.budget, publish)
+        self.save()
+        return case
+
+
+def on_cpu(cases: Cases, args: argparse.Namespace) -> None:
     """The tiny recipe's model and a wider one, then whole steps."""
     config = RECIPES["tiny"]()
-    config, cache = (
-        replace(config, prompts_per_step=args.responses // config.group_size),
-        ROOT / config.cache_dir,
-    )
+    cache = ROOT / config.cache_dir
+    config = replace(config, prompts_per_step=args.responses // config.group_size)
     variants = features(config, sweep=False)
     with tempfile.TemporaryDirectory() as folder:
         build_tiny_model(WIDE, folder)
-        tiny = cached_tiny_model(Warmup(), cache, report=lambda line: None)
+        tiny = str(cached_tiny_model(Warmup(), cache, report=lambda line: None))
         for name, path, repeats in (
-            ("tiny", str(tiny), 3 * args.repeats),
+            ("tiny", tiny, 3 * args.repeats),
             ("wide", folder, args.repeats),
         ):
             build = partial(load_policy, path, dtype=torch.float32, device=CPU)
-            make = partial(Trainer, config, CPU, build, partial(sample, config, path))
-            run_case(report, name, make, variants, repeats, budget, save)
-    report["steps"] = [{"run": run, "skipped": NOT_REACHED} for run in WHOLE_STEPS]
-    for row, flags in zip(report["steps"], WHOLE_STEPS.values(), strict=True):
-        if budget.allows():
-            with budget.spending():
+            cases.repeats = repeats
+            cases.run(
+                name, partial(Trainer, config, CPU, build, partial(sample, config, path)), variants
+            )
+    rows = [{"run": run, "skipped": NOT_REACHED} for run in WHOLE_STEPS]
+    cases.report["steps"] = rows
+    for row, flags in zip(rows, WHOLE_STEPS.values(), strict=True):
+        if cases.budget.allows():
+            with cases.budget.spending():
                 row |= {"skipped": None} | whole_steps(flags, args.steps, cache)
-        save()
+        cases.save()
 
 
-def at_size(
-    report: dict, args, budget: Budget, save: Callable, device: torch.device, shape: str
-) -> None:
+def at_size(cases: Cases, args: argparse.Namespace, device: torch.device, shape: str) -> None:
     """A made-up model of that shape on the paper's recipe: one process's share of a step."""
-    config = replace(
-        RECIPES["oat_zero_7b"](), prompts_per_step=args.responses // 8, old_logprob="sampler"
-    )
+    config = RECIPES["oat_zero_7b"]()
+    config = replace(config, prompts_per_step=args.responses // 8, old_logprob="sampler")
     if args.rehearse:
         config = replace(config, minibatches=2, max_new_tokens=96, tokens_per_microbatch=512)
-    whole, free = (
-        SHAPES[shape]["num_hidden_layers"],
-        torch.cuda.mem_get_info()[0] if device.type == "cuda" else GIB,
-    )
-    layers = args.layers or layers_that_fit(shape, config, free)
-    build = partial(build_policy, shape, layers, torch.bfloat16, device)
-    length_B = lengths_like_a_run(
-        config.rollouts_per_step, config.max_new_tokens, np.random.default_rng(0)
-    )
-    prompt = PROMPT * config.max_new_tokens // 3000
-    make = partial(
-        Trainer, config, device, build, partial(made_up, config, device, length_B, prompt)
-    )
+    model, tokens = SHAPES.get(shape, shape), config.tokens_per_microbatch
+    whole = model_config(model).num_hidden_layers
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else GIB
+    layers = args.layers or layers_that_fit(model, config, free)
+    build = partial(build_policy, model, layers, torch.bfloat16, device)
     facts = {"layers": layers, "layers_of_the_model": whole}
     if layers < whole:
-        needed, room = (
-            f"{x / GIB:.0f} GiB" for x in (needed_bytes(shape, whole, config), USABLE * free)
-        )
-        facts["left_out"] = (
-            f"{whole - layers} of {whole} layers (the memory ledger says {needed} for all, of {room})"
-        )
-    run_case(report, shape, make, features(config, sweep=True), args.repeats, budget, save, facts)
-    if layers < whole and "phases" in report["cases"][shape]["rows"][0]:
-        report["cases"][shape]["extrapolated"] = extrapolated(report["cases"][shape])
+        needed, room = needed_bytes(model, whole, config) / GIB, USABLE * free / GIB
+        ledger = f"the memory ledger says {needed:.0f} GiB for all, of {room:.0f} GiB"
+        facts["left_out"] = f"{whole - layers} of {whole} layers ({ledger})"
+
+    def trainer(config: Config, length_B: Sequence[int], prompt: int) -> Callable[[], Trainer]:
+        rollouts = partial(made_up, config, device, length_B, prompt)
+        return partial(Trainer, config, device, build, rollouts)
+
+    rng = np.random.default_rng(0)
+    length_B = lengths_like_a_run(config.rollouts_per_step, config.max_new_tokens, rng)
+    prompt = PROMPT * config.max_new_tokens // 3000
+    make = trainer(config, length_B, prompt)
+    case = cases.run(shape, make, features(config, sweep=True), **facts)
+    if layers < whole and "phases" in case["rows"][0]:
+        case["extrapolated"] = extrapolated(case)
     if shape in ("0.6b", "toy"):
-        tokens = config.tokens_per_microbatch
-        config = replace(
-            config, prompts_per_step=1, group_size=2, minibatches=1, max_new_tokens=tokens - 1
-        )
-        make = partial(
-            Trainer, config, device, build, partial(made_up, config, device, [tokens - 1] * 2, 1)
-        )
-        run_case(
-            report,
-            f"{shape}, two sequences of {tokens} tokens",
-            make,
-            {"everything on": {}},
-            args.repeats,
-            budget,
-            save,
-            {"published": PUBLISHED} if shape == "0.6b" else {},
-        )
-
-
-def run_case(report, name, make_trainer, variants, repeats, budget, save, facts=None) -> None:
-    """One table of the report. The trainer is made here, so that the one before it is gone."""
-    case = report["cases"][name] = {
-        **(facts or {}),
-        "rows": [{"variant": v, "skipped": NOT_REACHED} for v in variants],
-    }
-    if budget.allows():
-        trainer = make_trainer()
-        case |= trainer.facts()
-        measure(trainer, variants, repeats, budget, lambda rows: save(case.update(rows=rows)))
-    save()
+        two = dict(prompts_per_step=1, group_size=2, minibatches=1, max_new_tokens=tokens - 1)
+        make = trainer(replace(config, **two), [tokens - 1] * 2, 1)
+        facts = {"published": PUBLISHED} if shape == "0.6b" else {}
+        name = f"{shape}, two sequences of {tokens} tokens"
+        cases.run(name, make, {"everything on": {}}, **facts)
 
 
 def extrapolated(case: dict) -> dict:
     """Seconds with all layers if the passes through the blocks grow with their number. The
-    optimizer's share is left as it was, so this is a little too low."""
-    first = case["rows"][0]
+    optimizer's share stays as it was, so this is a little too low."""
+    first, layers = case["rows"][0], case["layers_of_the_model"]
     blocks = first["phases"]["forward"] + first["phases"]["backward"]
-    grown = blocks * (case["layers_of_the_model"] / case["layers"] - 1)
-    return {
-        "variant": first["variant"],
-        "layers": case["layers_of_the_model"],
-        "seconds": first["seconds"]["median"] + grown,
-    }
+    seconds = first["seconds"]["median"] + blocks * (layers / case["layers"] - 1)
+    return {"variant": first["variant"], "layers": layers, "seconds": seconds}
 
 
+PAPERS_WAY = "--old-logprob recompute --drop-zero-advantage false --tokens-per-microbatch 1"
 WHOLE_STEPS = {
     "everything on": (),
-    "the paper's way": (
-        "--old-logprob",
-        "recompute",
-        "--drop-zero-advantage",
-        "false",
-        "--tokens-per-microbatch",
-        "1",
-    ),
-    "everything on, vLLM": ("--engine", "vllm"),
+    "the paper's way": PAPERS_WAY.split(),
+    "everything on, vLLM": ["--engine", "vllm"],
 }
-"""Runs of train.py. The paper's way: log-probs recomputed, every response trained on, one at a
+"""Runs of train.py. The paper's way recomputes log-probs and trains on every response, one at a
 time."""
 
 
-def whole_steps(flags: tuple[str, ...], steps: int, cache: Path) -> dict:
+def whole_steps(flags: Sequence[str], steps: int, cache: Path) -> dict:
     """Medians over the steps of a short run of the tiny recipe that saves at each, without the
     first third."""
     if "vllm" in flags and importlib.util.find_spec("vllm") is None:
         return {"skipped": "vLLM is not installed"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "--recipe",
-            "tiny",
-            "--out",
-            f"{folder}/run",
-            "--steps",
-            str(steps),
-            "--eval-data",
-            "",
-            "--save-every",
-            "1",
-            "--cache-dir",
-            str(cache),
-            *flags,
-        ]
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, str(ROOT / "train.py"), "--recipe", "tiny"]
+        command += ["--out", f"{folder}/run", "--steps", str(steps), "--eval-data", ""]
+        command += ["--save-every", "1", "--cache-dir", str(cache), *flags]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(
-                f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-            )
+            output = f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            raise RuntimeError(f"{' '.join(command)} failed:\n{output}")
         rows = read_jsonl(f"{folder}/run/metrics.jsonl")[steps // 3 :]
-    of = lambda get: median(map(get, rows))  # noqa: E731
+
+    def middle(value: Callable[[dict], float]) -> float:
+        return median(map(value, rows))
+
     totals = [row["seconds"]["total"] for row in rows]
+    phases = {p: middle(lambda row, p=p: row["seconds"][p]) for p in STEP_PHASES}
     return {
         "turns": len(rows),
         "seconds": {"median": median(totals), "low": min(totals), "high": max(totals)},
-        "phases": {
-            phase: of(lambda row, phase=phase: row["seconds"][phase]) for phase in STEP_PHASES
-        },
-        "tokens_per_s": of(lambda row: row["tokens_per_s"]),
-        "peak_bytes": GIB * of(lambda row: max(row["gb"].values())),
-        "tflops": of(lambda row: row["tflops"]),
+        "phases": phases,
+        "tokens_per_s": middle(lambda row: row["tokens_per_s"]),
+        "peak_bytes": GIB * middle(lambda row: max(row["gb"].values())),
+        "tflops": middle(lambda row: row["tflops"]),
         "mfu": None,
     }
 
@@ -850,49 +739,38 @@ def whole_steps(flags: tuple[str, ...], steps: int, cache: Path) -> dict:
 
 
 def variants_table(rows: list[dict], label: str, phases: tuple[str, ...]) -> str:
-    """A table of rows with numbers, or with the reason why there are none."""
+    """Rows with numbers, or with the reason why there are none, in Markdown."""
     base = next((row["seconds"]["median"] for row in rows if "seconds" in row), None)
-    heads = [
-        label,
-        "seconds (range)",
-        "times",
-        "tok/s",
-        "peak GB",
-        "TFLOP/s (MFU)",
-        *(f"{phase}, ms" for phase in phases),
-    ]
+    heads = [label, "seconds (range)", "times", "tok/s", "peak GB", "TFLOP/s (MFU)"]
     lines = []
     for r in rows:
         if r.get("skipped"):
-            lines.append([r[label], r["skipped"], *["-"] * (len(heads) - 2)])
+            lines.append([r[label], r["skipped"], *["-"] * (len(heads) + len(phases) - 2)])
             continue
         s, mfu = r["seconds"], "-" if r["mfu"] is None else f"{r['mfu']:.1%}"
-        lines.append(
-            [
-                r[label],
-                f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})",
-                f"{s['median'] / base:.2f}",
-                f"{r['tokens_per_s']:,.0f}",
-                f"{r['peak_bytes'] / 1e9:.3g}",
-                f"{r['tflops']:.3g} ({mfu})",
-                *(f"{1e3 * r['phases'][phase]:.1f}" for phase in phases),
-            ]
-        )
-    return markdown(heads, lines)
+        line = [
+            r[label],
+            f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})",
+            f"{s['median'] / base:.2f}",
+            f"{r['tokens_per_s']:,.0f}",
+            f"{r['peak_bytes'] / 1e9:.3g}",
+            f"{r['tflops']:.3g} ({mfu})",
+        ]
+        lines.append(line + [1e3 * r["phases"][phase] for phase in phases])
+    return markdown([*heads, *(f"{phase}, ms" for phase in phases)], lines)
 
 
 def text(report: dict) -> str:
-    """Everything, for people."""
+    """The whole report in Markdown."""
     parts = []
     for name, case in report["cases"].items():
         parts += [f"{name}: {describe(case)}", variants_table(case["rows"], "variant", PHASES)]
-        if found := case.get("extrapolated"):
-            parts.append(
-                f"extrapolated, not measured: {found['variant']}, {found['layers']} layers, {found['seconds']:.2f} s"
-            )
-        if found := case.get("published"):
-            numbers = f"{found['tokens_per_s']:,} tok/s, MFU {found['mfu']:.1%}"
-            parts.append(f"published: {found['what']}, {numbers} ({found['source']})")
+        if guess := case.get("extrapolated"):
+            size = f"{guess['variant']}, {guess['layers']} layers"
+            parts.append(f"extrapolated, not measured: {size}, {guess['seconds']:.2f} s")
+        if other := case.get("published"):
+            numbers = f"{other['tokens_per_s']:,} tok/s, MFU {other['mfu']:.1%}"
+            parts.append(f"published: {other['what']}, {numbers} ({other['source']})")
     if "steps" in report:
         parts.append("whole steps of the tiny recipe (tok/s: sampled; peak: resident memory)")
         parts.append(variants_table(report["steps"], "run", STEP_PHASES))
@@ -905,104 +783,71 @@ def describe(case: dict) -> str:
         return NOT_REACHED
     left_out = f"; left out: {case['left_out']}" if "left_out" in case else ""
     return (
-        f"{case['parameters']:,} parameters, {case['dtype']}{left_out}; {case['responses']} responses of "
-        f"{case['response_tokens']:,} tokens in {case['optimizer_steps']} optimizer steps, {case['zero_advantage']:.0%} "
-        f"without advantage; {case['tokens_per_microbatch']} tokens per micro-batch, checkpointing {case['checkpointing']}"
+        f"{case['parameters']:,} parameters, {case['dtype']}{left_out}; {case['responses']} "
+        f"responses of {case['response_tokens']:,} tokens in {case['optimizer_steps']} optimizer "
+        f"steps, {case['zero_advantage']:.0%} without advantage; {case['tokens_per_microbatch']} "
+        f"tokens per micro-batch, checkpointing {case['checkpointing']}"
     )
 
 
-def plot(report: dict, path: Path) -> None:
+def draw(report: dict, path: Path) -> None:
     """Stacked bars, one panel per table."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     tables = [(name, "variant", PHASES, case["rows"]) for name, case in report["cases"].items()]
     if "steps" in report:
         tables.append(("whole steps, tiny recipe", "run", STEP_PHASES, report["steps"]))
-    figure, axes = plt.subplots(
-        len(tables),
-        1,
-        figsize=(9, sum(1.1 + 0.3 * len(rows) for *_, rows in tables)),
-        squeeze=False,
-        height_ratios=[2 + len(rows) for *_, rows in tables],
-        layout="constrained",
-    )
+    sizes = [2 + len(rows) for *_, rows in tables]
+    height = sum(0.5 + 0.3 * size for size in sizes)
+    figure, axes = new_figure(len(tables), 1, (9, height), squeeze=False, height_ratios=sizes)
     for axis, (name, label, phases, rows) in zip(axes[:, 0], tables, strict=True):
-        names, left = [row[label] for row in rows], np.zeros(len(rows))
-        for phase, color in zip(phases, plt.get_cmap("tab10").colors, strict=False):
-            width = np.array([row["phases"][phase] if "phases" in row else 0.0 for row in rows])
-            axis.barh(names, width, left=left, color=color, label=phase)
-            left += width
-        for y, row in enumerate(rows):
-            axis.text(
-                left[y],
-                y,
-                " " + (row.get("skipped") or f"{row['seconds']['median']:.3f} s"),
-                va="center",
-                size=7,
-            )
-        axis.invert_yaxis()
-        axis.margins(x=0.12)
+        draw_panel(axis, label, phases, rows)
         axis.set_title(f"{name}, seconds")
-        axis.tick_params(labelsize=8)
-        axis.legend(
-            fontsize=7,
-            ncols=len(phases),
-            loc="lower center",
-            bbox_to_anchor=(0.5, -0.05 - 2.2 / (2 + len(rows))),
-        )
-    figure.suptitle(
-        f"one step by phase: {report['where']['device']}, torch {report['where']['torch']}"
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    where = report["where"]
+    figure.suptitle(f"one step by phase: {where['device']}, torch {where['torch']}")
+    save_figure(figure, path, dpi=120)
+
+
+def draw_panel(axis, label: str, phases: tuple[str, ...], rows: list[dict]) -> None:
+    names, start = [row[label] for row in rows], np.zeros(len(rows))
+    for i, phase in enumerate(phases):
+        width = np.array([row["phases"][phase] if "phases" in row else 0.0 for row in rows])
+        axis.barh(names, width, left=start, color=f"C{i}", label=phase)
+        start += width
+    for y, row in enumerate(rows):
+        end = row.get("skipped") or f"{row['seconds']['median']:.3f} s"
+        axis.text(start[y], y, f" {end}", va="center", size=7)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.tick_params(labelsize=8)
+    below = (0.5, -0.05 - 2.2 / (2 + len(rows)))
+    axis.legend(fontsize=7, ncols=len(phases), loc="lower center", bbox_to_anchor=below)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--shape",
-        choices=[name for name in SHAPES if name != "toy"],
-        help="cuda: whose sizes (1.5b)",
-    )
-    parser.add_argument(
-        "--layers", type=int, help="cuda: so many of its layers (default: all, or as many as fit)"
-    )
-    parser.add_argument(
-        "--responses", type=int, help="of one step (cpu: 256; cuda: 128, an eighth of the paper's)"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="turns (the tiny model: three times as many)"
-    )
-    parser.add_argument("--steps", type=int, default=9, help="cpu: whole steps of each run")
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="start nothing that would end later"
-    )
-    parser.add_argument(
-        "--rehearse", action="store_true", help="what a GPU would run, on a CPU and a toy shape"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder (default: bench/results, of a rehearsal runs)"
-    )
+    add = parser.add_argument
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--shape", choices=SHAPES, help="cuda: whose sizes (1.5b)")
+    add("--layers", type=int, help="cuda: so many of its layers (default: as many as fit)")
+    add("--responses", type=int, help="of one step (cpu: 256; cuda: 128, the paper's eighth)")
+    add("--repeats", type=int, default=3, help="turns (the tiny model: three times as many)")
+    add("--steps", type=int, default=9, help="cpu: whole steps of each run")
+    add("--seconds", type=float, default=math.inf, help="start nothing that would end later")
+    add("--rehearse", action="store_true", help="what a GPU would run, on a CPU and a toy shape")
+    add("--out", type=Path, help="folder (default: bench/results, of a rehearsal runs)")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device; --rehearse runs the same on a CPU")
     if args.device == "cpu" and (args.shape or args.layers):
         parser.error("--shape and --layers are for --device cuda; a CPU runs its own two sizes")
     args.shape = args.shape or "1.5b"
-    if not 1 <= (args.layers or 1) <= SHAPES[args.shape]["num_hidden_layers"]:
-        parser.error(
-            f"--layers {args.layers}: {args.shape} has {SHAPES[args.shape]['num_hidden_layers']}"
-        )
-    args.out = args.out or ROOT / ("runs" if args.rehearse else "bench/results")
-    args.responses = args.responses or (
-        32 if args.rehearse else 128 if args.device == "cuda" else 256
-    )
+    layers = model_config(SHAPES[args.shape]).num_hidden_layers
+    if not 1 <= (args.layers or 1) <= layers:
+        parser.error(f"--layers {args.layers}: {args.shape} has {layers}")
+    args.out = args.out or (ROOT / "runs" if args.rehearse else RESULTS)
+    default = 32 if args.rehearse else 128 if args.device == "cuda" else 256
+    args.responses = args.responses or default
     if args.responses % 8:
         parser.error(f"--responses {args.responses}: groups have 8, so choose a multiple")
     return args
@@ -1011,44 +856,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     budget = Budget(args.seconds)
-    torch.set_num_threads(1)  # of CPU work: what two cores share is noisier than what one has
+    torch.set_num_threads(1)  # of CPU work: two cores that share it are noisier than one
     distributed.start()
-    name = (
-        "step_rehearsal"
-        if args.rehearse
-        else f"step_{args.shape}"
-        if args.device == "cuda"
-        else "step"
-    )
+    on_gpu = args.device == "cuda"
+    name = "step_rehearsal" if args.rehearse else f"step_{args.shape}" if on_gpu else "step"
     path = args.out / f"{name}.json"
-    arguments = {k: str(v) for k, v in vars(args).items() if k != "out"}
     report = {
         "where": provenance(args.device),
-        "arguments": arguments,
+        "arguments": {k: str(v) for k, v in vars(args).items() if k != "out"},
         "cases": {},
         "imbalance": imbalance(RECIPES["oat_zero_7b"]()),
     }
-    save = lambda *_: write_json(path, report)  # noqa: E731
+    cases = Cases(report, args.repeats, budget, lambda: write_json(path, report))
     try:
         if args.rehearse:
-            at_size(report, args, budget, save, CPU, "toy")
-        elif args.device == "cuda":
-            at_size(
-                report,
-                args,
-                budget,
-                save,
-                torch.device("cuda", torch.cuda.current_device()),
-                args.shape,
-            )
+            at_size(cases, args, CPU, "toy")
+        elif on_gpu:
+            at_size(cases, args, torch.device("cuda", torch.cuda.current_device()), args.shape)
         else:
-            on_cpu(report, args, budget, save)
+            on_cpu(cases, args)
     except UserError as error:
         sys.exit(f"error: {error}")
     finally:
         distributed.stop()
-    plot(report, path.with_suffix(".png"))
-    print(text(report), f"wrote {path} and {path.with_suffix('.png')}", save(), sep="\n\n")
+    picture = path.with_suffix(".png")
+    draw(report, picture)
+    print(text(report), f"wrote {path} and {picture}", cases.save(), sep="\n\n")
 
 
 if __name__ == "__main__":

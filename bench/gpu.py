@@ -1,15 +1,15 @@
-"""Does all of this work on the GPU at hand, and how fast is it there? `make gpu`: ten minutes,
-nothing downloaded.
+"""Does everything work on this GPU, and how fast is it here? `make gpu` takes ten minutes and
+downloads nothing.
 
     python -m bench.gpu --out DIR                  everything; DIR is runs/gpu unless named
     python -m bench.gpu --only tests kernel        some parts, by how their names begin
     python -m bench.gpu --seconds 1700             more time for each
-    python -m bench.gpu --rehearse                 every part at toy sizes on a CPU: does this command work?
+    python -m bench.gpu --rehearse                 every part at toy sizes on a CPU
 
-Every part is a process of its own with a share of the time; what one leaves over goes to those
-after it, and one that reaches its limit is killed, after Python has said where it stands, so that
-no part takes anything from another. DIR/gpu.json and DIR/summary.md are written anew after every
-part and while one runs, DIR/log.txt is all that the parts said, and a part that draws leaves its
+Every part is a process of its own with a share of the time. What one leaves over goes to those
+after it. One that reaches its limit is killed, after Python has said where it stands, so that no
+part takes anything from another. DIR/gpu.json and DIR/summary.md are written anew after every part
+and while one runs. DIR/log.txt is all that the parts printed, and a part that draws leaves its
 picture. What is not installed is skipped and named. Exit status: 0, 1 if a part failed or ran out
 of time, 2 without a CUDA device.
 """
@@ -27,22 +27,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
+from typing import TextIO
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 575.0  # of 600
 OPTIONAL = (
-    "vllm",
-    "flash_attn",
-    "liger_kernel",
-    "trl",
-    "cut_cross_entropy",
-    "verl",
-    "quack",
-    "datasets",
-    "math_verify",
+    *("vllm", "flash_attn", "liger_kernel", "trl", "cut_cross_entropy", "verl", "quack"),
+    *("datasets", "math_verify"),
 )
 TICK = 2.0  # seconds between two looks at what a running part has written
 
@@ -63,8 +59,8 @@ class Part:
 
 @dataclass
 class Report:
-    """What is known so far, on disk at any moment. gpu.json: `runs`, a row per part with all that
-    it found, and what `bench.experiments.budget --measured` takes, `device` and `parts`."""
+    """What is known so far, on disk at any moment. In gpu.json `runs` has a row per part with all
+    that it measured. `bench.experiments.budget --measured` takes `device` and `parts`."""
 
     out: Path
     rehearsal: bool
@@ -72,154 +68,85 @@ class Report:
     runs: dict[str, dict] = field(default_factory=dict)
 
     def write(self) -> None:
+        from bench.harness import write_file, write_json
+
         head = {"status": self.status, "rehearsal": self.rehearsal}
-        text = (
-            json.dumps(head | constants(self.runs, self.rehearsal) | {"runs": self.runs}, indent=1)
-            + "\n"
-        )
-        for name, content in (("gpu.json", text), ("summary.md", summary(self))):
-            partial = self.out / f"{name}.partial"
-            partial.write_text(content)
-            partial.replace(self.out / name)
+        taken = constants(self.runs, self.rehearsal)
+        write_json(self.out / "gpu.json", head | taken | {"runs": self.runs})
+        write_file(self.out / "summary.md", summary(self))
 
 
 # ---- the parts
 
+KERNEL_FLAGS = "--models 1.5B 7B --tokens 16384 --repeats 10"
+KERNEL_TOY = "--models tiny --tokens 256 --repeats 2 --only CCE"
+STEP_SHARES = {"1.5b": 85.0, "7b": 85.0, "0.6b": 45.0}
+
 
 def make_parts(out: Path, work: Path, rehearse: bool) -> list[Part]:
-    python, device = sys.executable, "cpu" if rehearse else "cuda"
-    toy = ["--rehearse"] if rehearse else []
-    sizes = [
-        "--models",
-        *(["tiny"] if rehearse else ["1.5B", "7B"]),
-        "--tokens",
-        "256" if rehearse else "16384",
-    ]
-    sizes += ["--repeats", "2" if rehearse else "10"]
-    sizes += ["--only", "fused (this repository)", "CCE"] if rehearse else []
-    own = [python, "-m", "bench.gpu", *toy, "--work", str(work), "--run"]
-    kernel = [
-        python,
-        "-m",
-        "bench.bench_linear_drgrpo",
-        "--device",
-        device,
-        *sizes,
-        "--sweep",
-        "--out",
-        str(work / "kernel"),
-    ]
-    step = [python, "-m", "bench.bench_step", "--device", device, "--out", str(work), *toy]
-    step += ["--repeats", "1", "--responses", "16"] if rehearse else []
-    shapes = {"rehearsal": 45.0} if rehearse else {"1.5b": 85.0, "7b": 85.0, "0.6b": 45.0}
-    rollout = [python, "-m", "bench.bench_rollout", "--device", device, "--out", str(work), *toy]
-    tests = (
-        gpu_tests()[:1] if rehearse else gpu_tests()
-    )  # without a GPU all are skipped: one file is enough to see that
+    """Without a GPU all its tests are skipped, and one file is enough to see that."""
+
+    def module(name: str, *flags: str) -> list[str]:
+        return [sys.executable, "-m", f"bench.{name}", *flags]
+
+    device, toy = "cpu" if rehearse else "cuda", ["--rehearse"] if rehearse else []
+    there = ["--device", device, "--out", str(work), *toy]
+    sizes = KERNEL_FLAGS.split()
+    if rehearse:
+        sizes = [*KERNEL_TOY.split(), "fused (this repository)"]
+    kernel_out = ["--device", device, "--sweep", "--out", str(work / "kernel")]
+    kernel = module("bench_linear_drgrpo", *sizes, *kernel_out)
+    parts = [own_part("ceilings", "versions, card, copy bandwidth, bf16 GEMM rate", 40, work, toy)]
+    for path, share in gpu_tests()[: 1 if rehearse else None]:
+        title = f"GPU tests, {path.name}"
+        parts.append(Part(f"tests_{path.stem[5:]}", title, test_command(path), share))
+    title = "the fused head against bare GEMMs and other kernels"
+    parts.append(Part("kernel", title, kernel, 110, "kernel.json"))
+    for shape, share in ({"rehearsal": 45.0} if rehearse else STEP_SHARES).items():
+        name, title = f"step_{shape}", f"one training step, {shape}"
+        flags = ["--repeats", "1", "--responses", "16"] if rehearse else ["--shape", shape]
+        step = module("bench_step", *there, *flags)
+        parts.append(Part(name, title, step, share, f"{name}.json", plans=True))
     has_vllm = importlib.util.find_spec("vllm") is not None and not rehearse
-    budget = [
-        python,
-        "-m",
-        "bench.experiments.budget",
-        "--measured",
-        str(out),
-        "--out",
-        str(work),
-        *(["--draws", "2"] if rehearse else []),
-    ]
-    return [
-        Part(
-            "ceilings",
-            "versions, card, copy bandwidth, bf16 GEMM rate",
-            [*own, "ceilings"],
-            40,
-            "ceilings.json",
-        ),
-        *(
-            Part(f"tests_{path.stem[5:]}", f"GPU tests, {path.name}", test_command(path), share)
-            for path, share in tests
-        ),
-        Part(
-            "kernel",
-            "the fused head against bare GEMMs and other kernels",
-            kernel,
-            110,
-            "kernel.json",
-        ),
-        *(
-            Part(
-                f"step_{name}",
-                f"one training step, {name}",
-                [*step, *([] if rehearse else ["--shape", name])],
-                share,
-                f"step_{name}.json",
-                plans=True,
-            )
-            for name, share in shapes.items()
-        ),
-        Part(
-            "rollout",
-            "rollout, weight sync, parity",
-            rollout,
-            120 if has_vllm else 45,
-            "rollout.json",
-            plans=True,
-        ),
-        Part(
-            "tiny",
-            "the tiny recipe, stopped and resumed",
-            [*own, "tiny"],
-            60,
-            "tiny.json",
-            after=("warmup",),
-        ),
-        Part(
-            "budget",
-            "the budget of the 7B recipe with what was measured",
-            budget,
-            30,
-            "budget.json",
-        ),
-    ]
+    share, title = 120 if has_vllm else 45, "rollout, weight sync, parity"
+    rollout = module("bench_rollout", *there)
+    parts.append(Part("rollout", title, rollout, share, "rollout.json", plans=True))
+    parts.append(own_part("tiny", "the tiny recipe, stopped and resumed", 60, work, toy))
+    title = "the budget of the 7B recipe with what was measured"
+    flags = ["--measured", str(out), "--out", str(work)] + (["--draws", "2"] if rehearse else [])
+    budget = module("experiments.budget", *flags)
+    return [*parts, Part("budget", title, budget, 30, "budget.json")]
+
+
+def own_part(name: str, title: str, share: float, work: Path, toy: list[str]) -> Part:
+    """A part that is a function of this file."""
+    command = [sys.executable, "-m", "bench.gpu", *toy, "--work", str(work), "--run", name]
+    after = ("warmup",) if name == "tiny" else ()
+    return Part(name, title, command, share, f"{name}.json", after=after)
 
 
 def gpu_tests() -> list[tuple[Path, float]]:
-    """Files with tests for a GPU, each in a process of its own: a kernel that goes astray takes the
-    CUDA context with it."""
+    """Files with tests for a GPU and their shares, each in a process of its own. A kernel that goes
+    astray takes the CUDA context with it."""
     marked = re.compile(r"^@(pytest\.mark\.)?gpu$", re.M)
-    found = [
-        path
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if marked.search(path.read_text())
-    ]
-    return [(path, 60.0 if path.stem == "test_linear_drgrpo" else 35.0) for path in found]
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    chosen = [path for path in paths if marked.search(path.read_text())]
+    return [(path, 60.0 if path.stem == "test_linear_drgrpo" else 35.0) for path in chosen]
 
 
 def test_command(path: Path) -> list[str]:
-    options = [
-        "-v",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "--color=no",
-        "--durations=5",
-        "--tb=short",
-    ]
-    return [sys.executable, "-m", "pytest", *options, str(path.relative_to(ROOT))]
+    options = "-v -m gpu -p no:cacheprovider --color=no --durations=5 --tb=short"
+    return [sys.executable, "-m", "pytest", *options.split(), str(path.relative_to(ROOT))]
 
 
-BACKGROUND = {  # what runs beside the first parts: the tiny recipe's supervised warm-up is a minute of one CPU core, once
-    "warmup": [
-        sys.executable,
-        "-c",
-        "from drgrpo.tiny.warmup import *; cached_tiny_model(Warmup(), 'runs/warmup')",
-    ]
-}
+WARM_UP = "from drgrpo.tiny.warmup import *; cached_tiny_model(Warmup(), 'runs/warmup')"
+BACKGROUND = {"warmup": [sys.executable, "-c", WARM_UP]}
+"""What runs beside the first parts. The tiny recipe's supervised warm-up is a minute of one CPU
+core, once."""
 
 
 def ceilings(work: Path, rehearse: bool) -> dict:
-    """What the memory and the tensor cores of this card reach: copies count bytes read and written,
+    """What the memory and the tensor cores of this card reach. Copies count bytes read and written.
     GEMMs take random numbers, ten in a row, so that the clock is the one that lasts."""
     import torch
 
@@ -238,7 +165,7 @@ def ceilings(work: Path, rehearse: bool) -> dict:
     }
     interleaved(contenders, device, 3)
     ms = {name: quantiles(times) for name, times in interleaved(contenders, device, 20).items()}
-    found = {
+    result = {
         "where": provenance(device),
         "missing": [name for name in OPTIONAL if importlib.util.find_spec(name) is None],
         "copy_bytes": size,
@@ -247,45 +174,40 @@ def ceilings(work: Path, rehearse: bool) -> dict:
         "copy_gb_per_s": 2 * size / 1e6 / ms["copy"]["p50"],
         "gemm_tflops": count * 2 * n**3 / 1e9 / ms["gemm"]["p50"],
     }
-    if not rehearse:
-        card, peak = torch.cuda.get_device_properties(0), peak_flops(torch.device("cuda", 0))
-        found |= {
-            "capability": f"{card.major}.{card.minor}",
-            "multiprocessors": card.multi_processor_count,
-            "memory_gib": card.total_memory / 2**30,
-            "l2_mib": card.L2_cache_size / 2**20,
-            "cuda": torch.version.cuda,
-            "data_sheet_tflops": peak / 1e12 if peak else None,
-        }
-    return found
+    if rehearse:
+        return result
+    card, peak = torch.cuda.get_device_properties(0), peak_flops(torch.device("cuda", 0))
+    return result | {
+        "capability": f"{card.major}.{card.minor}",
+        "multiprocessors": card.multi_processor_count,
+        "memory_gib": card.total_memory / 2**30,
+        "l2_mib": card.L2_cache_size / 2**20,
+        "cuda": torch.version.cuda,
+        "data_sheet_tflops": peak / 1e12 if peak else None,
+    }
+
+
+TINY = "--recipe tiny --engine torch --eval-every 0 --eval-samples 1 --save-every 0"
 
 
 def tiny(work: Path, rehearse: bool) -> dict:
-    """The tiny recipe as a user runs it, with our own sampler: to its end and, with more steps
-    asked for, on from there."""
+    """The tiny recipe as a user runs it, with our own sampler: to its end, and then resumed with
+    more steps."""
     from drgrpo.run.log import read_jsonl
 
     steps, more, out = *((12, 2) if rehearse else (40, 5)), work / "tiny"
-    command = [
-        sys.executable,
-        "train.py",
-        "--recipe",
-        "tiny",
-        "--engine",
-        "torch",
-        "--out",
-        str(out),
-        "--eval-every",
-        "0",
-        "--eval-samples",
-        "1",
-        "--save-every",
-        "0",
-    ]
-    said = [echo([*command, "--steps", str(last)]) for last in (steps, steps + more)]
+    command = [sys.executable, "train.py", *TINY.split(), "--out", str(out), "--steps"]
+    _, resumed = (echo([*command, str(end)]) for end in (steps, steps + more))
     rows, window = read_jsonl(out / "metrics.jsonl"), steps // 4
-    mean = lambda part: sum(row["reward_mean"] for row in part) / len(part)  # noqa: E731
-    first, last = mean(rows[:window]), mean(rows[steps - window : steps])
+    rewards = [row["reward_mean"] for row in rows[:steps]]
+    first, last = fmean(rewards[:window]), fmean(rewards[-window:])
+    better = f"the mean reward of {window} steps grows by 0.05 or more, {first:.2f} to {last:.2f}"
+    each_step = list(range(1, steps + more + 1))
+    checks = {
+        better: last > first + 0.05,
+        f"training continues after step {steps}": f"after step {steps}" in resumed,
+        f"steps 1 to {steps + more}, each once": [row["step"] for row in rows] == each_step,
+    }
     greedy = [row["accuracy"] for row in read_jsonl(out / "eval.jsonl") if row["temperature"] == 0]
     return {
         "steps": len(rows),
@@ -295,20 +217,17 @@ def tiny(work: Path, rehearse: bool) -> dict:
         "accuracy_last": greedy[-1],
         "parity_max": max(row["parity_max"] for row in rows),
         "seconds_per_step": sorted(row["seconds"]["total"] for row in rows)[len(rows) // 2],
-        "checks": {
-            f"mean reward of the last {window} of {steps} steps ({last:.2f}) is at least 0.05 above the first's ({first:.2f})": last
-            > first + 0.05,
-            f"it went on after step {steps}": f"after step {steps}" in said[1],
-            f"steps 1 to {steps + more}, each once": [row["step"] for row in rows]
-            == list(range(1, steps + more + 1)),
-        },
+        "checks": checks,
     }
 
 
 def echo(command: list[str]) -> str:
-    """Runs it, shows what it says as it says it, and returns that. Its stderr is ours."""
+    """Runs it, shows its stdout line by line, and returns that. Its stderr is ours."""
     process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    lines = [print(line, end="", flush=True) or line for line in process.stdout]
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
     if process.wait():
         sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
     return "".join(lines)
@@ -316,10 +235,10 @@ def echo(command: list[str]) -> str:
 
 def run_own(name: str, work: Path, rehearse: bool) -> None:
     """A part that is a function of this file, in its own process."""
-    found = {"ceilings": ceilings, "tiny": tiny}[name](work, rehearse)
-    (work / f"{name}.json").write_text(json.dumps(found) + "\n")
-    print(json.dumps(found, indent=1))
-    if wrong := [check for check, holds in found.get("checks", {}).items() if not holds]:
+    result = {"ceilings": ceilings, "tiny": tiny}[name](work, rehearse)
+    (work / f"{name}.json").write_text(json.dumps(result) + "\n")
+    print(json.dumps(result, indent=1))
+    if wrong := [check for check, holds in result.get("checks", {}).items() if not holds]:
         sys.exit(f"not so: {'; '.join(wrong)}")
 
 
@@ -334,7 +253,7 @@ def run_parts(
     env: dict,
     started: dict | None = None,
 ) -> None:
-    """Every part in turn, with its share of the time that is left."""
+    """Every part in turn, with its share of the remaining time."""
     deadline = time.monotonic() + seconds
     for i, part in enumerate(parts):
         limit = (deadline - time.monotonic()) * part.share / sum(p.share for p in parts[i:])
@@ -348,13 +267,8 @@ def run_part(
     part: Part, report: Report, work: Path, limit: float, env: dict, started: dict
 ) -> dict:
     """One part: its row in the report, current while it runs."""
-    row = report.runs[part.name] = {
-        "title": part.title,
-        "status": "running",
-        "seconds": 0.0,
-        "limit": limit,
-        "figures": "",
-    }
+    row = {"title": part.title, "status": "running", "seconds": 0.0, "limit": limit, "figures": ""}
+    report.runs[part.name] = row
     begin, path = time.monotonic(), work / f"{part.name}.log"
     path.touch()
 
@@ -368,9 +282,9 @@ def run_part(
     try:
         for name in part.after:
             finish(started[name], work / f"{name}.log", limit / 2)
-        if part.plans:  # starting takes some of the time, and so does writing down what came out
-            left = limit - (time.monotonic() - begin)
-            command = [*command, "--seconds", f"{max(left - 15, left / 2):.0f}"]
+        if part.plans:  # starting takes some of the time, and so does writing the result
+            rest = limit - (time.monotonic() - begin)
+            command = [*command, "--seconds", f"{max(rest - 15, rest / 2):.0f}"]
         with open(path, "w") as log:
             process = start(command, log, env)
             try:
@@ -403,26 +317,24 @@ def finish(process: subprocess.Popen, log: Path, limit: float) -> None:
         raise Unfinished(f"{log.stem} failed: {last_line(log)}")
 
 
-def start(command: list[str], log, env: dict) -> subprocess.Popen:
+def start(command: list[str], log: TextIO, env: dict) -> subprocess.Popen:
     """In a process group of its own, so that its children end with it."""
-    nothing, same = subprocess.DEVNULL, subprocess.STDOUT
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdin=nothing, stdout=log, stderr=same, process_group=0
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=ROOT, env=env, process_group=0, **pipes)
 
 
 def start_background(name: str, work: Path, env: dict) -> subprocess.Popen:
     """On one core, without the GPU."""
+    one_core = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(work / f"{name}.log", "w") as log:
-        return start(
-            BACKGROUND[name], log, env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        )
+        return start(BACKGROUND[name], log, env | one_core)
 
 
-def watch(process: subprocess.Popen, deadline: float, look) -> str:
-    while (left := deadline - time.monotonic()) > 0:
+def watch(process: subprocess.Popen, deadline: float, look: Callable[[], None]) -> str:
+    """Looks at a part while it runs. The status in which it ends."""
+    while (rest := deadline - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):
-            return "failed" if process.wait(timeout=min(TICK, left)) else "passed"
+            return "failed" if process.wait(timeout=min(TICK, rest)) else "passed"
         look()
     os.killpg(process.pid, signal.SIGABRT)  # faulthandler writes down where every thread stands
     time.sleep(0.5)
@@ -437,16 +349,15 @@ def end(process: subprocess.Popen) -> None:
 
 def collect(part: Part, row: dict, work: Path, out: Path) -> None:
     """What the part has written so far, into its row and the results folder."""
-    row["result"] = (
-        read_json(work / part.result) if part.result else test_outcomes(work / f"{part.name}.log")
-    )
     if part.result:
+        row["result"] = read_json(work / part.result)
         picture = (work / part.result).with_suffix(".png")
         if picture.exists():
             shutil.copy(picture, out / picture.name)
-    row["figures"] = row.get("reason") or (
-        shown(figures, part.name, row["result"]) if row["result"] else ""
-    )
+    else:
+        row["result"] = test_outcomes(work / f"{part.name}.log")
+    told = shown(figures, part.name, row["result"]) if row["result"] else ""
+    row["figures"] = row.get("reason") or told
 
 
 def read_json(path: Path) -> dict | None:
@@ -459,16 +370,16 @@ def read_json(path: Path) -> dict | None:
 
 def tail(path: Path, count: int = 25) -> str:
     """The last lines that say something, without progress bars."""
-    lines = [
-        line.rstrip()
-        for line in path.read_text(errors="replace").splitlines()
-        if line.strip() and "it/s]" not in line
-    ]
-    return "\n".join(line[:300] for line in lines[-count:])
+    lines = map(str.rstrip, path.read_text(errors="replace").splitlines())
+    telling = [line[:300] for line in lines if line and "it/s]" not in line]
+    return "\n".join(telling[-count:])
 
 
 def last_line(path: Path) -> str:
-    return tail(path, 1).strip() or "it said nothing"
+    return tail(path, 1).strip() or "it printed nothing"
+
+
+OUTCOME = r"^tests/\S+\.py::(.+?) (PASSED|FAILED|ERROR|SKIPPED(?: \(.*\))?)(?: +\[ *\d+%\])?$"
 
 
 def test_outcomes(log: Path) -> dict | None:
@@ -476,57 +387,44 @@ def test_outcomes(log: Path) -> dict | None:
     so far."""
     if not log.exists():
         return None
-    line = re.compile(
-        r"^tests/\S+\.py::(.+?) (PASSED|FAILED|ERROR|SKIPPED(?: \(.*\))?)(?: +\[ *\d+%\])?$", re.M
-    )
-    found = dict(line.findall(log.read_text(errors="replace")))
-    return {"outcomes": found} if found else None
+    outcomes = dict(re.findall(OUTCOME, log.read_text(errors="replace"), re.M))
+    return {"outcomes": outcomes} if outcomes else None
 
 
 def append_log(path: Path, part: Part, command: list[str], row: dict, work: Path) -> None:
-    said = (work / f"{part.name}.log").read_text(errors="replace")
+    output = (work / f"{part.name}.log").read_text(errors="replace")
     title = f"==== {part.name}: {row['status']} after {row['seconds']} s of {row['limit']:.0f}"
     with open(path, "a") as log:
-        log.write(f"{title}\n$ {' '.join(command)}\n{said}\n")
+        log.write(f"{title}\n$ {' '.join(command)}\n{output}\n")
 
 
 # ---- saying what came out
 
 
-MODELS = {
-    "0.6b": "Qwen3-0.6B",
-    "1.5b": "Qwen2.5-1.5B",
-    "7b": "Qwen2.5-7B",
-}  # as bench/experiments/simulator.py calls them
-
-
 def constants(runs: dict[str, dict], rehearsal: bool) -> dict:
     """What was measured, as `bench.experiments.budget` takes it. A rehearsal stands in for an H100,
     whose constants it then replaces."""
+    from bench.shapes import SHAPES
+
     results = {name: row["result"] for name, row in runs.items() if row.get("result")}
-    found, rollout = results.get("ceilings", {}), results.get("rollout", {})
-    device = (
-        "a CPU that rehearses for an H100" if rehearsal else found.get("where", {}).get("device")
-    )
-    vllm, model = rollout.get("engines", {}).get("vllm", {}), MODELS.get(rollout.get("shape"))
-    return {
-        "device": device,
-        "parts": {
-            "ceilings": {
-                key: found[key] for key in ("copy_gb_per_s", "gemm_tflops") if key in found
-            },
-            "step": [
-                row
-                for shape in MODELS
-                for row in step_constants(shape, results.get(f"step_{shape}", {}))
-            ],
-            "rollout": [{"model": model} | vllm["steady"]] if "steady" in vllm else [],
-            "sync": [{"model": model, "seconds": vllm["sync_s"]}] if "sync_s" in vllm else [],
-        },
+    ceiling, rollout = results.get("ceilings", {}), results.get("rollout", {})
+    device = ceiling.get("where", {}).get("device")
+    reached = {k: ceiling[k] for k in ("copy_gb_per_s", "gemm_tflops") if k in ceiling}
+    vllm = rollout.get("engines", {}).get("vllm", {})
+    model = {"model": SHAPES.get(rollout.get("shape"))}
+    steps = []
+    for shape, name in SHAPES.items():
+        steps += step_constants(name, results.get(f"step_{shape}", {}))
+    parts = {
+        "ceilings": reached,
+        "step": steps,
+        "rollout": [model | vllm["steady"]] if "steady" in vllm else [],
+        "sync": [model | {"seconds": vllm["sync_s"]}] if "sync_s" in vllm else [],
     }
+    return {"device": "a CPU that rehearses for an H100" if rehearsal else device, "parts": parts}
 
 
-def step_constants(shape: str, result: dict) -> list[dict]:
+def step_constants(model: str, result: dict) -> list[dict]:
     """MFU of forward and backward alone, with everything on, where the whole model was there."""
     rows = []
     for case in result.get("cases", {}).values():
@@ -534,19 +432,18 @@ def step_constants(shape: str, result: dict) -> list[dict]:
         if "left_out" in case or first.get("mfu") is None:
             continue
         passes = sum(first["phases"][phase] for phase in ("forward", "head + loss", "backward"))
-        rows.append(
-            {
-                "model": MODELS[shape],
-                "checkpointing": case["checkpointing"],
-                "microbatch": case["tokens_per_microbatch"],
-                "length": round(case["response_tokens"] / case["responses"]),
-                "mfu": first["mfu"] * first["seconds"]["median"] / passes,
-            }
-        )
+        row = {
+            "model": model,
+            "checkpointing": case["checkpointing"],
+            "microbatch": case["tokens_per_microbatch"],
+            "length": round(case["response_tokens"] / case["responses"]),
+            "mfu": first["mfu"] * first["seconds"]["median"] / passes,
+        }
+        rows.append(row)
     return rows
 
 
-def shown(tell, *result) -> str:
+def shown(tell: Callable[..., str], *result) -> str:
     """What `tell` makes of a result. Of one that is half written it may not make anything, and that
     must stop nothing."""
     try:
@@ -557,66 +454,71 @@ def shown(tell, *result) -> str:
 
 def figures(name: str, result: dict) -> str:
     """A part's result in a line."""
-    if name.startswith("tests_"):
-        counts = Counter(outcome.split()[0].lower() for outcome in result["outcomes"].values())
-        return ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    if name.startswith("step_"):
-        return "; ".join(
-            f"{row['tokens_per_s']:,.0f} tok/s, {row['tflops']:.3g} TFLOP/s, peak {row['peak_bytes'] / 1e9:.1f} GB"
-            for case in result["cases"].values()
-            for row in case["rows"][:1]
-            if not row.get("skipped")
-        )
-    return LINES[name](result)
+    return LINES[name.split("_")[0]](result)
 
 
-def ceilings_line(found: dict) -> str:
-    sheet, copy, gemm = found.get("data_sheet_tflops"), found["copy_gb_per_s"], found["gemm_tflops"]
+def tests_line(result: dict) -> str:
+    outcomes = Counter(outcome.split()[0].lower() for outcome in result["outcomes"].values())
+    return ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+
+
+def step_line(result: dict) -> str:
+    lines = []
+    for row in (case["rows"][0] for case in result["cases"].values()):
+        if not row.get("skipped"):
+            speed = f"{row['tokens_per_s']:,.0f} tok/s, {row['tflops']:.3g} TFLOP/s"
+            lines.append(f"{speed}, peak {row['peak_bytes'] / 1e9:.1f} GB")
+    return "; ".join(lines)
+
+
+def ceilings_line(result: dict) -> str:
+    sheet, gemm = result.get("data_sheet_tflops"), result["gemm_tflops"]
     share = f" ({gemm / sheet:.0%} of the data sheet's)" if sheet else ""
-    return (
-        f"{found['where']['device']}: copy {copy:,.0f} GB/s, bf16 GEMM {gemm:,.3g} TFLOP/s{share}"
-    )
+    rates = f"copy {result['copy_gb_per_s']:,.0f} GB/s, bf16 GEMM {gemm:,.3g} TFLOP/s{share}"
+    return f"{result['where']['device']}: {rates}"
 
 
-def kernel_line(found: dict) -> str:
-    ours = [
-        row
-        for row in found["rows"]
-        if row["contender"] == "fused (this repository)" and "step_ratio" in row
+def kernel_line(result: dict) -> str:
+    rows = [row for row in result["rows"] if row["contender"] == "fused (this repository)"]
+    lines = [
+        f"{r['model']} {r['step_ratio']:.3f} x the bare GEMMs" for r in rows if "step_ratio" in r
     ]
-    shown = [f"{row['model']} {row['step_ratio']:.3f} x the bare GEMMs" for row in ours]
-    if sweep := found.get("sweep"):
-        shown.append(
-            f"TUNED should say {sweep['tuned']}" if sweep["tuned"] else "the default sizes stay"
+    if sweep := result.get("sweep"):
+        tuned = sweep["tuned"]
+        lines.append(f"TUNED should say {tuned}" if tuned else "the default sizes stay")
+    return "; ".join(lines)
+
+
+def rollout_line(result: dict) -> str:
+    lines = []
+    for name, row in result["engines"].items():
+        if "skipped" in row:
+            lines.append(f"{name}: {row['skipped']}")
+            continue
+        lines.append(
+            f"{name}: {row['tokens_per_s']:,.0f} tok/s, sync {row['sync_s']:.2f} s, log-probs off "
+            f"by {row['gap_mean']:.1e} nats on average ({row['stale_gap_mean']:.1e} before the "
+            f"sync), {row['gap_max']:.1e} at most"
         )
-    return "; ".join(shown)
+    return "; ".join(lines)
 
 
-def rollout_line(found: dict) -> str:
-    return "; ".join(
-        f"{name}: {row['skipped']}"
-        if "skipped" in row
-        else f"{name}: {row['tokens_per_s']:,.0f} tok/s, sync {row['sync_s']:.2f} s, log-probs off by {row['gap_mean']:.1e} nats on "
-        f"average ({row['stale_gap_mean']:.1e} before the sync), {row['gap_max']:.1e} at most"
-        for name, row in found["engines"].items()
-    )
+def tiny_line(result: dict) -> str:
+    reward = f"reward {result['reward_first']:.2f} -> {result['reward_last']:.2f}"
+    accuracy = f"held-out {result['accuracy_first']:.2f} -> {result['accuracy_last']:.2f}"
+    return f"{reward}, {accuracy}, {result['seconds_per_step']:.2f} s/step"
 
 
-def tiny_line(found: dict) -> str:
-    return (
-        f"reward {found['reward_first']:.2f} -> {found['reward_last']:.2f}, held-out {found['accuracy_first']:.2f} -> "
-        f"{found['accuracy_last']:.2f}, {found['seconds_per_step']:.2f} s/step"
-    )
-
-
-def budget_line(found: dict) -> str:
-    taken = sum(note.startswith("measured:") for note in found["notes"])
+def budget_line(result: dict) -> str:
+    taken = sum(note.startswith("measured:") for note in result["notes"])
     return f"{taken} measured constants in place of assumed ones: budget.png"
 
 
 LINES = {
     "ceilings": ceilings_line,
+    "tests": tests_line,
     "kernel": kernel_line,
+    "step": step_line,
     "rollout": rollout_line,
     "tiny": tiny_line,
     "budget": budget_line,
@@ -630,64 +532,47 @@ def left_out(runs: dict[str, dict]) -> list[str]:
         result = row.get("result") or {}
         if missing := result.get("missing"):
             lines.append(f"not installed: {', '.join(missing)}")
-        outcomes = result.get("outcomes", {}).items()
-        skipped = Counter(
-            f"{test.split('[')[0]} {outcome[8:]}"
-            for test, outcome in outcomes
-            if outcome.startswith("SKIPPED")
-        )
+        skipped = Counter()
+        for test, outcome in result.get("outcomes", {}).items():
+            if outcome.startswith("SKIPPED"):
+                skipped[f"{test.split('[')[0]} {outcome[8:]}"] += 1
         lines += [f"{name}: {count} x {test}" for test, count in skipped.items()]
-        rows = result.get("rows", []) + [
-            row for case in result.get("cases", {}).values() for row in case.get("rows", [])
-        ]
-        whys = {
-            r.get("contender") or r.get("variant"): r["skipped"] for r in rows if r.get("skipped")
-        }
-        whys |= {
-            engine: r["skipped"]
-            for engine, r in result.get("engines", {}).items()
-            if "skipped" in r
-        }
-        lines += [f"{name}: {what}: {why}" for what, why in whys.items()]
-        lines += [
-            f"{name}: {case['left_out']}"
-            for case in result.get("cases", {}).values()
-            if "left_out" in case
-        ]
+        cases, engines = result.get("cases", {}).values(), result.get("engines", {})
+        rows = [*result.get("rows", []), *(row for case in cases for row in case.get("rows", []))]
+        whys = {r.get("contender") or r.get("variant"): r.get("skipped") for r in rows}
+        whys |= {engine: r.get("skipped") for engine, r in engines.items()}
+        lines += [f"{name}: {what}: {why}" for what, why in whys.items() if why]
+        lines += [f"{name}: {case['left_out']}" for case in cases if "left_out" in case]
     return lines
 
 
 def summary(report: Report) -> str:
-    """All of it for people, in Markdown."""
-    text = [
-        f"# {'Rehearsal' if report.rehearsal else 'GPU report'}: {report.status}",
-        "",
-        "| part | | s | of | |",
-    ]
-    text += ["|---|---|---|---|---|"] + [
-        f"| {name} | {row['status']} | {row['seconds']:.0f} | {row['limit']:.0f} | {row['figures'].replace('|', '/')} |"
-        for name, row in report.runs.items()
-    ]
+    """The whole report in Markdown."""
+    from bench.harness import markdown
+
+    kind = "Rehearsal" if report.rehearsal else "GPU report"
+    overview, measured, failed = [], [], []
     for name, row in report.runs.items():
-        if (
-            row.get("result")
-            and name.startswith(("kernel", "step_"))
-            and row["status"] != "running"
-        ):
-            text += ["", f"## {row['title']}", "", shown(tables, name, row["result"])]
-    for name, row in report.runs.items():
+        numbers, told = [f"{row[key]:.0f}" for key in ("seconds", "limit")], row["figures"]
+        overview.append([name, row["status"], *numbers, told.replace("|", "/")])
+        tabled = name.startswith(("kernel", "step_")) and row["status"] != "running"
+        if tabled and row.get("result"):
+            measured += [f"## {row['title']}", shown(tables, name, row["result"])]
         if "tail" in row:
-            text += ["", f"## {name}: {row['status']}", "", "```", row["tail"], "```"]
+            failed += [f"## {name}: {row['status']}", f"```\n{row['tail']}\n```"]
+    text = [f"# {kind}: {report.status}", markdown(["part", "", "s", "of", ""], overview)]
+    text += measured + failed
     if lines := left_out(report.runs):
-        text += ["", "## Skipped or left out", "", *(f"- {line}" for line in lines)]
-    if found := report.runs.get("ceilings", {}).get("result"):
-        facts = {
-            key: value
-            for key, value in (found["where"] | found).items()
-            if not isinstance(value, dict | list)
-        }
-        text += ["", "## Where", "", *(f"- {key}: {value}" for key, value in facts.items())]
-    return "\n".join(text) + "\n"
+        text += ["## Skipped or left out", bullets(lines)]
+    if card := report.runs.get("ceilings", {}).get("result"):
+        facts = (card["where"] | card).items()
+        plain = [f"{key}: {value}" for key, value in facts if not isinstance(value, dict | list)]
+        text += ["## Where", bullets(plain)]
+    return "\n\n".join(text) + "\n"
+
+
+def bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def tables(name: str, result: dict) -> str:
@@ -698,11 +583,8 @@ def tables(name: str, result: dict) -> str:
     from bench.bench_linear_drgrpo import COLUMNS
     from bench.harness import markdown
 
-    rows = [
-        [row["model"], *(show(row) for show in COLUMNS.values())]
-        for row in result["rows"]
-        if "step_ms" in row
-    ]
+    timed = [row for row in result["rows"] if "step_ms" in row]
+    rows = [[row["model"], *(show(row) for show in COLUMNS.values())] for row in timed]
     return markdown(["shape", *COLUMNS], rows)
 
 
@@ -711,71 +593,74 @@ def missing_device() -> str | None:
     try:
         import torch
     except ImportError as error:
-        return f"{error}: install a CUDA build of torch, or name a Python that has one with `make gpu PYTHON=...`"
+        way_out = "install a CUDA build of torch, or name a Python with one: `make gpu PYTHON=...`"
+        return f"{error}: {way_out}"
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no CUDA device; `make gpu ARGS=--rehearse` runs every part at toy size on a CPU"
+        way_out = "`make gpu ARGS=--rehearse` runs every part at toy size on a CPU"
+        return f"torch {torch.__version__} sees no CUDA device; {way_out}"
     return None
 
 
 def part_environment(rehearse: bool) -> dict[str, str]:
-    env = os.environ | {
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONFAULTHANDLER": "1",
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "200",
-    }
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    env |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     if rehearse:
         return env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env.pop("TRITON_INTERPRET", None)  # kernels are to be compiled
     return env
 
 
-def main(argv: list[str] | None = None) -> int:
-    begun = time.monotonic()
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of the results"
-    )
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
-    parser.add_argument("--only", nargs="+", default=[""], help="parts whose names begin so")
-    parser.add_argument("--rehearse", action="store_true", help="toy sizes, on a CPU")
-    parser.add_argument("--run", choices=["ceilings", "tiny"], help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--out", type=Path, default=ROOT / "runs" / "gpu", help="folder of the results")
+    add("--seconds", type=float, default=SECONDS, help="for everything")
+    add("--only", nargs="+", default=[""], help="parts whose names begin so")
+    add("--rehearse", action="store_true", help="toy sizes, on a CPU")
+    add("--run", choices=["ceilings", "tiny"], help=argparse.SUPPRESS)
+    add("--work", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def choose(every: list[Part], beginnings: list[str]) -> list[Part]:
+    parts = [part for part in every if part.name.startswith(tuple(beginnings))]
+    if not parts:
+        names = ", ".join(part.name for part in every)
+        print(f"error: --only {' '.join(beginnings)}: there are {names}", file=sys.stderr)
+        sys.exit(2)
+    return parts
+
+
+def main(argv: list[str] | None = None) -> int:
+    begin, args = time.monotonic(), parse(argv)
     if args.run:
         run_own(args.run, args.work, args.rehearse)
         return 0
     if not args.rehearse and (reason := missing_device()):
         print(f"make gpu: {reason}", file=sys.stderr)
         return 2
-    args.out = args.out.resolve()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit("stopped")
-    )  # by way of `finally`, which ends the running part
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "log.txt").write_text("")
-    report = Report(args.out, args.rehearse)
+    # by way of `finally`, which ends the running part
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "log.txt").write_text("")
+    report = Report(out, args.rehearse)
     with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder:
         work, env = Path(folder), part_environment(args.rehearse)
-        every = make_parts(args.out, work, args.rehearse)
-        parts = [part for part in every if part.name.startswith(tuple(args.only))]
-        if not parts:
-            parser.error(
-                f"--only {' '.join(args.only)}: there are {', '.join(part.name for part in every)}"
-            )
+        parts = choose(make_parts(out, work, args.rehearse), args.only)
         started = {name: start_background(name, work, env) for part in parts for name in part.after}
         try:
-            run_parts(parts, report, work, args.seconds - (time.monotonic() - begun), env, started)
+            run_parts(parts, report, work, args.seconds - (time.monotonic() - begin), env, started)
         finally:
             for process in started.values():
                 end(process)
     bad = [name for name, row in report.runs.items() if row["status"] != "passed"]
     report.status = f"not passed: {', '.join(bad)}" if bad else "everything passed"
     report.write()
-    print(f"{report.status}; wrote {args.out}/summary.md, gpu.json, log.txt and pictures")
+    print(f"{report.status}; wrote {out}/summary.md, gpu.json, log.txt and pictures")
     return 1 if bad else 0
 
 

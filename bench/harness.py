@@ -1,7 +1,7 @@
-"""How the benchmarks measure: contenders take turns in one process, on the same tensors; CUDA
-events or the wall clock.
+"""What the benchmarks share: clocks, memory, provenance, tables, figures and result files.
 
-Nothing here knows what is measured. A contender is a function without arguments.
+Nothing here knows what is measured. A contender is a function without arguments. Contenders take
+turns in one process, on the same tensors. Times are those of CUDA events, or of the wall clock.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
 
 
 def provenance(device: str = "cpu") -> dict:
@@ -26,14 +27,12 @@ def provenance(device: str = "cpu") -> dict:
     installed), commit, date."""
     cpu = f"{os.cpu_count()} x {cpu_name()}, {torch.get_num_threads()} used"
     name = torch.cuda.get_device_name() if device == "cuda" else cpu
+    packages = ("triton", "transformers", "vllm", "flash_attn")
     return {
         "device": name,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{
-            package: installed(package)
-            for package in ("triton", "transformers", "vllm", "flash_attn")
-        },
+        **{package: installed(package) for package in packages},
         "commit": git("describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -143,16 +142,45 @@ def table(rows: list[dict], columns: dict[str, Callable]) -> str:
 
 
 def markdown(heads: list[str], rows: list[list]) -> str:
-    """A Markdown table, its first column text and the others numbers."""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in line) + " |"
-        for line in lines
-    )
+    """A Markdown table. Its first column is text, the others are numbers."""
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    for row in rows:
+        lines.append([f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in row])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(values: list[float], form: str, middle: Callable = statistics.fmean) -> str:
+    """The mean or the median, and the range."""
+    return f"{middle(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes it whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def write_json(path: Path, result: dict) -> str:
     """Writes the result and returns it as one line, the benchmark's last."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_file(path, json.dumps(result, indent=1) + "\n")
     return json.dumps(result)
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
+    """A figure and its axes, for a machine without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+
+
+def save_figure(figure, path: Path, dpi: int = 110) -> None:
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)

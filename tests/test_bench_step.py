@@ -5,13 +5,14 @@ import json
 import re
 import time
 from functools import partial
-from itertools import count
+from itertools import count, product
 
 import numpy as np
 import pytest
 import torch
 
 from bench import bench_step as bench
+from bench.shapes import SHAPES
 from drgrpo import pack
 from drgrpo.config import RECIPES
 from drgrpo.model import Objective, load_policy
@@ -19,15 +20,8 @@ from drgrpo.run.memory import GIB, USABLE
 from drgrpo.types import UserError
 
 CPU, FREE = torch.device("cpu"), 78 * GIB
-LENGTHS = {
-    7: 30,
-    3: 20,
-    5: 25,
-    1: 5,
-    4: 10,
-    9: 20,
-    2: 15,
-}  # response -> tokens, in the order of arrival
+LENGTHS = {7: 30, 3: 20, 5: 25, 1: 5, 4: 10, 9: 20, 2: 15}
+"""Response -> tokens, in the order of arrival."""
 REHEARSE = ["--rehearse", "--responses", "16", "--repeats", "1"]
 
 
@@ -42,16 +36,10 @@ def main(tmp_path, capsys, *flags) -> tuple[dict, str]:
 
 def made_up_trainer(**changes) -> bench.Trainer:
     """A toy, in float32."""
-    settings = {
-        "dtype": "float32",
-        "prompts_per_step": 4,
-        "minibatches": 2,
-        "max_new_tokens": 40,
-        "tokens_per_microbatch": 256,
-        "old_logprob": "sampler",
-        "checkpointing": "none",
-    }
-    config = bench.replace(RECIPES["oat_zero_7b"](), **settings | changes)
+    sizes = {"prompts_per_step": 4, "minibatches": 2, "max_new_tokens": 40}
+    how = {"dtype": "float32", "old_logprob": "sampler", "checkpointing": "none"}
+    settings = {"tokens_per_microbatch": 256} | sizes | how | changes
+    config = bench.replace(RECIPES["oat_zero_7b"](), **settings)
     length_B = bench.lengths_like_a_run(32, 40, np.random.default_rng(0))
     build = partial(bench.build_policy, "toy", 2, torch.float32, CPU)
     return bench.Trainer(config, CPU, build, partial(bench.made_up, config, CPU, length_B, 5))
@@ -63,26 +51,23 @@ def measured(trainer, variants, repeats=1, budget=None) -> list[dict]:
     return published[-1]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_measures_every_variant_by_phase(tmp_path, capsys):
     report, shown = main(tmp_path, capsys)
     assert {"device", "torch", "commit", "date"} <= set(report["where"])
     (toy, long) = report["cases"].values()
-    sweep = {
-        f"checkpointing {c}, {t} tokens" for c in ("none", "selective", "full") for t in (128, 256)
-    }
-    assert {row["variant"] for row in toy["rows"]} >= sweep | {
-        "everything on",
-        "padded rows",
-        "checkpointing none",
-    }
+    names = {row["variant"] for row in toy["rows"]}
+    for level, tokens in product(("none", "selective", "full"), (128, 256)):
+        assert f"checkpointing {level}, {tokens} tokens" in names
+    assert {"everything on", "padded rows", "checkpointing none"} <= names
     assert len(toy["rows"]) == 15 and len(long["rows"]) == 1 and long["response_tokens"] == 2 * 511
     for row in toy["rows"]:
-        assert row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
-        assert (
-            set(row["phases"]) == set(bench.PHASES) and row["peak_bytes"] > 0 and row["mfu"] is None
-        )
-        assert sum(row["phases"].values()) == pytest.approx(row["seconds"]["median"])  # of one turn
-        assert f"| {row['variant']} | {row['seconds']['median']:.3f} (" in shown
+        seconds = row["seconds"]
+        assert seconds["low"] <= seconds["median"] <= seconds["high"]
+        assert set(row["phases"]) == set(bench.PHASES)
+        assert row["peak_bytes"] > 0 and row["mfu"] is None
+        assert sum(row["phases"].values()) == pytest.approx(seconds["median"])  # of one turn
+        assert f"| {row['variant']} | {seconds['median']:.3f} (" in shown
     recomputed = next(row for row in toy["rows"] if row["variant"] == "old log-probs recomputed")
     assert recomputed["phases"]["old log-probs"] > 0.1 * recomputed["phases"]["forward"]
     assert (tmp_path / "step_rehearsal.png").read_bytes().startswith(b"\x89PNG")
@@ -101,23 +86,24 @@ def test_what_time_does_not_reach_is_listed(tmp_path, capsys):
 def test_nothing_starts_that_would_end_too_late(group_of_one, monkeypatch):
     """A clock that every variant moves by 10 seconds, of 35: three fit."""
     trainer, now = made_up_trainer(), [0.0]
+
+    def visit(trainer, changes, row, reference):
+        now[0] += 10
+        row["skipped"] = "x"
+
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(
-        bench,
-        "visit",
-        lambda t, changes, row, ref: (now.append(now.pop() + 10), row.update(skipped="x")),
-    )
+    monkeypatch.setattr(bench, "visit", visit)
     rows = measured(trainer, {name: {} for name in "abcde"}, budget=bench.Budget(35))
     assert [row["skipped"] for row in rows] == ["x", "x", "x", "not reached", "not reached"]
 
 
 def test_a_variant_that_disagrees_is_not_timed(group_of_one, monkeypatch):
     right = bench.whole_logits
-    monkeypatch.setattr(
-        bench,
-        "whole_logits",
-        lambda *args, **how: right(*args, **how | {"scale": 1.01 * how["scale"]}),
-    )
+
+    def wrong(*args, **how):
+        return right(*args, **how | {"scale": 1.01 * how["scale"]})
+
+    monkeypatch.setattr(bench, "whole_logits", wrong)
     variants = bench.features(made_up_trainer().config, sweep=False)
     with pytest.raises(SystemExit, match="not timing a wrong variant: 'LM head not fused"):
         measured(made_up_trainer(), variants)
@@ -129,15 +115,11 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(group_of_one):
 
     trainer = made_up_trainer()
     first = trainer.policy
-    variants = {
-        "everything on": {},
-        "big": {"head": head},
-        "padded rows": {"rows": bench.padded_rows},
-    }
+    padded = {"rows": bench.padded_rows}
+    variants = {"everything on": {}, "big": {"head": head}, "padded rows": padded}
     rows = measured(trainer, variants, repeats=2)
-    assert rows[1] == {"variant": "big", "skipped": "out of memory"} and [
-        r.get("turns") for r in rows
-    ] == [2, None, 2]
+    assert rows[1] == {"variant": "big", "skipped": "out of memory"}
+    assert [r.get("turns") for r in rows] == [2, None, 2]
     assert trainer.policy is not first  # FSDP2 does not survive it
     assert "| big | out of memory |" in bench.variants_table(rows, "variant", bench.PHASES)
     with pytest.raises(UserError, match="fewer --layers"):
@@ -145,10 +127,9 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(group_of_one):
 
 
 def test_another_error_ends_the_benchmark(group_of_one):
+    variants = {"everything on": {}, "broken": {"head": lambda *args, **how: 1 / 0}}
     with pytest.raises(ZeroDivisionError):
-        measured(
-            made_up_trainer(), {"everything on": {}, "broken": {"head": lambda *args, **how: 1 / 0}}
-        )
+        measured(made_up_trainer(), variants)
 
 
 def test_phases_add_up_to_the_wall_clock(group_of_one, monkeypatch):
@@ -163,54 +144,46 @@ def test_phases_add_up_to_the_wall_clock(group_of_one, monkeypatch):
 
 
 def test_padded_rows_give_the_gradients_of_packed_ones(random_model):
-    policy, grads = load_policy(random_model, dtype=torch.float32, device=CPU), []
+    policy, grads, calls = load_policy(random_model, dtype=torch.float32, device=CPU), [], []
     batch = pack.pack([([1, 2], [3] * n, [-5.0] * n, 0.5 - n % 2) for n in (1, 9, 4)])
-    calls = []
-    policy.lm.base_model.register_forward_hook(
-        lambda module, args, output: calls.append(module.config._attn_implementation)
-    )
+
+    def note(module, args, output):
+        calls.append(module.config._attn_implementation)
+
+    policy.lm.base_model.register_forward_hook(note)
     for how in (bench.ExitStack, partial(bench.padded_model, policy.lm)):
         with how():
             policy(batch, Objective(), batch.sampler_logprob_N, scale=0.1)[0].backward()
         grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
         policy.zero_grad()
     torch.testing.assert_close(grads[1], grads[0], atol=1e-6, rtol=1e-5)
-    assert (
-        calls == ["drgrpo_sdpa", "sdpa"] and policy.lm.config._attn_implementation == "drgrpo_sdpa"
-    )
+    assert calls == ["drgrpo_sdpa", "sdpa"]
+    assert policy.lm.config._attn_implementation == "drgrpo_sdpa"
 
 
 def test_padded_rows_stay_within_the_budget_padding_included():
-    (plan,) = bench.padded_rows(LENGTHS, 1, 60)
-    assert plan == [[7, 3], [5, 1], [4, 9, 2]]
-    assert bench.padded_rows({}, 1, 60) == [[[]]] and bench.padded_rows({0: 99, 1: 99}, 1, 60) == [
-        [[0], [1]]
-    ]
+    assert bench.padded_rows(LENGTHS, 1, 60) == [[[7, 3], [5, 1], [4, 9, 2]]]
+    assert bench.padded_rows({}, 1, 60) == [[[]]]
+    assert bench.padded_rows({0: 99, 1: 99}, 1, 60) == [[[0], [1]]]
 
 
 def test_equal_counts_are_equal_and_within_the_budget():
-    plan = bench.equal_counts(LENGTHS, 2, 60)
-    assert plan == [[[7, 3], [5, 1]], [[4, 9], [2]]]
-    assert bench.equal_counts({}, 2, 60) == [[[]], [[]]] and bench.equal_counts(
-        {0: 99, 1: 99}, 1, 60
-    ) == [[[0], [1]]]
+    assert bench.equal_counts(LENGTHS, 2, 60) == [[[7, 3], [5, 1]], [[4, 9], [2]]]
+    assert bench.equal_counts({}, 2, 60) == [[[]], [[]]]
+    assert bench.equal_counts({0: 99, 1: 99}, 1, 60) == [[[0], [1]]]
 
 
 def test_layers_that_fit_are_counted_before_anything_is_allocated():
     config = RECIPES["oat_zero_7b"]()
-    layers = bench.layers_that_fit("7b", config, FREE)
-    assert 8 <= layers < 28 and bench.layers_that_fit("1.5b", config, FREE) == 28
-    assert (
-        bench.needed_bytes("7b", layers, config)
-        <= USABLE * FREE
-        < bench.needed_bytes("7b", layers + 1, config)
-    )
-    block = bench.needed_bytes("7b", 2, config) - bench.needed_bytes("7b", 1, config)
-    assert block == pytest.approx(
-        16 * 233.06e6 + 2 * 16384 * 3584, rel=0.01
-    )  # 7B: master weights, gradients, Adam; its input
+    layers = bench.layers_that_fit("Qwen2.5-7B", config, FREE)
+    assert 8 <= layers < 28 and bench.layers_that_fit("Qwen2.5-1.5B", config, FREE) == 28
+    needed = [bench.needed_bytes("Qwen2.5-7B", n, config) for n in (1, 2, layers, layers + 1)]
+    assert needed[2] <= USABLE * FREE < needed[3]
+    # 7B: a block's master weights, gradients and Adam states, and its input
+    block = 16 * 233.06e6 + 2 * 16384 * 3584
+    assert needed[1] - needed[0] == pytest.approx(block, rel=0.01)
     with pytest.raises(UserError, match="choose a smaller --shape"):
-        bench.layers_that_fit("7b", config, 10 * GIB)
+        bench.layers_that_fit("Qwen2.5-7B", config, 10 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -219,58 +192,57 @@ def test_layers_that_fit_are_counted_before_anything_is_allocated():
 )
 def test_shapes_have_their_models_parameters(shape, parameters):
     with torch.device("meta"):
-        lm = bench.AutoModelForCausalLM.from_config(bench.lm_config(shape, 28))
+        lm = bench.AutoModelForCausalLM.from_config(bench.lm_config(SHAPES[shape], 28))
     assert lm.num_parameters() == parameters
 
 
 def test_made_up_rollouts_look_like_a_run(group_of_one):
     length_B = bench.lengths_like_a_run(128, 3000, np.random.default_rng(0))
-    assert (
-        750 < length_B.mean() < 830
-        and (length_B == 3000).mean() == pytest.approx(0.03, abs=0.015)
-        and length_B.min() > 50
-    )
+    assert 750 < length_B.mean() < 830 and length_B.min() > 50
+    assert (length_B == 3000).mean() == pytest.approx(0.03, abs=0.015)
     reward_PG = bench.made_up_rewards(16, 8, np.random.default_rng(0))
     flat = reward_PG.std(1) == 0
     assert flat.float().mean() == pytest.approx(0.45, abs=0.05) and 0 < reward_PG[flat].mean() < 1
-    trainer = made_up_trainer()  # and the sampler's log-probs are the policy's
-    for batches in bench.train.plan_updates(
+
+
+def test_a_made_up_sampler_reports_the_policys_log_probs(group_of_one):
+    trainer = made_up_trainer()
+    updates = bench.train.plan_updates(
         trainer.config, trainer.rollouts, trainer.advantage_PG, 1, 0, 1, CPU
-    ):
-        for batch in batches:
-            logprob_N, _ = trainer.policy(batch, Objective())
-            torch.testing.assert_close(logprob_N, batch.sampler_logprob_N, atol=1e-5, rtol=0)
+    )
+    for batch in (batch for batches in updates for batch in batches):
+        logprob_N, _ = trainer.policy(batch, Objective())
+        torch.testing.assert_close(logprob_N, batch.sampler_logprob_N, atol=1e-5, rtol=0)
 
 
 def test_whole_steps_say_so_without_vllm(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    assert bench.whole_steps(("--engine", "vllm"), 3, tmp_path) == {
-        "skipped": "vLLM is not installed"
-    }
+    skipped = bench.whole_steps(["--engine", "vllm"], 3, tmp_path)
+    assert skipped == {"skipped": "vLLM is not installed"}
 
 
 def test_numbers_that_nobody_measured_say_so():
     phases = {"forward": 1.0, "backward": 2.0, "optimizer": 0.5}
-    case = {"layers": 7, "layers_of_the_model": 28}
-    case["rows"] = [{"variant": "everything on", "phases": phases, "seconds": {"median": 3.5}}]
-    assert bench.extrapolated(case)["seconds"] == 3.5 + 3 * 3.0
-    case |= {
-        "rows": [{"variant": "everything on", "skipped": "out of memory"}],
-        "extrapolated": bench.extrapolated(case),
-    }
-    shown = bench.text({"cases": {"7b": case}, "imbalance": {}})
-    assert re.search(
-        r"^extrapolated, not measured: everything on, 28 layers, 12.50 s$", shown, re.M
-    )
+    row = {"variant": "everything on", "phases": phases, "seconds": {"median": 3.5}}
+    case = {"layers": 7, "layers_of_the_model": 28, "rows": [row]}
+    guess = bench.extrapolated(case)
+    assert guess["seconds"] == 3.5 + 3 * 3.0
+    case |= {"rows": [{"variant": "everything on", "skipped": "out of memory"}]}
+    shown = bench.text({"cases": {"7b": case | {"extrapolated": guess}}, "imbalance": {}})
+    line = r"^extrapolated, not measured: everything on, 28 layers, 12.50 s$"
+    assert re.search(line, shown, re.M)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [["--shape", "7b"], ["--responses", "20"], ["--device", "cuda", "--layers", "29"]],
-    ids=str,
-)
-def test_what_cannot_be_measured_is_refused_with_a_way_out(flags, monkeypatch, capsys):
+REFUSED = {
+    "are for --device cuda": ["--shape", "7b"],
+    "choose a multiple": ["--responses", "20"],
+    "1.5b has 28": ["--device", "cuda", "--layers", "29"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_measured_is_refused_with_a_way_out(message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit):
-        bench.parse(flags)
-    assert re.search("are for --device cuda|choose a multiple|1.5b has 28", capsys.readouterr().err)
+        bench.parse(REFUSED[message])
+    assert message in capsys.readouterr().err

@@ -1,8 +1,5 @@
 """`make gpu` as far as a machine without a GPU can show: every part runs at toy sizes, a bad part
-costs nothing but itself.
-
-pytest tests/test_gpu.py
-"""
+costs nothing but itself."""
 
 import json
 import os
@@ -18,105 +15,68 @@ from conftest import ROOT
 
 PYTHON = [sys.executable, "-u", "-c"]
 PARTS = ["ceilings", "tests_linear_drgrpo", "kernel", "step_rehearsal", "rollout", "tiny", "budget"]
+FILES = {"gpu.json", "summary.md", "log.txt", "kernel.png", "step_rehearsal.png", "budget.png"}
 
 
 @pytest.fixture(scope="module")
 def rehearsal(warm_model, tmp_path_factory):
     """(what the command said, its results folder)."""
     out = tmp_path_factory.mktemp("gpu") / "results"
-    command = [
-        sys.executable,
-        "-m",
-        "bench.gpu",
-        "--rehearse",
-        "--out",
-        str(out),
-        "--seconds",
-        "2000",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.gpu", "--rehearse", "--seconds", "2000"]
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
     log = (out / "log.txt").read_text() if out.exists() else ""
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{log[-4000:]}"
     return done.stdout, out
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_every_part(rehearsal):
     said, out = rehearsal
     result = json.loads((out / "gpu.json").read_text())
-    assert (
-        list(result["runs"]) == PARTS
-        and result["status"] == "everything passed"
-        and result["rehearsal"]
-    )
+    assert list(result["runs"]) == PARTS
+    assert result["status"] == "everything passed" and result["rehearsal"]
     for name, row in result["runs"].items():
-        assert (
-            row["status"] == "passed"
-            and 0 < row["seconds"] < row["limit"]
-            and row["result"]
-            and row["figures"]
-        ), name
-        assert "not shown" not in row["figures"] and row["figures"] in said
+        assert row["status"] == "passed" and 0 < row["seconds"] < row["limit"], name
+        assert row["result"] and row["figures"] and row["figures"] in said, name
+        assert "not shown" not in row["figures"]
 
 
-def test_what_it_found_is_what_it_says(rehearsal):
+@pytest.mark.slow
+def test_a_rehearsal_leaves_what_each_part_measured(rehearsal):
     runs = json.loads((rehearsal[1] / "gpu.json").read_text())["runs"]
-    assert (
-        runs["ceilings"]["result"]["copy_gb_per_s"] > 0.1
-        and "flash_attn" in runs["ceilings"]["result"]["missing"]
-    )
-    assert set(runs["tests_linear_drgrpo"]["result"]["outcomes"].values()) == {
-        "SKIPPED (needs a CUDA device)"
-    }
+    ceilings = runs["ceilings"]["result"]
+    assert ceilings["copy_gb_per_s"] > 0.1 and "flash_attn" in ceilings["missing"]
+    outcomes = runs["tests_linear_drgrpo"]["result"]["outcomes"].values()
+    assert set(outcomes) == {"SKIPPED (needs a CUDA device)"}
     assert {"rows", "sweep"} <= runs["kernel"]["result"].keys()
     assert runs["rollout"]["result"]["engines"]["torch"]["gap_max"] < 1e-3
     tiny = runs["tiny"]["result"]
-    assert (
-        tiny["steps"] == 14
-        and tiny["reward_last"] > tiny["reward_first"] + 0.05
-        and all(tiny["checks"].values())
-    )
-    budget = "\n".join(runs["budget"]["result"]["notes"])
-    assert (
-        "measured: ceilings.copy_gb_per_s" in budget and "measured: ceilings.gemm_tflops" in budget
-    )
+    assert tiny["steps"] == 14 and all(tiny["checks"].values())
+    assert tiny["reward_last"] > tiny["reward_first"] + 0.05
+    notes = "\n".join(runs["budget"]["result"]["notes"])
+    assert "measured: ceilings.copy_gb_per_s" in notes and "ceilings.gemm_tflops" in notes
 
 
-def test_the_summary_is_complete_and_the_folder_small(rehearsal):
+@pytest.mark.slow
+def test_the_summary_of_a_rehearsal_is_complete_and_the_folder_small(rehearsal):
     out = rehearsal[1]
-    text = (out / "summary.md").read_text()
+    text, log = (out / "summary.md").read_text(), (out / "log.txt").read_text()
     assert text.startswith("# Rehearsal: everything passed") and "not shown" not in text
-    assert all(f"| {name} | passed |" in text for name in PARTS)
-    for line in (
-        "## Skipped",
-        "- not installed: ",
-        "- kernel: CCE: needs CUDA",
-        "- rollout: vllm: ",
-        "| everything on |",
-    ):
+    for name in PARTS:
+        assert f"| {name} | passed |" in text and f"==== {name}: passed" in log
+    for line in ("- not installed: ", "- kernel: CCE: needs CUDA", "- rollout: vllm: "):
         assert line in text
-    assert {path.name for path in out.iterdir()} == {
-        "gpu.json",
-        "summary.md",
-        "log.txt",
-        "kernel.png",
-        "step_rehearsal.png",
-        "budget.png",
-    }
-    assert all(f"==== {name}: passed" in (out / "log.txt").read_text() for name in PARTS)
+    assert "## Skipped" in text and "| everything on |" in text
+    assert {path.name for path in out.iterdir()} == FILES
 
 
 def test_on_a_gpu_at_most_eight_files_come_out(tmp_path):
     parts = gpu.make_parts(tmp_path, tmp_path, rehearse=False)
-    drawn = [
-        part for part in parts if part.result and part.name not in ("ceilings", "rollout", "tiny")
-    ]
-    assert len(drawn) + len(["gpu.json", "summary.md", "log.txt"]) == 8
-    assert [part.name for part in parts][:4] == [
-        "ceilings",
-        "tests_linear_drgrpo",
-        "tests_model",
-        "tests_train",
-    ]
+    plain = ("ceilings", "rollout", "tiny")
+    pictures = [part for part in parts if part.result and part.name not in plain]
+    assert len(pictures) + len(["gpu.json", "summary.md", "log.txt"]) == 8
+    names = [part.name for part in parts]
+    assert names[:4] == ["ceilings", "tests_linear_drgrpo", "tests_model", "tests_train"]
 
 
 def run_some(tmp_path, parts: list[gpu.Part], seconds: float) -> gpu.Report:
@@ -127,12 +87,14 @@ def run_some(tmp_path, parts: list[gpu.Part], seconds: float) -> gpu.Report:
     return report
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_killed_at_its_limit_and_costs_nothing_else(tmp_path):
     """With its children; what it had written stays, and so does what came before."""
     child = tmp_path / "child"
+    half = {"engines": {"half": {"skipped": "done"}}}
     hang = f"""
-import json, pathlib, subprocess, time
-pathlib.Path({str(tmp_path / "work" / "hangs.json")!r}).write_text(json.dumps({{"engines": {{"half": {{"skipped": "done"}}}}}}))
+import pathlib, subprocess, time
+pathlib.Path({str(tmp_path / "work" / "hangs.json")!r}).write_text({json.dumps(half)!r})
 stubborn = subprocess.Popen(["sh", "-c", "trap '' ABRT TERM; exec sleep 600"])
 pathlib.Path({str(child)!r}).write_text(str(stubborn.pid))
 def stuck():
@@ -148,15 +110,11 @@ stuck()
     report = run_some(tmp_path, parts, seconds=8)
     assert time.monotonic() - start < 10
     written = json.loads((tmp_path / "out" / "gpu.json").read_text())["runs"]
-    assert written == report.runs and [row["status"] for row in written.values()] == [
-        "passed",
-        "timeout",
-        "passed",
-    ]
-    assert written["hangs"]["result"] == {"engines": {"half": {"skipped": "done"}}}
-    assert (
-        written["hangs"]["limit"] <= written["hangs"]["seconds"] < written["hangs"]["limit"] + 1.5
-    )
+    assert written == report.runs
+    assert [row["status"] for row in written.values()] == ["passed", "timeout", "passed"]
+    hangs = written["hangs"]
+    assert hangs["result"] == half
+    assert hangs["limit"] <= hangs["seconds"] < hangs["limit"] + 1.5
     assert written["last"]["limit"] > 1.5, "the hung part took more than its share"
     log = (tmp_path / "out" / "log.txt").read_text()
     assert "hello" in log and "bye" in log and "in stuck" in log, "where it hung"
@@ -167,17 +125,13 @@ stuck()
 
 
 def test_a_part_that_fails_says_why_and_the_next_one_runs(tmp_path):
-    parts = [
-        gpu.Part("wrong", "", [*PYTHON, "print('far'); raise ValueError('7 is not 8')"], 1),
-        gpu.Part("right", "", [*PYTHON, "pass"], 1),
-    ]
+    wrong = "print('far'); raise ValueError('7 is not 8')"
+    codes = {"wrong": wrong, "right": "pass"}
+    parts = [gpu.Part(name, "", [*PYTHON, code], 1) for name, code in codes.items()]
     report = run_some(tmp_path, parts, seconds=20)
     assert [row["status"] for row in report.runs.values()] == ["failed", "passed"]
-    assert (
-        report.runs["wrong"]["reason"]
-        == report.runs["wrong"]["figures"]
-        == "ValueError: 7 is not 8"
-    )
+    row = report.runs["wrong"]
+    assert row["reason"] == row["figures"] == "ValueError: 7 is not 8"
 
 
 SLEEP = "import time; time.sleep(60)"
@@ -209,8 +163,9 @@ def test_exit_status(tmp_path, monkeypatch, capsys, code, status):
 def test_test_outcomes_are_read_while_they_come(tmp_path):
     log = tmp_path / "log"
     log.write_text(
-        "collected 4 items\n\ntests/test_x.py::test_a[1-a b] PASSED   [ 25%]\ntests/test_x.py::test_b FAILED\n"
-        "tests/test_x.py::test_c SKIPPED (no x (y))  [ 75%]\ntests/test_x.py::test_d "
+        "collected 4 items\n\ntests/test_x.py::test_a[1-a b] PASSED   [ 25%]\n"
+        "tests/test_x.py::test_b FAILED\ntests/test_x.py::test_c SKIPPED (no x (y))  [ 75%]\n"
+        "tests/test_x.py::test_d "
     )
     outcomes = {"test_a[1-a b]": "PASSED", "test_b": "FAILED", "test_c": "SKIPPED (no x (y))"}
     assert gpu.test_outcomes(log) == {"outcomes": outcomes}
@@ -218,54 +173,31 @@ def test_test_outcomes_are_read_while_they_come(tmp_path):
 
 
 def test_whole_models_alone_give_constants_to_the_budget():
-    phases = {
-        "pack": 1.0,
-        "old log-probs": 0.0,
-        "forward": 1.0,
-        "head + loss": 1.0,
-        "backward": 2.0,
-        "optimizer": 5.0,
-    }
-    row = {"mfu": 0.2, "seconds": {"median": 10.0}, "phases": phases}
+    phases = {"forward": 1.0, "head + loss": 1.0, "backward": 2.0, "pack": 1.0, "optimizer": 5.0}
     case = {
         "checkpointing": "full",
         "tokens_per_microbatch": 16384,
         "response_tokens": 900,
         "responses": 3,
-        "rows": [row],
+        "rows": [{"mfu": 0.2, "seconds": {"median": 10.0}, "phases": phases}],
     }
-    step = gpu.step_constants(
-        "7b", {"cases": {"7b": case, "half": case | {"left_out": "14 layers"}}}
-    )
-    assert step == [
-        {
-            "model": "Qwen2.5-7B",
-            "checkpointing": "full",
-            "microbatch": 16384,
-            "length": 300,
-            "mfu": 0.5,
-        }
-    ]
+    cases = {"7b": case, "half": case | {"left_out": "14 layers"}}
+    (row,) = gpu.step_constants("Qwen2.5-7B", {"cases": cases})
+    assert row == {
+        "model": "Qwen2.5-7B",
+        "checkpointing": "full",
+        "microbatch": 16384,
+        "length": 300,
+        "mfu": 0.5,
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path):
-    done = subprocess.run(
-        [
-            "make",
-            "--no-print-directory",
-            "gpu",
-            f"PYTHON={sys.executable}",
-            f"ARGS=--out {tmp_path / 'out'}",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}"]
+    arguments = f"ARGS=--out {tmp_path / 'out'}"
+    done = subprocess.run([*command, arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
     message, from_make = done.stderr.splitlines()
-    assert (
-        message.startswith("make gpu: torch ")
-        and "sees no CUDA device; `make gpu ARGS=--rehearse`" in message
-    )
-    assert "Error 2" in from_make
+    assert message.startswith("make gpu: torch ") and "Error 2" in from_make
+    assert "sees no CUDA device; `make gpu ARGS=--rehearse`" in message

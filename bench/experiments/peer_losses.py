@@ -1,14 +1,16 @@
-"""Do the losses of TRL and Liger agree with ours on identical inputs, and where they do not, who is
-right?
+"""Do the losses of TRL and Liger agree with ours on identical inputs?
 
-Hidden states, weight, targets, masks, advantages and old log-probs are given; loss and both
-gradients of ours, of TRL's `GRPOTrainer.compute_loss` and of Liger's `LigerFusedLinearGRPOLoss` are
-compared with the formula in float64. And TRL's advantages with ours. `python -m
-bench.experiments.peers --parts loss` runs it.
+`python -m bench.experiments.peers` runs it. Hidden states, weight, targets, masks, advantages and
+old log-probs are given. Loss and both gradients of ours, of TRL's `GRPOTrainer.compute_loss` and of
+Liger's `LigerFusedLinearGRPOLoss` are compared with the formula in float64. TRL's advantages are
+compared with ours. TRL 1.16 computes log-probs with a kernel of its own
+(trl/kernels/chunked_logprob.py), and `use_liger_kernel` is deprecated for GRPO. Liger's loss is
+therefore called by itself.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,13 +43,15 @@ class Case:
 
     def part(self, i: int) -> "Case":
         """The i-th micro-batch."""
-        rows = slice(i * len(self.mask_BL) // self.parts, (i + 1) * len(self.mask_BL) // self.parts)
-        tensors = {
-            name: x[rows]
-            for name, x in vars(self).items()
-            if isinstance(x, Tensor) and name != "weight_VD"
-        }
-        return replace(self, **tensors)
+        size = len(self.mask_BL) // self.parts
+        batched = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        del batched["weight_VD"]
+        return replace(self, **{k: v[i * size : (i + 1) * size] for k, v in batched.items()})
+
+    def split(self, hidden_BLD: Tensor) -> list["Case"]:
+        """The micro-batches, with these hidden states."""
+        case = replace(self, hidden_BLD=hidden_BLD)
+        return [case.part(i) for i in range(self.parts)]
 
 
 CLIP, TOLERANCE = 0.2, 1e-5
@@ -58,13 +62,13 @@ and of the micro-batch."""
 
 def make_cases(B: int = 8, L: int = 24, D: int = 64, V: int = 260) -> dict[str, Case]:
     rng = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(B, L, D, generator=rng), torch.randn(V, D, generator=rng) / D**0.5
-    target = torch.randint(V, (B, L), generator=rng)
-    length = torch.tensor(
-        [L, 1, *torch.randint(2, L, (B - 2,), generator=rng).tolist()]
-    )  # the longest and the shortest
-    mask = torch.arange(L) < length[:, None]
-    base = Case(hidden, weight, target, mask, torch.randn(B, generator=rng))
+    hidden_BLD, weight_VD = (torch.randn(*shape, generator=rng) for shape in ((B, L, D), (V, D)))
+    target_BL = torch.randint(V, (B, L), generator=rng)
+    between = torch.randint(2, L, (B - 2,), generator=rng).tolist()
+    length_B = torch.tensor([L, 1, *between])
+    mask_BL = torch.arange(L) < length_B[:, None]
+    advantage_B = torch.randn(B, generator=rng)
+    base = Case(hidden_BLD, weight_VD / D**0.5, target_BL, mask_BL, advantage_B)
 
     def drifted(case: Case, by: float) -> Tensor:
         """Log-probs a little off those of the policy: ratios on both sides of both clips."""
@@ -110,33 +114,27 @@ def formula(case: Case, loss_type: str, hidden: Tensor, weight: Tensor) -> Tenso
 
 
 def our_loss(case: Case, loss_type: str, hidden: Tensor, weight: Tensor) -> Tensor:
-    """As train.py calls it: advantages weighted over the whole optimizer step, response tokens
-    only, micro-batches summed."""
-    algo, length_B = LOSSES[loss_type], case.mask_BL.sum(1)
-    weighted = replace(
-        case,
-        hidden_BLD=hidden,
-        advantage_B=case.advantage_B * token_weight(length_B, algo, case.budget),
-    )
+    """As train.py calls it. Advantages are weighted over the whole optimizer step, only response
+    tokens count, and micro-batches are summed."""
+    weight_B = token_weight(case.mask_BL.sum(1), LOSSES[loss_type], case.budget)
+    weighted = replace(case, advantage_B=case.advantage_B * weight_B)
     total = 0.0
-    for part in map(weighted.part, range(case.parts)):
+    for part in weighted.split(hidden):
         mask = part.mask_BL
         ref = {"ref_logprob": part.ref_BL[mask], "kl_coef": case.kl_coef} if case.kl_coef else {}
-        total = (
-            total
-            + linear_drgrpo_loss(
-                part.hidden_BLD[mask],
-                weight,
-                part.target_BL[mask],
-                part.advantage_B[:, None].expand_as(mask)[mask],
-                old_logprob=None if part.old_BL is None else part.old_BL[mask],
-                clip_low=CLIP,
-                clip_high=CLIP,
-                temperature=case.temperature,
-                scale=1 / (len(case.mask_BL) * case.budget),
-                **ref,
-            )[0]
+        loss, _ = linear_drgrpo_loss(
+            part.hidden_BLD[mask],
+            weight,
+            part.target_BL[mask],
+            part.advantage_B[:, None].expand_as(mask)[mask],
+            old_logprob=None if part.old_BL is None else part.old_BL[mask],
+            clip_low=CLIP,
+            clip_high=CLIP,
+            temperature=case.temperature,
+            scale=1 / (len(case.mask_BL) * case.budget),
+            **ref,
         )
+        total = total + loss
     return total
 
 
@@ -192,16 +190,13 @@ def trl_loss(model: str, folder: str):
         )
         trainer.current_gradient_accumulation_steps = case.parts  # its training loop sets it
         backbone, lm = Given(), trainer.model
-        lm.model, lm.get_output_embeddings = (
-            backbone,
-            lambda: SimpleNamespace(weight=weight, bias=None),
-        )
+        head = SimpleNamespace(weight=weight, bias=None)
+        lm.model, lm.get_output_embeddings = backbone, lambda: head
         total = 0.0
-        for part in map(replace(case, hidden_BLD=hidden).part, range(case.parts)):
-            backbone.hidden = torch.cat(
-                [part.hidden_BLD, torch.zeros_like(part.hidden_BLD[:, :1])], dim=1
-            )
+        for part in case.split(hidden):
             prompt = torch.ones_like(part.target_BL[:, :1])
+            padding = torch.zeros_like(part.hidden_BLD[:, :1])
+            backbone.hidden = torch.cat([part.hidden_BLD, padding], dim=1)
             inputs = {
                 "prompt_ids": prompt,
                 "prompt_mask": prompt,
@@ -234,7 +229,7 @@ def liger_loss(case: Case, loss_type: str, hidden: Tensor, weight: Tensor) -> Te
         compiled=False,
     )
     total = 0.0
-    for part in map(replace(case, hidden_BLD=hidden).part, range(case.parts)):
+    for part in case.split(hidden):
         loss = function(
             part.hidden_BLD,
             weight,
@@ -253,86 +248,76 @@ def differentiate(
     loss: Callable, case: Case, loss_type: str, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Loss, d loss / d hidden, d loss / d weight."""
-    hidden, weight = (
-        x.to(dtype, copy=True).requires_grad_() for x in (case.hidden_BLD, case.weight_VD)
-    )
+    given = case.hidden_BLD, case.weight_VD
+    hidden, weight = (x.to(dtype, copy=True).requires_grad_() for x in given)
     value = loss(case, loss_type, hidden, weight)
     dhidden, dweight = torch.autograd.grad(value, (hidden, weight))
     return {"loss": value.detach(), "dhidden": dhidden, "dweight": dweight}
 
 
-def relative_errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """|found - exact| / |exact|, Euclidean norms."""
-    return {
-        name: ((found[name].double() - x).norm() / x.norm()).item() for name, x in exact.items()
-    }
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    """|value - exact| / |exact|, Euclidean norms."""
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+def relative_errors(values: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    return {name: relative_error(values[name], x) for name, x in exact.items()}
 
 
 def measure_loss(model: str, folder: Path) -> list[dict]:
     """A row per case and loss type: contender -> relative errors against float64."""
     losses = {"ours": our_loss, "TRL": trl_loss(model, str(folder / "loss")), "Liger": liger_loss}
     rows = []
-    for name, case in make_cases().items():
-        for loss_type in LOSSES:
-            exact = differentiate(formula, case, loss_type, torch.float64)
-            errors = {
-                who: relative_errors(differentiate(loss, case, loss_type), exact)
-                for who, loss in losses.items()
-            }
-            rows.append({"case": name, "loss_type": loss_type, "errors": errors})
+    for (name, case), loss_type in product(make_cases().items(), LOSSES):
+        exact = differentiate(formula, case, loss_type, torch.float64)
+        errors = {}
+        for contender, loss in losses.items():
+            errors[contender] = relative_errors(differentiate(loss, case, loss_type), exact)
+        rows.append({"case": name, "loss_type": loss_type, "errors": errors})
     return rows
 
 
+ADVANTAGES = (  # title, our objective, TRL's loss type and what is set beside it
+    ("dr_grpo, scale_rewards none", "drgrpo", dict(loss_type="dr_grpo", scale_rewards="none")),
+    ("dr_grpo, default scale_rewards", "drgrpo", dict(loss_type="dr_grpo")),
+    ("grpo, scale_rewards group", "grpo", dict(loss_type="grpo", scale_rewards="group")),
+)
+
+
 def measure_advantages(model: str, folder: Path) -> list[dict]:
-    """TRL's advantages of one group and ours against r - mean r, over the std for grpo, in float64.
-    `default`: TRL with `loss_type="dr_grpo"` and nothing else set."""
-    reward = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])
-    centred = reward.double() - reward.double().mean()
+    """Relative errors of TRL's advantages of one group and of ours, against r - mean r in float64,
+    for grpo divided by the std."""
+    reward_G = torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])
+    centred_G = reward_G.double() - reward_G.double().mean()
+    inputs = [{"prompt": "0", "answer": r} for r in reward_G.tolist()]
+    ids = [[1]] * len(reward_G)
+    generated = (ids, ids, None, ["0"] * len(ids), None, {}, None, None)
     rows = []
-    for title, algo, arguments in (
-        ("dr_grpo, scale_rewards none", "drgrpo", {"scale_rewards": "none"}),
-        ("dr_grpo, default scale_rewards", "drgrpo", {}),
-        ("grpo, scale_rewards group", "grpo", {"scale_rewards": "group"}),
-    ):
-        exact = centred / (reward.double().std() if algo == "grpo" else 1.0)
-        trainer = trl_trainer(
-            model, str(folder / "advantage"), loss_type=title.split(",")[0], **arguments
-        )
-        ids = [[1]] * len(reward)
-        trainer._generate = lambda prompts, ids=ids: (
-            ids,
-            ids,
-            None,
-            ["0"] * len(ids),
-            None,
-            {},
-            None,
-            None,
-        )
-        inputs = [{"prompt": "0", "answer": r} for r in reward.tolist()]
-        found = {
-            "TRL": trainer._generate_and_score_completions(inputs)["advantages"],
-            "ours": group_advantage(reward[None], algo)[0],
+    for title, algo, arguments in ADVANTAGES:
+        exact_G = centred_G / (reward_G.double().std() if algo == "grpo" else 1.0)
+        trainer = trl_trainer(model, str(folder / "advantage"), **arguments)
+        trainer._generate = lambda prompts: generated
+        trl_G = trainer._generate_and_score_completions(inputs)["advantages"]
+        errors = {
+            "TRL": relative_error(trl_G, exact_G),
+            "ours": relative_error(group_advantage(reward_G[None], algo)[0], exact_G),
         }
-        rows.append(
-            {
-                "case": title,
-                **{
-                    who: ((x.double() - exact).norm() / exact.norm()).item()
-                    for who, x in found.items()
-                },
-            }
-        )
+        rows.append({"case": title} | errors)
     return rows
 
 
 WHY = """\
-Relative errors of loss / d hidden / d weight against float64, bold beyond float32's tolerance. Where they are bold:
-- KL, ours but for dr_grpo: our KL term is always divided by B C, so train.py refuses --kl-coef with these objectives.
-- KL, TRL's default: it multiplies the KL term by the ratio (`use_bias_correction_kl`, DeepSeek-V3.2), another objective.
-- bnpo in micro-batches, TRL and Liger: every micro-batch is averaged over its own tokens, as TRL documents, so that the
-  gradient depends on the split; ours is averaged over the tokens of the optimizer step.
-- advantages, TRL: the loss type alone leaves the division by the std in place; and it adds 1e-4 to the std (ours: 1e-8)."""
+Relative errors of loss / d hidden / d weight against float64, bold beyond float32's tolerance.
+Where they are bold:
+- KL, ours but for dr_grpo: our KL term is always divided by B C, so train.py refuses --kl-coef
+  with these objectives.
+- KL, TRL's default: it multiplies the KL term by the ratio (`use_bias_correction_kl`,
+  DeepSeek-V3.2), another objective.
+- bnpo in micro-batches, TRL and Liger: every micro-batch is averaged over its own tokens, as TRL
+  documents, so that the gradient depends on the split. Ours is averaged over the tokens of the
+  optimizer step.
+- advantages, TRL: the loss type alone leaves the division by the std in place, and TRL adds 1e-4
+  to the std (ours: 1e-8)."""
 
 
 def loss_table(rows: list[dict]) -> str:

@@ -1,10 +1,10 @@
-"""A simulated step of the trainer: what sampling, training and the rest take on a given machine.
-`bench.experiments.budget` asks it.
+"""A simulated step of the trainer: how long sampling, training and the rest take on a machine.
 
-A `Setup` says what is run, `Rates` and `GPU` what software and hardware reach. Response lengths are
-drawn, the prompts dealt to processes as train.py does it, and every engine's batch drains as
-responses end. The trainer's own `drgrpo.pack` plans the micro-batches, which all processes run in
-lockstep; FLOPs are `drgrpo.run.flops`, memory is `drgrpo.run.memory`.
+`bench.experiments.budget` runs it and shows what comes out. A `Setup` describes the job and the
+system. A `Machine` says what software and hardware reach. Response lengths are drawn at random.
+Prompts go to processes as in train.py. Every engine's batch drains as responses end. The trainer's
+own `drgrpo.pack` plans the micro-batches, and all processes run them in lockstep. FLOPs come from
+`drgrpo.run.flops`, memory from `drgrpo.run.memory`.
 """
 
 import heapq
@@ -16,8 +16,9 @@ from statistics import mean, stdev
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from bench.shapes import model_config
 from bench.static_report import cost as head_cost
 from drgrpo import pack
 from drgrpo.config import RECIPES
@@ -26,14 +27,15 @@ from drgrpo.run.memory import Ledger, make_ledger
 from drgrpo.types import UserError
 
 PHASES = ("rollout", "grade", "python", "old", "train", "sync", "eval", "save")
-EVAL_SETS = {
-    "aime24": 30,
-    "amc": 83,
-    "math500": 500,
-    "minerva": 272,
-    "olympiad_bench": 675,
-}  # problems; 1,560 in all
-TAIL = 16  # sequences of an engine: with fewer a rollout is in its tail
+EVAL_SETS = {"aime24": 30, "amc": 83, "math500": 500, "minerva": 272, "olympiad_bench": 675}
+"""Problems of each evaluation set."""
+TAIL = 16
+"""An engine with fewer sequences than this is in the tail of its rollout."""
+
+Plan = list[list[list[list[int]]]]
+"""Response lengths by [optimizer step][micro-batch][rank]."""
+Queue = list[tuple[int, int]]
+"""Sequences as (tokens to come, tokens of context)."""
 
 
 # ---- constants
@@ -50,18 +52,14 @@ class GPU:
     source: str
 
 
-ASSUMED = "data sheet; gemm and copy reached are assumed"
+SHEET = "data sheet; gemm and copy reached are assumed"
 GPUS = {
-    "A100-80": GPU(312, 2039, 79.1, 300, 255, 1700, f"{ASSUMED}, as in bench/static_report.py"),
-    "A100-40": GPU(312, 1555, 39.4, 300, 255, 1300, f"{ASSUMED} in the A100-80's shares"),
-    "H100": GPU(989, 3350, 79.1, 450, 710, 2900, f"{ASSUMED}: 72 % (power limit) and 87 %"),
-    "H100-2.4": GPU(
-        989, 2400, 95.0, 450, 640, 2090, "torchtitan's benchmarks: 500 W, HBM2e; reached: assumed"
-    ),
-    "H200": GPU(989, 4800, 139.8, 450, 710, 4200, f"{ASSUMED} in the H100's shares"),
-    "H20": GPU(
-        148, 4000, 95.1, 450, 135, 3480, f"{ASSUMED}: 91 % (small chip, no power limit) and 87 %"
-    ),
+    "A100-80": GPU(312, 2039, 79.1, 300, 255, 1700, f"{SHEET}, as in bench/static_report.py"),
+    "A100-40": GPU(312, 1555, 39.4, 300, 255, 1300, f"{SHEET} in the A100-80's shares"),
+    "H100": GPU(989, 3350, 79.1, 450, 710, 2900, f"{SHEET}: 72 % (power limit) and 87 %"),
+    "H100-2.4": GPU(989, 2400, 95.0, 450, 640, 2090, "torchtitan: 500 W, HBM2e; reached: assumed"),
+    "H200": GPU(989, 4800, 139.8, 450, 710, 4200, f"{SHEET} in the H100's shares"),
+    "H20": GPU(148, 4000, 95.1, 450, 135, 3480, f"{SHEET}: 91 % (no power limit) and 87 %"),
 }
 
 
@@ -69,141 +67,88 @@ def constant(value: float, unit: str, source: str):
     return field(default=value, metadata={"unit": unit, "source": source})
 
 
+def assumed(value: float, unit: str, why: str):
+    return constant(value, unit, f"assumed: {why}")
+
+
+def counted(value: float, unit: str, what: str):
+    return constant(value, unit, f"counted: {what}")
+
+
+GRADES = "measured: bench/results/grade.json"
+
+
 @dataclass(frozen=True)
 class Rates:
     """What software reaches on a GPU, and what the rest of a machine does."""
 
-    decode_share: float = constant(
-        0.92, "of `copy`", "assumed: GEMVs and paged attention of a CUDA graph"
+    decode_share: float = assumed(0.92, "of `copy`", "GEMVs, paged attention in a CUDA graph")
+    prefill_share: float = assumed(0.60, "of `gemm`", "chunked prefill")
+    engine_ms: float = assumed(2.0, "ms per engine step", "vLLM's scheduler and launches")
+    engine_us: float = assumed(12.0, "us per sequence and engine step", "sampling, 152k tokens")
+    tp_us: float = assumed(15.0, "us per all-reduce", "two per layer under tensor parallelism")
+    train_share: float = assumed(0.85, "of `gemm`", "FlashAttention-2 and a block's GEMM shapes")
+    half_tokens: float = assumed(600, "tokens", "micro-batch at which GEMMs reach half their rate")
+    eager_hidden: float = counted(
+        100, "bytes per token, layer, width", "eager RMSNorm, RoPE, residual, one pass"
     )
-    prefill_share: float = constant(0.60, "of `gemm`", "assumed: chunked prefill")
-    engine_ms: float = constant(
-        2.0, "ms per engine step", "assumed: vLLM's scheduler and launches, in this process"
+    eager_mlp: float = counted(
+        10, "bytes per token, layer, MLP width", "eager SiLU and product, one pass"
     )
-    engine_us: float = constant(
-        12.0, "us per sequence and engine step", "assumed: sampling and log-probs, 152k vocabulary"
-    )
-    tp_us: float = constant(
-        15.0, "us per all-reduce", "assumed: two per layer under tensor parallelism"
-    )
-    train_share: float = constant(
-        0.85, "of `gemm`", "assumed: FlashAttention-2 and GEMM shapes of a block below peak"
-    )
-    half_tokens: float = constant(
-        600, "tokens", "assumed: micro-batch at which GEMMs reach half of their rate"
-    )
-    eager_hidden: float = constant(
-        100, "bytes per token, layer, width", "counted: eager RMSNorm, RoPE, residual, one pass"
-    )
-    eager_mlp: float = constant(
-        10, "bytes per token, layer, MLP width", "counted: eager SiLU and product, one pass"
-    )
-    fused_share: float = constant(
-        0.4, "of the eager bytes", "assumed: the same fused (torch.compile)"
-    )
-    launch_ms: float = constant(
-        1.0,
-        "ms per layer and pass",
-        "assumed: Python, hooks, launches; hidden if the GPU is slower",
-    )
-    naive_logits: float = constant(
-        48, "bytes per logit, training", "counted: unfused fp32 head, forward and backward"
+    fused_share: float = assumed(0.4, "of the eager bytes", "the same fused (torch.compile)")
+    launch_ms: float = assumed(1.0, "ms per layer and pass", "hidden if the GPU is slower")
+    naive_logits: float = counted(
+        48, "bytes per logit, training", "unfused fp32 head, forward and backward"
     )
     naive_logits_held: float = constant(
         6, "bytes per logit", "bench/static_report.py: memory of an unfused head"
     )
-    nvlink_share: float = constant(0.80, "of NVLink", "assumed: NCCL all-gather in a node")
-    inter_node: float = constant(20.0, "GB/s per GPU", "assumed: 200 Gb/s network, 80 % reached")
-    adam_bytes: float = constant(
-        40, "bytes per parameter", "counted: clip, fused AdamW and zero_grad in float32"
-    )
-    gloo: float = constant(0.8, "GB/s", "assumed: per-tensor broadcast over the loopback device")
-    tensor_ms: float = constant(
-        1.0, "ms per tensor", "assumed: gather and vLLM's loader, in Python"
-    )
-    sleep_s: float = constant(1.0, "s per step", "assumed: vLLM sleep level 2 and wake")
-    naive_sleep_s: float = constant(
-        3.0, "s per step", "assumed: level 1, weights to the host and back"
-    )
-    serial_grades: float = constant(
-        173, "grades/s per process", "measured: bench/results/grade.json, one at a time, workers"
-    )
-    pooled_grades: float = constant(
-        353, "grades/s per process", "measured: bench/results/grade.json, pool of 2"
-    )
-    sample_ms: float = constant(
-        1.5, "ms per response of a step", "assumed: pickle, gather, pack; every process does all"
-    )
-    disk: float = constant(2.0, "GB/s", "assumed: shared checkpoint storage")
-    spec_gain: float = constant(1.4, "x", "assumed: n-gram speculation below 16 sequences")
+    nvlink_share: float = assumed(0.80, "of NVLink", "NCCL all-gather in a node")
+    inter_node: float = assumed(20.0, "GB/s per GPU", "200 Gb/s network, 80 % reached")
+    adam_bytes: float = counted(40, "bytes per parameter", "clip, fused AdamW, zero_grad, float32")
+    gloo: float = assumed(0.8, "GB/s", "per-tensor broadcast over the loopback device")
+    tensor_ms: float = assumed(1.0, "ms per tensor", "gather and vLLM's loader, in Python")
+    sleep_s: float = assumed(1.0, "s per step", "vLLM sleep level 2 and wake")
+    naive_sleep_s: float = assumed(3.0, "s per step", "level 1, weights to the host and back")
+    serial_grades: float = constant(173, "grades/s per process", f"{GRADES}, one at a time")
+    pooled_grades: float = constant(353, "grades/s per process", f"{GRADES}, pool of 2")
+    sample_ms: float = assumed(1.5, "ms per response of a step", "pickle, gather and pack, by all")
+    disk: float = assumed(2.0, "GB/s", "shared checkpoint storage")
+    spec_gain: float = assumed(1.4, "x", "n-gram speculation below 16 sequences")
 
 
+FULL = ("decode_share", "prefill_share", "train_share", "nvlink_share")
+FREE = (
+    *("engine_ms", "engine_us", "tp_us", "half_tokens", "eager_hidden", "eager_mlp"),
+    *("launch_ms", "tensor_ms", "sleep_s", "sample_ms"),
+)
+ENDLESS = ("serial_grades", "pooled_grades", "disk")
 PERFECT = Rates(
-    decode_share=1,
-    prefill_share=1,
-    engine_ms=0,
-    engine_us=0,
-    tp_us=0,
-    train_share=1,
-    half_tokens=0,
-    eager_hidden=0,
-    eager_mlp=0,
-    launch_ms=0,
-    nvlink_share=1,
+    **dict.fromkeys(FULL, 1) | dict.fromkeys(FREE, 0) | dict.fromkeys(ENDLESS, math.inf),
     inter_node=50,
     adam_bytes=28,
-    tensor_ms=0,
-    sleep_s=0,
-    serial_grades=math.inf,
-    pooled_grades=math.inf,
-    sample_ms=0,
-    disk=math.inf,
 )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates and GPUs: what a measurement changes."""
+    """Rates and GPUs. A measurement changes both."""
 
     rates: Rates = Rates()
     gpus: dict[str, GPU] = field(default_factory=lambda: GPUS)
 
 
 PERFECT_MACHINE = Machine(
-    PERFECT, {n: replace(g, gemm=g.tflops, copy=g.bandwidth) for n, g in GPUS.items()}
-)
-
-MODELS = {  # the published config.json of each
-    "Qwen2.5-7B": (Qwen2Config, (152064, 3584, 18944, 28, 28, 4), {}),
-    "Qwen2.5-1.5B": (Qwen2Config, (151936, 1536, 8960, 28, 12, 2), {"tie_word_embeddings": True}),
-    "Llama-3.1-8B": (LlamaConfig, (128256, 4096, 14336, 32, 32, 8), {}),
-    "Qwen3-4B": (
-        Qwen3Config,
-        (151936, 2560, 9728, 36, 32, 8),
-        {"head_dim": 128, "tie_word_embeddings": True},
-    ),
-    "Qwen3-0.6B": (
-        Qwen3Config,
-        (151936, 1024, 3072, 28, 16, 8),
-        {"head_dim": 128, "tie_word_embeddings": True},
-    ),
-}
-SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
+    PERFECT, {name: replace(gpu, gemm=gpu.tflops, copy=gpu.bandwidth) for name, gpu in GPUS.items()}
 )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the simulator needs of a model. FLOPs of one (prompt, response): linear (p + r) + square
-    (p + r)^2 + head r."""
+    """What the simulator needs of a model. FLOPs of one (prompt, response) are
+    linear (p + r) + square (p + r)^2 + head r."""
 
-    config: object
+    config: PretrainedConfig
     parameters: int
     tensors: int
     linear: float
@@ -212,46 +157,35 @@ class Shape:
 
     @property
     def kv_bytes(self) -> int:
-        """Keys and values of one token, bfloat16."""
+        """Bytes of the keys and values of one token in bfloat16."""
         c = self.config
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        return 4 * c.num_hidden_layers * c.num_key_value_heads * head_dim
+        return 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
 
     @property
     def read(self) -> int:
-        """Weights that a decode step reads: an untied input embedding is only looked up."""
-        return self.parameters - (
-            0
-            if self.config.tie_word_embeddings
-            else self.config.vocab_size * self.config.hidden_size
-        )
+        """Weights that a decode step reads. An untied input embedding is only looked up."""
+        c = self.config
+        return self.parameters - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
 
     def flops(self, prompt: int, responses: list[int], shared: int | None = None) -> float:
-        """Forward and backward; `shared`: prompt tokens in all, if not one prompt for each
-        response."""
-        answered, square = sum(responses), sum((prompt + n) ** 2 for n in responses)
+        """FLOPs of forward and backward. `shared` counts all prompt tokens, if responses share
+        prompts."""
+        answered = sum(responses)
+        square = sum((prompt + n) ** 2 for n in responses)
         tokens = answered + (prompt * len(responses) if shared is None else shared)
         return self.linear * tokens + self.square * square + self.head * answered
 
 
 @cache
 def shape(name: str) -> Shape:
-    """Built on the meta device; the three coefficients of `training_flops`, a quadratic, from three
-    of its values."""
-    kind, sizes, more = MODELS[name]
-    config = kind(**dict(zip(SHAPE, sizes, strict=True)) | {"tie_word_embeddings": False} | more)
+    """Built on the meta device. `training_flops` is a quadratic, and three of its values give the
+    three coefficients."""
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config)
+        lm = AutoModelForCausalLM.from_config(model_config(name))
     one, two, response = (training_flops(lm, [pair]) for pair in ((1, 0), (2, 0), (0, 1)))
     square = (two - 2 * one) / 2
-    return Shape(
-        lm.config,
-        lm.num_parameters(),
-        len(list(lm.parameters())),
-        one - square,
-        square,
-        response - one,
-    )
+    tensors = len(list(lm.parameters()))
+    return Shape(lm.config, lm.num_parameters(), tensors, one - square, square, response - one)
 
 
 # ---- what is run
@@ -259,7 +193,7 @@ def shape(name: str) -> Shape:
 
 @dataclass(frozen=True)
 class Setup:
-    """A system and its job. The defaults are train.py on the 7B recipe; `recipe` fills them from
+    """A system and its job. The defaults are train.py on the 7B recipe. `recipe` fills them from
     drgrpo/config.py."""
 
     model: str = "Qwen2.5-7B"
@@ -274,26 +208,20 @@ class Setup:
     eval_every: int = 16
     save_every: int = 50
     # the data
-    prompt: int = constant(120, "tokens of a prompt", "assumed: a MATH problem in its template")
-    mean: float = constant(
-        800,
-        "tokens of a response",
-        "assumed: truncated ones included; the paper plots no 7B length",
-    )
+    prompt: int = assumed(120, "tokens of a prompt", "a MATH problem in its template")
+    mean: float = assumed(800, "tokens of a response", "with truncated ones; no 7B length is known")
     sigma: float = constant(0.75, "of the logarithm of the length", "assumed")
-    between: float = constant(0.5, "of its variance", "assumed: lies between questions")
-    cap_share: float = constant(0.02, "of responses", "assumed: truncated")
-    eval_cap_share: float = constant(
-        0.05, "of responses", "assumed: truncated in the evaluation, whose problems are harder"
-    )
-    keep: float = constant(0.55, "of groups", "assumed: have an advantage that is not zero")
+    between: float = assumed(0.5, "of its variance", "lies between questions")
+    cap_share: float = assumed(0.02, "of responses", "truncated")
+    eval_cap_share: float = assumed(0.05, "of responses", "truncated in the harder evaluation")
+    keep: float = assumed(0.55, "of groups", "have an advantage that is not zero")
     # the system
     engines: int = 0  # GPUs that only sample while the others only train; 0: all do both
     tp: int = 1  # GPUs of an engine
     sp: int = 1  # GPUs that share a sequence in training; train.py has only 1
     slots: int = 256  # sequences that an engine runs at once
     calls: int = 1  # a step's prompts are sampled in so many rounds, one after the other
-    batching: str = "packed"  # "packed": balanced, token budget; "padded": equal counts, `microbatch` sequences, padded
+    batching: str = "packed"  # balanced, with a token budget; "padded": equal counts, padded
     microbatch: int = 16384  # tokens (packed) or sequences (padded)
     forwards: int = 1  # extra forward passes: old log-probs, reference
     drop: bool = True
@@ -304,13 +232,9 @@ class Setup:
     one_eval: bool = True  # all evaluation sets in one call
     fused_blocks: bool = False  # --compile
     # not in train.py: what might come next
-    carry: float = (
-        0.0  # share of responses that a step leaves unfinished and the next one goes on with
-    )
+    carry: float = 0.0  # share of responses that a step leaves to the next one unfinished
     asynchronous: bool = False  # sampling overlaps with everything else
-    train_in_tail: bool = (
-        False  # the first optimizer step's gradients are computed while the tail is sampled
-    )
+    train_in_tail: bool = False  # the first optimizer step's gradients come from the tail
     speculate: bool = False
     eight_bit: bool = False  # weights of the rollouts
     spread: bool = False  # long and short responses are dealt evenly to engines
@@ -333,12 +257,14 @@ class Setup:
         return self.prompts * self.group
 
 
+RECIPE_MODELS = {"oat_zero_7b": "Qwen2.5-7B", "oat_zero_1_5b": "Qwen2.5-1.5B"}
+
+
 def recipe(name: str, **changes) -> Setup:
     """train.py's setup of a recipe."""
     c = RECIPES[name]()
-    return replace(
-        Setup(),
-        model={"oat_zero_7b": "Qwen2.5-7B", "oat_zero_1_5b": "Qwen2.5-1.5B"}[name],
+    job = Setup(
+        model=RECIPE_MODELS[name],
         steps=c.steps,
         prompts=c.prompts_per_step,
         group=c.group_size,
@@ -351,17 +277,15 @@ def recipe(name: str, **changes) -> Setup:
         forwards=int(c.old_logprob == "recompute"),
         drop=c.drops,
         checkpointing=c.checkpointing,
-        **changes,
     )
+    return replace(job, **changes)
 
 
 def ledger(s: Setup, m: Machine) -> Ledger:
-    """drgrpo/run/memory.py's, an unfused head's logits taken from the GPU first. UserError if it
-    does not fit."""
-    lm, tokens = (
-        shape(s.model),
-        s.microbatch if s.batching == "packed" else s.microbatch * (s.prompt + s.cap),
-    )
+    """The ledger of drgrpo/run/memory.py on a GPU from which an unfused head's logits are taken
+    first. UserError if it does not fit."""
+    lm, longest = shape(s.model), s.prompt + s.cap
+    tokens = s.microbatch if s.batching == "packed" else s.microbatch * longest
     logits = 0 if s.fused_head else m.rates.naive_logits_held * tokens * lm.config.vocab_size
     return make_ledger(
         lm.config,
@@ -370,7 +294,7 @@ def ledger(s: Setup, m: Machine) -> Ledger:
         bytes_each=2,
         checkpointing=s.checkpointing,
         microbatch=tokens,
-        max_tokens=s.prompt + s.cap,
+        max_tokens=longest,
         sequences=s.slots,
         tp=s.tp,
         kv_cache_gb=0,
@@ -380,8 +304,8 @@ def ledger(s: Setup, m: Machine) -> Ledger:
 
 
 def fitting(s: Setup, m: Machine) -> Setup:
-    """With the largest packed micro-batch, of at most the asked one, that fits. UserError if not
-    even 1024 tokens do."""
+    """The setup with its packed micro-batch halved until it fits. UserError if not even 1024 tokens
+    do."""
     while s.batching == "packed":
         try:
             ledger(s, m)
@@ -398,7 +322,7 @@ def fitting(s: Setup, m: Machine) -> Setup:
 
 @dataclass(frozen=True)
 class Decode:
-    """Seconds of one engine step: weights are read or multiplied, whichever takes longer; then the
+    """Seconds of one engine step. Weights are read or multiplied, whichever takes longer. Then the
     cache is read."""
 
     weights: float
@@ -409,67 +333,58 @@ class Decode:
     tail_gain: float = 1.0
 
     def span(self, sequences: int, kv: float, ticks: int) -> float:
-        """Seconds of `ticks` steps, each of which adds a token to every one of `sequences` that
-        start with `kv` in all."""
+        """Seconds of `ticks` steps. Each adds a token to every one of `sequences`, which start
+        with `kv` tokens in all."""
         reads = kv * ticks + sequences * ticks * (ticks - 1) / 2
-        each = (
-            max(self.weights, self.per_sequence * sequences)
-            + self.overhead
-            + self.overhead_per_sequence * sequences
-        )
-        return (ticks * each + reads * self.per_kv_token) / (
-            self.tail_gain if sequences < TAIL else 1.0
-        )
+        compute = max(self.weights, self.per_sequence * sequences)
+        step = compute + self.overhead + self.overhead_per_sequence * sequences
+        gain = self.tail_gain if sequences < TAIL else 1.0
+        return (ticks * step + reads * self.per_kv_token) / gain
 
 
 def decode_cost(s: Setup, m: Machine) -> Decode:
-    """Of one engine of `s.tp` GPUs, which all-reduce twice a layer."""
+    """The cost of one engine of `s.tp` GPUs, which all-reduce twice a layer."""
     lm, gpu, r = shape(s.model), m.gpus[s.gpu], m.rates
-    heads, layers, width = (
-        getattr(lm.config, n) for n in ("num_attention_heads", "num_hidden_layers", "hidden_size")
-    )
+    layers, heads = lm.config.num_hidden_layers, lm.config.num_attention_heads
     if heads % s.tp:
         raise UserError(f"--tp {s.tp} does not divide the {heads} attention heads of {s.model}")
-    bandwidth, flops = s.tp * r.decode_share * gpu.copy * 1e9, s.tp * gpu.gemm * 1e12
-    reduced = (
-        2 * layers * 2 * (s.tp - 1) / s.tp * 2 * width / (r.nvlink_share * gpu.nvlink * 1e9)
-    )  # seconds per sequence
+    bandwidth = s.tp * r.decode_share * gpu.copy * 1e9
+    flops = s.tp * gpu.gemm * 1e12
+    reduced_bytes = 2 * layers * 2 * (s.tp - 1) / s.tp * 2 * lm.config.hidden_size
+    reduce_seconds = reduced_bytes / (r.nvlink_share * gpu.nvlink * 1e9)
     return Decode(
         weights=(1 if s.eight_bit else 2) * lm.read / bandwidth,
         per_sequence=2 * lm.read / flops,
         per_kv_token=lm.kv_bytes / bandwidth,
         overhead=r.engine_ms / 1e3 + 2 * layers * r.tp_us * 1e-6 * (s.tp > 1),
-        overhead_per_sequence=r.engine_us / 1e6 + reduced,
+        overhead_per_sequence=r.engine_us / 1e6 + reduce_seconds,
         tail_gain=r.spec_gain if s.speculate else 1.0,
     )
 
 
 def drain(
-    queue: list[tuple[int, int]], slots: int, cost: Decode, leave: int = 0
-) -> tuple[float, float, list[tuple[int, int]]]:
-    """(seconds, of these in the tail, what is left) of sampling `queue`, pairs of (tokens to come,
-    context), in order, until all but `leave` have ended. Between two ends the batch is constant, so
-    its steps are summed in closed form."""
-    waiting, running, kv, tick, seconds, tail = deque(queue), [], 0, 0, 0.0, 0.0
-    while len(waiting) + len(running) > leave:
+    queue: Queue, slots: int, cost: Decode, unfinished: int = 0
+) -> tuple[float, float, Queue]:
+    """Samples `queue` in order until all but `unfinished` sequences have ended.
+
+    Returns (seconds, seconds in the tail, the sequences that have not ended). The batch is constant
+    between two ends, so its steps are summed in closed form."""
+    waiting, running = deque(queue), []
+    kv, tick, seconds, tail = 0, 0, 0.0, 0.0
+    while len(waiting) + len(running) > unfinished:
         while waiting and len(running) < slots:
-            left, context = waiting.popleft()
-            heapq.heappush(running, (tick + left, context + left))
+            tokens, context = waiting.popleft()
+            heapq.heappush(running, (tick + tokens, context + tokens))
             kv += context
         end, context = heapq.heappop(running)
-        n, ticks = len(running) + 1, end - tick
-        span = cost.span(n, kv, ticks)
-        seconds, tail, tick, kv = (
-            seconds + span,
-            tail + span * (n < TAIL),
-            end,
-            kv + n * ticks - context,
-        )
-    return (
-        seconds,
-        tail,
-        [(end - tick, context - (end - tick)) for end, context in running] + list(waiting),
-    )
+        count, ticks = len(running) + 1, end - tick
+        span = cost.span(count, kv, ticks)
+        seconds += span
+        tail += span * (count < TAIL)
+        kv += count * ticks - context
+        tick = end
+    stopped = [(end - tick, context - (end - tick)) for end, context in running]
+    return seconds, tail, stopped + list(waiting)
 
 
 def draw(
@@ -480,53 +395,47 @@ def draw(
     cap_share: float,
     file: np.ndarray | None,
 ) -> np.ndarray:
-    """Response lengths [prompts, group]: lognormal with questions of their own length, or drawn
-    from those of a run."""
+    """Response lengths [prompts, group]. They are lognormal, with questions of their own length, or
+    drawn from those of a run in `file`."""
     if file is not None:
         return rng.choice(file, (prompts, group))
-    inner = max(
-        1.0, (s.mean - s.cap_share * s.cap) / (1 - s.cap_share)
-    )  # mean of those that end by themselves
-    noise = math.sqrt(s.between) * rng.normal(size=(prompts, 1)) + math.sqrt(
-        1 - s.between
-    ) * rng.normal(size=(prompts, group))
-    length = np.exp(math.log(inner) - s.sigma**2 / 2 + s.sigma * noise)
-    length[rng.random((prompts, group)) < cap_share] = s.cap
-    return np.clip(length, 1, s.cap).astype(int)
+    untruncated_mean = max(1.0, (s.mean - s.cap_share * s.cap) / (1 - s.cap_share))
+    question_noise = math.sqrt(s.between) * rng.normal(size=(prompts, 1))
+    noise = question_noise + math.sqrt(1 - s.between) * rng.normal(size=(prompts, group))
+    length_PG = np.exp(math.log(untruncated_mean) - s.sigma**2 / 2 + s.sigma * noise)
+    length_PG[rng.random((prompts, group)) < cap_share] = s.cap
+    return np.clip(length_PG, 1, s.cap).astype(int)
 
 
 def sample(
-    s: Setup, m: Machine, length_PG: np.ndarray, carried: list[list[tuple[int, int]]]
-) -> tuple[float, float, list]:
-    """(seconds, of these in the tail, carried on) of one rollout phase: the slowest engine
-    counts."""
-    lm, cost = shape(s.model), decode_cost(s, m)
+    s: Setup, m: Machine, length_PG: np.ndarray, carried: list[Queue]
+) -> tuple[float, float, list[Queue]]:
+    """One rollout phase, as long as its slowest engine: (seconds, seconds in the tail, what every
+    engine carries on)."""
+    cost = decode_cost(s, m)
     slots = max(1, min(s.slots, int(cache_tokens(s, m) / (s.prompt + length_PG.mean()))))
-    rate = m.rates.prefill_share * m.gpus[s.gpu].gemm * 1e12 * s.tp
-    seconds, tails, left = [], [], []
-    for engine in range(s.samplers):
-        mine = (
-            spread(length_PG, s.samplers)[engine]
-            if s.spread
-            else length_PG[engine :: s.samplers].ravel()
-        )
-        prefill = (
-            lm.linear / 3 * s.prompt * len(mine) / length_PG.shape[1] / rate
-        )  # a group's prompt once: it is cached
-        queue = (carried[engine] if carried else []) + [(int(n), s.prompt) for n in mine]
-        took, tail, rest = drain(queue, slots, cost, round(s.carry * len(mine) / (1 - s.carry)))
-        seconds, tails, left = [*seconds, prefill + took], [*tails, tail], [*left, rest]
-    return max(seconds), max(tails), left
+    prefill_rate = m.rates.prefill_share * m.gpus[s.gpu].gemm * 1e12 * s.tp
+    prefill_flops = shape(s.model).linear / 3 * s.prompt / length_PG.shape[1]  # a prompt is cached
+    seconds, tails, unfinished = [], [], []
+    for engine, lengths in enumerate(deal(s, length_PG)):
+        queue = (carried[engine] if carried else []) + [(int(n), s.prompt) for n in lengths]
+        stop = round(s.carry * len(lengths) / (1 - s.carry))
+        decode, tail, rest = drain(queue, slots, cost, stop)
+        seconds.append(prefill_flops * len(lengths) / prefill_rate + decode)
+        tails.append(tail)
+        unfinished.append(rest)
+    return max(seconds), max(tails), unfinished
 
 
-def spread(length_PG: np.ndarray, engines: int) -> list[np.ndarray]:
-    """Every response known in advance and dealt like cards, back and forth: the best that an
-    ordering could hope for."""
+def deal(s: Setup, length_PG: np.ndarray) -> list[np.ndarray]:
+    """The response lengths of every engine. With `s.spread` every length is known in advance and
+    dealt like cards, back and forth, which is the best that an ordering could hope for."""
+    if not s.spread:
+        return [length_PG[engine :: s.samplers].ravel() for engine in range(s.samplers)]
     ordered = np.sort(length_PG.ravel())[::-1]
-    turn = np.arange(len(ordered)) % (2 * engines)
-    return [
-        ordered[np.minimum(turn, 2 * engines - 1 - turn) == engine] for engine in range(engines)
-    ]
+    turn = np.arange(len(ordered)) % (2 * s.samplers)
+    owner = np.minimum(turn, 2 * s.samplers - 1 - turn)
+    return [ordered[owner == engine] for engine in range(s.samplers)]
 
 
 def cache_tokens(s: Setup, m: Machine) -> float:
@@ -540,58 +449,57 @@ def cache_tokens(s: Setup, m: Machine) -> float:
 # ---- training
 
 
-def plan(
-    s: Setup, length_PG: np.ndarray, kept_P: np.ndarray, step: int
-) -> list[list[list[list[int]]]]:
-    """[minibatches][micro-batches][ranks] lists of response lengths, as train.py packs, or equal
-    counts, padded."""
-    lengths, kept = length_PG.ravel().tolist(), np.repeat(kept_P | (not s.drop), s.group)
+def plan(s: Setup, length_PG: np.ndarray, kept_P: np.ndarray, step: int) -> Plan:
+    """What every rank trains on: packed as train.py does it, or in equal counts, padded."""
     if s.batching == "packed":
-        chosen = [
-            [i for i in part if kept[i]]
-            for part in pack.minibatches(len(lengths), s.minibatches, 0, step)
-        ]
-        tokens, budget = {i: s.prompt + n for i, n in enumerate(lengths)}, s.microbatch * s.sp
-        dealt = [
-            pack.microbatches({i: tokens[i] for i in part}, s.trainers, budget) for part in chosen
-        ]
-        return [
-            [[[lengths[i] for i in bins[j]] for bins in ranks] for j in range(len(ranks[0]))]
-            for ranks in dealt
-        ]
+        return plan_packed(s, length_PG, kept_P, step)
+    return plan_padded(s, length_PG, step)
+
+
+def plan_packed(s: Setup, length_PG: np.ndarray, kept_P: np.ndarray, step: int) -> Plan:
+    lengths = length_PG.ravel().tolist()
+    kept_B = np.repeat(kept_P | (not s.drop), s.group)
+    planned = []
+    for chosen in pack.minibatches(len(lengths), s.minibatches, 0, step):
+        tokens = {i: s.prompt + lengths[i] for i in chosen if kept_B[i]}
+        ranks = pack.microbatches(tokens, s.trainers, s.microbatch * s.sp)
+        micro_batches = zip(*ranks, strict=True)
+        planned.append([[[lengths[i] for i in part] for part in parts] for parts in micro_batches])
+    return planned
+
+
+def plan_padded(s: Setup, length_PG: np.ndarray, step: int) -> Plan:
+    """Every rank trains on its own samples, in micro-batches padded to their longest."""
     order = np.random.default_rng((1, step)).permutation(s.group * (s.prompts // s.trainers))
-    mine = [length_PG[rank :: s.trainers].ravel()[order].tolist() for rank in range(s.trainers)]
-    cuts = [
-        range(part[0], part[-1] + 1, s.microbatch)
-        for part in np.array_split(np.arange(len(order)), s.minibatches)
-    ]
-    return [
-        [[[max(m[i : i + s.microbatch])] * len(m[i : i + s.microbatch]) for m in mine] for i in cut]
-        for cut in cuts
-    ]
+    ranks = [length_PG[rank :: s.trainers].ravel()[order] for rank in range(s.trainers)]
+    planned = []
+    for part in np.array_split(np.arange(len(order)), s.minibatches):
+        starts = range(part[0], part[-1] + 1, s.microbatch)
+        planned.append([[pad(rank[i : i + s.microbatch]) for rank in ranks] for i in starts])
+    return planned
+
+
+def pad(lengths: np.ndarray) -> list[int]:
+    return [int(lengths.max())] * len(lengths)
 
 
 def pass_seconds(s: Setup, m: Machine, responses: list[int], training: bool) -> float:
-    """One micro-batch on one GPU, communication included: of computing, launching and FSDP2's
-    traffic the slowest counts."""
+    """One micro-batch on one GPU with its communication. Computing, launching and FSDP2's traffic
+    overlap, so the slowest counts."""
     lm, gpu, r = shape(s.model), m.gpus[s.gpu], m.rates
     c, answered = lm.config, sum(responses)
-    shared = s.prompt * (math.ceil(len(responses) / s.group) if s.prompt_once else len(responses))
-    tokens = answered + shared
+    prompts = math.ceil(len(responses) / s.group) if s.prompt_once else len(responses)
+    tokens = answered + s.prompt * prompts
     matmuls = 3 + (s.checkpointing == "full") if training else 1
     sweeps = 3 + (s.checkpointing != "none") if training else 1
     rate = r.train_share * gpu.gemm * 1e12 / (1 + r.half_tokens / max(tokens, 1))
-    multiply = matmuls * lm.flops(s.prompt, responses, shared) / 3 / rate
-    eager = c.num_hidden_layers * (
-        r.eager_hidden * c.hidden_size + r.eager_mlp * c.intermediate_size
-    )
-    moved = sweeps * tokens * eager * (r.fused_share if s.fused_blocks else 1) + head_bytes(
-        s, r, answered, training
-    )
+    multiply = matmuls * lm.flops(s.prompt, responses, s.prompt * prompts) / 3 / rate
+    eager = r.eager_hidden * c.hidden_size + r.eager_mlp * c.intermediate_size
+    eager *= c.num_hidden_layers * (r.fused_share if s.fused_blocks else 1)
+    moved = sweeps * tokens * eager + head_bytes(s, r, answered, training)
     busy = (multiply + moved / (gpu.copy * 1e9)) / s.sp
-    return max(
-        busy, sweeps * c.num_hidden_layers * r.launch_ms / 1e3, traffic_seconds(s, m, training)
-    )
+    launches = sweeps * c.num_hidden_layers * r.launch_ms / 1e3
+    return max(busy, launches, traffic_seconds(s, m, training))
 
 
 def head_bytes(s: Setup, r: Rates, tokens: int, training: bool) -> float:
@@ -602,44 +510,33 @@ def head_bytes(s: Setup, r: Rates, tokens: int, training: bool) -> float:
         return tokens * c.vocab_size * r.naive_logits * (1 if training else 0.5)
     if not training:
         return 8 * tokens * c.vocab_size
-    counted = head_cost(max(tokens, 1), c.hidden_size, c.vocab_size, 4096)
-    return counted["logits_bytes_worst"] + counted["dweight_bytes"]
+    traffic = head_cost(max(tokens, 1), c.hidden_size, c.vocab_size, 4096)
+    return traffic["logits_bytes_worst"] + traffic["dweight_bytes"]
 
 
 def traffic_seconds(s: Setup, m: Machine, training: bool) -> float:
-    """FSDP2 in a node: bfloat16 weights gathered per pass, float32 gradients scattered; and reduced
-    across nodes (HSDP)."""
+    """FSDP2 in a node gathers bfloat16 weights per pass and scatters float32 gradients. Across
+    nodes (HSDP) it reduces the gradients."""
     parameters, others = shape(s.model).parameters, (s.shards - 1) / s.shards
-    node = (
-        (2 * 2 + 4 if training else 2)
-        * parameters
-        * others
-        / (m.rates.nvlink_share * m.gpus[s.gpu].nvlink * 1e9)
-    )
-    across = (
-        2 * (s.nodes - 1) / s.nodes * 4 * parameters / s.shards / (m.rates.inter_node * 1e9)
-        if training
-        else 0.0
-    )
-    return node + across
+    nvlink = m.rates.nvlink_share * m.gpus[s.gpu].nvlink * 1e9
+    node = (2 * 2 + 4 if training else 2) * parameters * others / nvlink
+    if not training:
+        return node
+    shard_bytes = 4 * parameters / s.shards
+    return node + 2 * (s.nodes - 1) / s.nodes * shard_bytes / (m.rates.inter_node * 1e9)
 
 
-def train_seconds(s: Setup, m: Machine, planned: list, training: bool) -> float:
-    """All micro-batches of a step, in lockstep: each takes as long as on the rank that has most to
+def train_seconds(s: Setup, m: Machine, planned: Plan, training: bool) -> float:
+    """All micro-batches of a step in lockstep. Each lasts as long as on the rank with most to
     do."""
+    micro_batches = [ranks for part in planned for ranks in part]
     passes = sum(
-        max(pass_seconds(s, m, rank, training) for rank in ranks)
-        for part in planned
-        for ranks in part
+        max(pass_seconds(s, m, rank, training) for rank in ranks) for ranks in micro_batches
     )
-    optimizer = (
-        len(planned)
-        * m.rates.adam_bytes
-        * shape(s.model).parameters
-        / s.shards
-        / (m.gpus[s.gpu].copy * 1e9)
-    )
-    return passes + (optimizer if training else 0.0)
+    if not training:
+        return passes
+    adam = m.rates.adam_bytes * shape(s.model).parameters / s.shards / (m.gpus[s.gpu].copy * 1e9)
+    return passes + len(planned) * adam
 
 
 # ---- a step, and many
@@ -650,7 +547,7 @@ class Result:
     setup: Setup
     phases: dict[str, float]  # mean seconds
     spread: float  # standard deviation of a step, seconds
-    tail: float  # share of the rollout in which an engine runs fewer than 16 sequences
+    tail: float  # share of the rollout in which an engine runs fewer than TAIL sequences
     busiest: float  # tokens of the busiest rank over the mean, averaged over micro-batches
 
     @property
@@ -666,10 +563,9 @@ def other_phases(s: Setup, m: Machine, rollout: float) -> dict[str, float]:
     """Phases that do not depend on the lengths drawn."""
     lm, gpu, r = shape(s.model), m.gpus[s.gpu], m.rates
     answers = s.responses / s.gpus
-    grade = (
-        max(1.0, answers - rollout * r.pooled_grades) / r.pooled_grades
-    )  # at least the last answer's
-    if not s.overlap_grading:
+    if s.overlap_grading:  # at least the last answer waits
+        grade = max(1.0, answers - rollout * r.pooled_grades) / r.pooled_grades
+    else:
         grade = answers / r.serial_grades
     if s.sync == "gloo":
         sync = 2 * lm.parameters / (r.gloo * 1e9) + r.naive_sleep_s
@@ -682,53 +578,65 @@ def other_phases(s: Setup, m: Machine, rollout: float) -> dict[str, float]:
 
 
 def evaluation(s: Setup, m: Machine, rng: np.random.Generator, file: np.ndarray | None) -> float:
-    """Seconds of one evaluation: all sets in one call, or one after the other, each with a tail of
+    """Seconds of evaluation per step. All sets go into one call, or each has a call and a tail of
     its own."""
+    if not s.eval_every:
+        return 0.0
     sizes = [sum(EVAL_SETS.values())] if s.one_eval else EVAL_SETS.values()
-    whole = replace(s, carry=0.0)
-    return sum(sample(whole, m, draw(s, rng, n, 1, s.eval_cap_share, file), [])[0] for n in sizes)
+    whole, seconds = replace(s, carry=0.0), 0.0
+    for size in sizes:
+        length_PG = draw(s, rng, size, 1, s.eval_cap_share, file)
+        seconds += sample(whole, m, length_PG, [])[0]
+    return (s.steps // s.eval_every + 2) / s.steps * seconds
+
+
+def overlapped(s: Setup, row: dict[str, float], tail: float) -> float:
+    """Seconds of the rollout that other phases do not hide."""
+    if s.asynchronous:
+        hidden = sum(row[p] for p in PHASES[1:] if p not in ("sync", "eval"))
+        return max(0.0, row["rollout"] - hidden)
+    if s.train_in_tail:
+        return row["rollout"] - min(tail, row["train"] / s.minibatches)
+    return row["rollout"]
+
+
+def imbalance(s: Setup, planned: Plan) -> float:
+    """Tokens of the busiest rank over the mean, over all micro-batches."""
+    busiest = average = 0.0
+    for ranks in (ranks for part in planned for ranks in part):
+        loads = [s.prompt * len(rank) + sum(rank) for rank in ranks]
+        busiest += max(loads)
+        average += mean(loads)
+    return busiest / max(1e-9, average)
 
 
 def simulate(
     s: Setup, m: Machine, draws: int = 20, seed: int = 0, file: np.ndarray | None = None
 ) -> Result:
-    """Means over `draws` steps that follow each other, the same for every setup of one seed."""
-    rows, tails, busiest, carried = [], [], [], []
-    warm = 4 if s.carry else 0  # until as much is carried out of a step as into it
+    """Means over `draws` consecutive steps. One seed draws the same lengths for every setup."""
+    rows, tails, loads, carried = [], [], [], []
+    warm = 4 if s.carry else 0  # steps until as much is carried out of a step as into it
     for step in range(-warm, draws):
         rng = np.random.default_rng((seed, step + warm))
         length_PG = draw(s, rng, s.prompts, s.group, s.cap_share, file)
         rounds = [sample(s, m, part, carried) for part in np.array_split(length_PG, s.calls)]
-        rollout, tail, carried = (
-            sum(r[0] for r in rounds),
-            sum(r[1] for r in rounds),
-            rounds[-1][2] if s.carry else [],
-        )
+        seconds, tail_seconds, unfinished = zip(*rounds, strict=True)
+        carried = unfinished[-1] if s.carry else []
         if step < 0:
             continue
+        rollout, tail = sum(seconds), sum(tail_seconds)
         planned = plan(s, length_PG, rng.random(s.prompts) < s.keep, step)
         row = {
             "rollout": rollout,
             "train": train_seconds(s, m, planned, True),
             "old": s.forwards * train_seconds(s, m, planned, False),
             **other_phases(s, m, rollout),
+            "eval": evaluation(s, m, rng, file),
         }
-        times = (s.steps // s.eval_every + 2) / s.steps if s.eval_every else 0.0
-        row["eval"] = times * evaluation(s, m, rng, file) if times else 0.0
-        if s.asynchronous:
-            row["rollout"] = max(
-                0.0, rollout - sum(row[p] for p in PHASES[1:] if p not in ("sync", "eval"))
-            )
-        elif s.train_in_tail:
-            row["rollout"] -= min(tail, row["train"] / s.minibatches)
+        row["rollout"] = overlapped(s, row, tail)
         rows.append(row)
         tails.append(tail / rollout)
-        loads = [
-            [s.prompt * len(rank) + sum(rank) for rank in ranks]
-            for part in planned
-            for ranks in part
-        ]
-        busiest.append(sum(map(max, loads)) / max(1e-9, sum(map(mean, loads))))
+        loads.append(imbalance(s, planned))
     totals = [sum(row.values()) for row in rows]
     phases = {p: mean(row[p] for row in rows) for p in PHASES}
-    return Result(s, phases, stdev(totals) if draws > 1 else 0.0, mean(tails), mean(busiest))
+    return Result(s, phases, stdev(totals) if draws > 1 else 0.0, mean(tails), mean(loads))
