@@ -23,9 +23,10 @@ if __name__ == "__main__":  # a mistake on the command line is answered before t
     with user_errors():
         command = parse_args()
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
-import transformers
 from transformers import AutoTokenizer
 
 from drgrpo import distributed
@@ -35,7 +36,6 @@ from drgrpo.evaluation.run import answer_parts, make_parts, open_record, unanswe
 from drgrpo.model import max_positions
 from drgrpo.rollout import Sampler
 from drgrpo.run.log import Log
-from drgrpo.types import UserError
 
 
 def main(command: Command) -> None:
@@ -43,10 +43,7 @@ def main(command: Command) -> None:
     config = command.config
 
     # 1. processes and log
-    rank, world, device = distributed.start()
-    if world % config.tp:
-        raise UserError(f"--tp {config.tp} does not divide the {world} processes")
-    transformers.utils.logging.disable_progress_bar()
+    rank, _, device = distributed.start(config.tp)
     log = Log(config.folder, active=rank == 0)
     log.out.mkdir(parents=True, exist_ok=True)
     for notice in command.notices:
@@ -69,17 +66,10 @@ def main(command: Command) -> None:
     engine = None
     if todo:
         longest = max(len(p.prompt_ids) for part in parts for p in part.problems)
-        engine = make_engine(
-            resolved["engine"],
-            config.model,
-            tokenizer,
-            dtype=getattr(torch, resolved["dtype"]),
-            device=device,
-            batch=config.sampler_batch,
-            max_tokens=min(positions, longest + config.max_new_tokens),
-            kv_cache_gb=config.kv_cache_gb,
-            tp=config.tp,
-        )
+        settings = replace(config, dtype=resolved["dtype"])
+        max_tokens = min(positions, longest + config.max_new_tokens)
+        cache = config.kv_cache_gb
+        engine = make_engine(settings, config.model, tokenizer, device, max_tokens, cache)
         sampler = Sampler(engine, tokenizer, config.seed, config.tp)
         log.say(
             f"{config.model}: engine {engine.name}, {resolved['dtype']}, answers of up to "
@@ -105,19 +95,16 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 def cli(command: Command) -> None:
     """Do what the command line asks for."""
     config, paths = command.config, command.paths
-    try:
-        with user_errors():
-            match command.mode:
-                case "evaluate":
-                    main(command)
-                case "compare":
-                    compare.compare(paths, config.out)
-                case "regrade":
-                    regrade.regrade(paths[0], config.grader, config.out)
-                case "analyze":
-                    analyze.analyze(paths[0], config.out)
-    finally:
-        distributed.stop()
+    with user_errors(), distributed.cleanup():
+        match command.mode:
+            case "evaluate":
+                main(command)
+            case "compare":
+                compare.compare(paths, config.out)
+            case "regrade":
+                regrade.regrade(paths[0], config.grader, config.out)
+            case "analyze":
+                analyze.analyze(paths[0], config.out)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main(config: Config) -> None:
     # ---- Setup: prompts.
     template = get_template(config.template)
     problems, eval_sets = data.load_sets(config, log.say)
-    model_path = tiny_model(config.seed, log.say) if config.model == "tiny" else config.model
+    model_path = tiny_model(config, log.say) if config.model == "tiny" else config.model
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     longest = min(config.max_prompt_tokens, max_positions(model_path) - config.max_new_tokens)
     problems, eval_sets, dropped = tokenize_sets(

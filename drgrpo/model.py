@@ -23,6 +23,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    PreTrainedModel,
 )
 
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss, linear_logprob
@@ -128,7 +129,7 @@ class Policy(nn.Module):
     It has no `forward`. FSDP2 treats `loss` and `logprob` as forward passes: before either it
     gathers the root's parameters, which are the embedding, the final norm and the LM head."""
 
-    def __init__(self, lm: nn.Module, objective: Objective, kernel: str = "auto") -> None:
+    def __init__(self, lm: PreTrainedModel, objective: Objective, kernel: str = "auto") -> None:
         super().__init__()
         self.lm, self.objective, self.kernel = lm, objective, kernel
 
@@ -216,7 +217,7 @@ def load_policy(
 
 
 def make_policy(
-    lm: nn.Module,
+    lm: PreTrainedModel,
     objective: Objective,
     *,
     dtype: torch.dtype,
@@ -283,7 +284,7 @@ EXPENSIVE = {
 """Ops whose outputs are kept. By name, because no version of torch has all of them."""
 
 
-def recompute_activations(lm: nn.Module, policy: str) -> None:
+def recompute_activations(lm: PreTrainedModel, policy: str) -> None:
     """Set what the backward pass recomputes.
 
     none: nothing; selective: all but matmul and attention outputs; full: whole blocks."""

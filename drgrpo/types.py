@@ -8,7 +8,7 @@ Shape suffixes, the same in every file:
     P  prompts of a step                 D  model width
     G  samples per prompt (the group)    V  vocabulary
     B  rollouts, B = P * G               T  packed tokens of a micro-batch
-    L  length of one padded row          N  response tokens of a micro-batch (rows of the LM head), N < T
+    L  length of one padded row          N  response tokens of a micro-batch, N < T
     S  sequences of a micro-batch        H, K  attention heads, key-value heads
 """
 

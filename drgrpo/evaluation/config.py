@@ -11,9 +11,9 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from drgrpo import data
 from drgrpo.evaluation import responses
-from drgrpo.run.cli import Parser, comma_list, flag
+from drgrpo.run.cli import Parser, flag
 from drgrpo.templates import get_template
-from drgrpo.types import Problem, UserError, check_name
+from drgrpo.types import Problem, UserError, check_name, comma_list
 
 MAY_CHANGE_ON_RESUME = {"out", "data_dir", "sampler_batch", "kv_cache_gb", "write_every"}
 """An interrupted evaluation may continue with other values of these fields."""
@@ -176,7 +176,7 @@ def evaluation(config: EvalConfig, against: list[str]) -> Command:
     for name in comma_list(config.benchmarks):
         named = name in data.BENCHMARKS
         source = data.benchmark_source(name, config.data_dir or None) if named else name
-        sets[name] = data.load_problems(source, say=notices.append)
+        sets[name] = data.load_problems(source, log=notices.append)
     return Command(mode="evaluate", config=config, paths=against, sets=sets, notices=notices)
 
 

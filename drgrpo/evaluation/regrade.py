@@ -5,6 +5,7 @@ from drgrpo.evaluation.evaluate import Graders, counters, group_equal_answers, m
 from drgrpo.evaluation.responses import find, groups, read, recorded
 from drgrpo.evaluation.scores import values
 from drgrpo.run import provenance
+from drgrpo.run.files import append_jsonl
 from drgrpo.run.log import Log
 from drgrpo.templates import get_template
 from drgrpo.types import UserError
@@ -25,7 +26,7 @@ def regrade(path: str, mode: str, out: str) -> None:
     fell = sum(change < 0 for change in changes)
     log.say(f"{path}: of {len(rows)} grades {rose} rose and {fell} fell, grader {mode}")
     log.out.mkdir(parents=True, exist_ok=True)
-    log.record("responses", *graded)
+    append_jsonl(log.out / "responses.jsonl", graded)
     about = {
         "regraded": path,
         "settings": saved.get("settings", {}) | {"grader": mode},

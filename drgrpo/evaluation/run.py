@@ -15,7 +15,7 @@ from drgrpo.evaluation.config import MAY_CHANGE_ON_RESUME, Command, EvalConfig
 from drgrpo.evaluation.evaluate import answer, counters, make_graders
 from drgrpo.rollout import Sampler, tokenize
 from drgrpo.run import provenance
-from drgrpo.run.files import write_json
+from drgrpo.run.files import append_jsonl, write_json
 from drgrpo.run.log import Log
 from drgrpo.templates import Template, get_template
 from drgrpo.types import Problem, Sampling
@@ -75,7 +75,7 @@ class Record:
         """Append rows. `counts` are the counters of all processes and `seconds` is the time, both
         since this call of `eval.py` began to sample."""
         self.rows += rows
-        self.log.record("responses", *rows)
+        append_jsonl(self.log.out / "responses.jsonl", rows)
         old = self.saved_counters
         for name in counts[0]:
             self.report["counters"][name] = old.get(name, 0) + sum(c[name] for c in counts)

@@ -3,8 +3,8 @@
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from transformers import PretrainedConfig
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from drgrpo.config import Config
 from drgrpo.run.log import Stopwatch
@@ -27,7 +27,7 @@ def head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def training_flops(lm: nn.Module, lengths: list[tuple[int, int]]) -> float:
+def training_flops(lm: PreTrainedModel, lengths: list[tuple[int, int]]) -> float:
     """Operations of forward and backward (3 x forward) over packed (prompt, response) tokens.
 
     Matmuls, causal attention, and the LM head on response tokens only. What activation
@@ -54,7 +54,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 def utilization(
     config: Config,
-    lm: nn.Module,
+    lm: PreTrainedModel,
     rollouts: list[Rollout],
     advantage_PG: Tensor,
     timer: Stopwatch,

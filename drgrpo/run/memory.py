@@ -4,8 +4,7 @@ trainer works, and how large its KV cache is."""
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from drgrpo.config import Config
 from drgrpo.run.flops import head_dim
@@ -41,7 +40,7 @@ class Ledger:
 
 
 def ledger_of(
-    config: Config, lm: nn.Module, longest: int, world: int, device: torch.device
+    config: Config, lm: PreTrainedModel, longest: int, world: int, device: torch.device
 ) -> Ledger:
     """The ledger of a run on `world` processes, this one on `device`.
 

@@ -20,7 +20,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from drgrpo import distributed
 from drgrpo.model import Objective, load_policy
-from drgrpo.pack import pack
+from drgrpo.pack import Sequence, pack
 from drgrpo.templates import encode, get_template
 from drgrpo.tiny import arithmetic, tokenizer
 
@@ -106,9 +106,8 @@ def train(config: Warmup, path: Path, log: Callable[[str], None] = print) -> Non
     """Imitate the demonstrator and overwrite the model at `path`. A log-likelihood step is an
     on-policy policy-gradient step with advantage 1, so the loss is the one of RL."""
     tok = tokenizer.byte_tokenizer()
-    policy = load_policy(
-        str(path), dtype=torch.float32, device=torch.device("cpu"), attention="sdpa", kernel="torch"
-    )
+    where = {"dtype": torch.float32, "device": torch.device("cpu")}
+    policy = load_policy(str(path), Objective(), **where, attention="sdpa", kernel="torch")
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -123,13 +122,12 @@ def train(config: Warmup, path: Path, log: Callable[[str], None] = print) -> Non
         chosen = [rng.choice(problems) for _ in range(config.batch)]
         texts = [demonstrator.solve(p) + tokenizer.EOS for p in chosen]
         responses = tok(texts).input_ids  # one call: a call for each text takes 5 % of the step
-        batch = pack(
-            [
-                (prompts[p.id], ids, [0.0] * len(ids), 1.0)
-                for p, ids in zip(chosen, responses, strict=True)
-            ]
-        )
-        loss, stats = policy(batch, Objective(), scale=1 / len(batch.target_N))
+        sequences = [
+            Sequence(prompts[p.id], ids, [0.0] * len(ids), advantage=1.0)
+            for p, ids in zip(chosen, responses, strict=True)
+        ]
+        batch = pack(sequences)
+        loss, stats = policy.loss(batch, scale=1 / len(batch.target_N))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
