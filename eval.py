@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 from drgrpo import distributed
 from drgrpo.engine import make_engine, resolve_engine
 from drgrpo.evaluation import analyze, compare, regrade, report
-from drgrpo.evaluation.run import answer_parts, make_parts, open_record, unanswered
+from drgrpo.evaluation.run import Record, answer_parts, make_parts, unanswered
 from drgrpo.model import max_positions
 from drgrpo.rollout import Sampler
 from drgrpo.run.log import Log
@@ -59,7 +59,7 @@ def main(command: Command) -> None:
         "dtype": resolve_dtype(config.dtype, device),
         "positions": positions,
     }
-    record = open_record(log, command, resolved, device) if rank == 0 else None
+    record = Record(log, command, resolved, device) if rank == 0 else None
     todo = unanswered(parts, record, log)
 
     # 4. answer the rest, and write as answers arrive

@@ -13,7 +13,6 @@ hundred that never ends. It is killed after one second of CPU time.
 import argparse
 import random
 import time
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -24,12 +23,8 @@ from drgrpo.grade import Grader
 
 ENDLESS = "9^{9^9}"
 FORMS = (
-    "{a}",
-    "\\frac{{{a}}}{{{b}}}",
-    "{a}\\sqrt{{{b}}}",
-    "({a}, \\frac{{{b}}}{{{c}}})",
-    "x^2 - {a}x + {b}",
-    "\\frac{{{a} + \\sqrt{{{b}}}}}{{{c}}}",
+    *("{a}", "\\frac{{{a}}}{{{b}}}", "{a}\\sqrt{{{b}}}", "({a}, \\frac{{{b}}}{{{c}}})"),
+    *("x^2 - {a}x + {b}", "\\frac{{{a} + \\sqrt{{{b}}}}}{{{c}}}"),
     "[{a}, {b}) \\cup ({c}, \\infty)",
 )
 
@@ -49,14 +44,9 @@ def made_up_truths(rng: random.Random, count: int) -> list[str]:
 def rewrite(truth: str, rng: random.Random) -> str:
     """A truth as a model may write it: right or wrong, in this form or another."""
     text = truth.strip().strip("$")
-    others = (
-        text.replace("\\frac", "\\dfrac"),
-        f"x = {text}",
-        f"{text} + 0",
-        f"\\left({text}\\right) \\cdot 1",
-        f"{text} + 1",
-    )
-    return rng.choice((text, text, text, *others))
+    others = [text.replace("\\frac", "\\dfrac"), f"x = {text}", f"{text} + 0", f"{text} + 1"]
+    others.append(f"\\left({text}\\right) \\cdot 1")
+    return rng.choice([text, text, text, *others])
 
 
 def make_loads(truths: list[str], count: int, rng: random.Random) -> dict[str, Pairs]:
@@ -78,13 +68,13 @@ def boxed(pairs: Pairs) -> Pairs:
 # ---- three ways to count the right answers
 
 
-def in_process(pairs: Pairs, grader: Grader | None) -> float:
+def in_process(pairs: Pairs, grader: Grader) -> float:
     """What a grader does, without its workers and their protection."""
     right = 0
     for text, truth in pairs:
-        given, truths = extract(text, "boxed") or "", truths_of(truth)
-        equal = equal_as_strings(given, truths, "boxed")
-        right += equal_as_mathematics(given, truths, "correct") if equal is None else equal
+        given = extract(text, "boxed") or ""
+        equal = equal_as_strings(given, (truth,), "boxed")
+        right += equal_as_mathematics(given, (truth,), "correct") if equal is None else equal
     return right
 
 
@@ -99,9 +89,8 @@ def pool(pairs: Pairs, grader: Grader) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--data", help="folder with the benchmarks as NAME.jsonl")
     parser.add_argument("--count", type=int, default=600, help="answers a load")
     parser.add_argument("--workers", type=int, default=2)
@@ -111,8 +100,8 @@ def main() -> None:
     truths = made_up_truths(rng, 400)
     if args.data:
         sets = [load_problems(benchmark_source(name, args.data)) for name in BENCHMARKS]
-        problems = chain.from_iterable(sets)
-        truths = list(chain.from_iterable(truths_of(p.answer) for p in problems))
+        truths = [truth for p in chain.from_iterable(sets) for truth in truths_of(p.answer)]
+    easy = [(f"\\boxed{{{i}/{2 * i}}}", "1/2") for i in range(2, 50)]
     rows = []
     print(f"{'load':8} {'method':24} {'grades/s':>9} {'ms each':>8} {'right':>6}")
     for load, pairs in make_loads(truths, args.count, rng).items():
@@ -120,27 +109,19 @@ def main() -> None:
         if load != "hostile":  # in this process nothing would end it
             methods = {"one at a time, in process": in_process, **methods}
         for name, method in methods.items():
-            right, seconds = measure(method, pairs, args.workers)
-            row = {"load": load, "method": name, "n": len(pairs), "right": right}
-            rows.append(row | {"seconds": seconds})
-            each = seconds / len(pairs)
-            share = right / len(pairs)
-            print(f"{load:8} {name:24} {1 / each:9.0f} {1e3 * each:8.2f} {share:6.1%}", flush=True)
+            with Grader("boxed", workers=args.workers, timeout_s=1.0) as grader:
+                in_process(easy, grader)  # imports
+                pool(easy, grader)  # starts the workers
+                start = time.perf_counter()
+                right = method(pairs, grader)
+                seconds = time.perf_counter() - start
+            n = len(pairs)
+            row = {"load": load, "method": name, "n": n, "right": right, "seconds": seconds}
+            rows.append(row)
+            speed = f"{n / seconds:9.0f} {1e3 * seconds / n:8.2f}"
+            print(f"{load:8} {name:24} {speed} {right / n:6.1%}", flush=True)
     if args.save:
         write_json(Path(args.save), {"where": provenance(), "data": bool(args.data), "rows": rows})
-
-
-def measure(
-    method: Callable[[Pairs, Grader], float], pairs: Pairs, workers: int
-) -> tuple[float, float]:
-    """How many answers are right, and the seconds it took, with workers that have started."""
-    easy = [(f"\\boxed{{{i}/{2 * i}}}", "1/2") for i in range(2, 50)]
-    in_process(easy[:1], None)
-    with Grader("boxed", workers=workers, timeout_s=1.0) as grader:
-        pool(easy, grader)
-        start = time.perf_counter()
-        right = method(pairs, grader)
-        return right, time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from drgrpo.answers import MODES, RULES, equal_as_mathematics, equal_as_strings, extract, truths_of
@@ -78,7 +77,8 @@ class Grader:
             self._idle.put(worker)
         # Each thread waits for one worker.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
-        self._compare = functools.lru_cache(REMEMBERED)(self._start_comparison)
+        start = functools.partial(self._threads.submit, self._ask_worker)
+        self._compare = functools.lru_cache(REMEMBERED)(start)
         self._counting = threading.Lock()
 
     def submit(self, text: str, answer: Answer) -> Future[Grade]:
@@ -92,9 +92,6 @@ class Grader:
         else:
             grade.set_result(Grade(float(bool(equal)), parsed=given is not None))
         return grade
-
-    def _start_comparison(self, given: str, truths: tuple[str, ...]) -> Future[bool]:
-        return self._threads.submit(self._ask_worker, given, truths)
 
     def _ask_worker(self, given: str, truths: tuple[str, ...]) -> bool:
         worker = self._idle.get()
@@ -120,12 +117,7 @@ class Grader:
     def __enter__(self) -> "Grader":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._stop()  # nobody waits for the comparisons that still run
         self._threads.shutdown()

@@ -57,15 +57,11 @@ def test_the_papers_own_numbers_differ_by_rounding_only():
     result = next_to_paper(solved(OAT_ZERO_7B), PAPER, "qwen_math", 0.0)
     assert result["departures"] == []
     first = result["published"][0]
-    assert (
-        first["name"] == "Oat-Zero-7B"
-        and first["same_model"]
-        and len(result["published"]) == len(PUBLISHED)
-    )
+    assert first["name"] == "Oat-Zero-7B" and first["same_model"]
+    assert len(result["published"]) == len(PUBLISHED)
     assert list(first["scores"]) == [*BENCHMARKS, "average"]
-    assert all(
-        abs(c["difference"]) < 0.0005 + 1e-9 and c["within_noise"] for c in first["scores"].values()
-    )
+    for cell in first["scores"].values():
+        assert abs(cell["difference"]) < 0.0005 + 1e-9 and cell["within_noise"]
 
 
 def test_noise_is_what_two_proportions_say():
@@ -77,16 +73,14 @@ def test_noise_is_what_two_proportions_say():
     assert base["aime24"]["p"] == pytest.approx(two_proportions([(13 / 30, 30, 0.167, 30)]))
     assert base["aime24"]["p"] < 0.05 and not base["aime24"]["within_noise"]
     assert not base["math500"]["within_noise"] and base["math500"]["p"] < 1e-9
-    assert row(result, "SimpleRL-Zero-7B")["scores"]["aime24"]["within_noise"], (
-        "5 problems of 30 apart"
-    )
+    simple_rl = row(result, "SimpleRL-Zero-7B")["scores"]
+    assert simple_rl["aime24"]["within_noise"], "5 problems of 30 apart"
     assert base["average"]["difference"] == pytest.approx(result["ours"]["average"] - 0.2648)
 
 
 def test_four_shot_amc_is_of_forty_problems():
-    cell = row(
-        next_to_paper(solved(OAT_ZERO_7B), PAPER, "qwen_math", 0.0), "Qwen2.5-Math-7B, 4-shot"
-    )["scores"]["amc"]
+    result = next_to_paper(solved(OAT_ZERO_7B), PAPER, "qwen_math", 0.0)
+    cell = row(result, "Qwen2.5-Math-7B, 4-shot")["scores"]["amc"]
     assert cell["p"] == two_proportions([(52 / 83, 83, 0.225, 40)])
 
 
@@ -125,46 +119,40 @@ def test_the_paper_has_no_scores_on_other_sets():
 # ---- two runs
 
 
+def one_benchmark(a: list, b: list) -> dict:
+    return difference({"m": benchmark("m", a)}, {"m": benchmark("m", b)})["benchmarks"]["m"]
+
+
 def test_single_answers_are_compared_by_mcnemars_test():
-    a, b = [1] * 10 + [1] * 2 + [0] * 9 + [0] * 9, [1] * 10 + [0] * 2 + [1] * 9 + [0] * 9
-    result = difference({"aime24": benchmark("aime24", a)}, {"aime24": benchmark("aime24", b)})[
-        "benchmarks"
-    ]["aime24"]
+    result = one_benchmark([1] * 12 + [0] * 18, [1] * 10 + [0] * 2 + [1] * 9 + [0] * 9)
     assert (result["a_better"], result["b_better"], result["test"]) == (2, 9, "McNemar")
     assert result["p"] == mcnemar(2, 9) and result["difference"] == pytest.approx(7 / 30)
     low, high = result["interval"]
-    assert (high - low) / 3.92 == pytest.approx(
-        (11 / 30 - (7 / 30) ** 2) ** 0.5 / 30**0.5, rel=0.08
-    )
+    error = ((11 / 30 - (7 / 30) ** 2) / 30) ** 0.5
+    assert (high - low) / 3.92 == pytest.approx(error, rel=0.08)
 
 
 def test_pairing_sees_what_two_proportions_cannot():
-    """100 problems, the second run solves 6 more and loses none: far from noise, since the same 50
-    are solved by both."""
-    a, b = [1] * 50 + [0] * 50, [1] * 56 + [0] * 44
-    assert (
-        difference({"m": benchmark("m", a)}, {"m": benchmark("m", b)})["benchmarks"]["m"]["p"]
-        == 2 / 2**6
-    )
+    """Of 100 problems both runs solve the same 50. The second run solves 6 more and loses none,
+    which is far from noise."""
+    assert one_benchmark([1] * 50 + [0] * 50, [1] * 56 + [0] * 44)["p"] == 2 / 2**6
     assert two_proportions([(0.5, 100, 0.56, 100)]) > 0.3
 
 
 def test_several_answers_are_compared_by_permutation():
     """B gains 1 on three problems and loses 1/2 on three: a tie by count, and not by size."""
-    a, b = [[0, 0]] * 3 + [[1, 1]] * 3 + [[0, 1]] * 4, [[1, 1]] * 3 + [[0, 1]] * 3 + [[0, 1]] * 4
-    m = difference({"m": benchmark("m", a)}, {"m": benchmark("m", b)})["benchmarks"]["m"]
-    assert (m["test"], m["a_better"], m["b_better"]) == ("sign flip", 3, 3) and m[
-        "difference"
-    ] == pytest.approx(0.15)
-    assert m["p"] == sign_flip([1.0] * 3 + [-0.5] * 3 + [0.0] * 4) and m["p"] < 0.7 < mcnemar(3, 3)
+    a = [[0, 0]] * 3 + [[1, 1]] * 3 + [[0, 1]] * 4
+    result = one_benchmark(a, [[1, 1]] * 3 + [[0, 1]] * 3 + [[0, 1]] * 4)
+    assert (result["test"], result["a_better"], result["b_better"]) == ("sign flip", 3, 3)
+    assert result["difference"] == pytest.approx(0.15)
+    assert result["p"] == sign_flip([1.0] * 3 + [-0.5] * 3 + [0.0] * 4)
+    assert result["p"] < 0.7 < mcnemar(3, 3)
 
 
 def test_the_average_weighs_benchmarks_and_not_problems():
     a = {"small": benchmark("small", [0] * 10), "large": benchmark("large", [1] * 100)}
-    b = {
-        "small": benchmark("small", [1] * 5 + [0] * 5),
-        "large": benchmark("large", [1] * 90 + [0] * 10),
-    }
+    b = {"small": benchmark("small", [1] * 5 + [0] * 5)}
+    b |= {"large": benchmark("large", [1] * 90 + [0] * 10)}
     result = difference(a, b)
     assert result["average"]["difference"] == pytest.approx((0.5 - 0.1) / 2)
     assert result["average"]["n"] == 110 and result["left_out"] == []
@@ -172,22 +160,19 @@ def test_the_average_weighs_benchmarks_and_not_problems():
 
 
 def test_benchmarks_are_resampled_apart():
-    """Of two like benchmarks the average is surer by sqrt 2; drawn alike, it would be as unsure as
+    """The average of two like benchmarks is surer by sqrt 2. Drawn alike, it would be as unsure as
     one."""
     a, b = benchmark("m", [0, 1] * 200), benchmark("m", [1, 1, 0, 0] * 100)
     result = difference({"x": a, "y": a}, {"x": b, "y": b})
-    widths = [
-        high - low
-        for low, high in (result["average"]["interval"], result["benchmarks"]["x"]["interval"])
-    ]
-    assert widths[0] / widths[1] == pytest.approx(0.5**0.5, rel=0.08)
+    average, single = result["average"]["interval"], result["benchmarks"]["x"]["interval"]
+    ratio = (average[1] - average[0]) / (single[1] - single[0])
+    assert ratio == pytest.approx(0.5**0.5, rel=0.08)
 
 
 def test_runs_on_other_problems_are_refused():
     a = {"m": benchmark("m", [1, 0, 1])}
-    with pytest.raises(
-        UserError, match=r"m: the two runs did not answer the same problems: 1 differ.*id 2"
-    ):
+    message = r"m: the two runs did not answer the same problems: 1 differ.*id 2"
+    with pytest.raises(UserError, match=message):
         difference(a, {"m": benchmark("m", [1, 0])})
     changed = benchmark("m", [1, 0, 1])
     changed[0]["problem"] = "another"

@@ -84,15 +84,6 @@ def test_it_scores_what_training_scores(warm_model, tmp_path):
         assert low < scores["accuracy"] < high
 
 
-def test_several_samples_per_problem_are_averaged(warm_model, benchmarks, tmp_path):
-    run(
-        f"--model {warm_model} --data-dir {benchmarks} --benchmarks aime24 --samples 4 "
-        f"--temperature 1 --max-new-tokens 8 --out {tmp_path / 'out'}"
-    )
-    assert len(read_jsonl(tmp_path / "out" / "responses.jsonl")) == 8
-    assert report_of(tmp_path / "out")["benchmarks"]["aime24"]["n"] == 2
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -112,6 +103,7 @@ def test_several_samples_per_problem_are_averaged(warm_model, benchmarks, tmp_pa
         ("--dtype float16", "did you mean 'bfloat16'"),
         ("--compare a b", "with --model takes one name"),
         ("--compare nowhere", "no responses at nowhere"),
+        ("--compare DIR/aime24.jsonl", "aime24.jsonl:1 lacks benchmark"),
         ("--regrade x", "leave out --model"),
         ("--analyze x --samples 2", "leave out --model, --samples"),
     ],
@@ -295,7 +287,9 @@ def test_one_model_under_several_templates_and_temperatures(
         "--templates qwen_math,r1,none --temperatures 0.5,1 --max-new-tokens 4 "
         f"--out {out}"
     )
-    keys = [(e["template"], e["temperature"]) for e in report_of(out)["evaluations"]]
+    evaluations = report_of(out)["evaluations"]
+    assert all(e["benchmarks"]["aime24"]["n"] == 2 for e in evaluations), "problems, not samples"
+    keys = [(e["template"], e["temperature"]) for e in evaluations]
     assert keys == [(name, t) for name in ("qwen_math", "r1", "none") for t in (0.5, 1.0)]
     rows = read_jsonl(out / "responses.jsonl")
     which = itemgetter("template", "temperature", "benchmark", "id", "sample")

@@ -53,9 +53,8 @@ def test_wherever_the_file_was_cut_complete_problems_remain(tmp_path):
 def test_other_settings_are_named(tmp_path):
     write(tmp_path, rows_of([0]))
     other = {"settings": {"model": "n", "samples": 2, "out": "b"}, "versions": {"torch": "3"}}
-    with pytest.raises(
-        UserError, match='model is "m" there and "n" now; torch is "2" there and "3" now'
-    ) as error:
+    message = 'model is "m" there and "n" now; torch is "2" there and "3" now'
+    with pytest.raises(UserError, match=message) as error:
         resume_rows(tmp_path, other, may_change={"out"})
     assert "out is" not in str(error.value) and "another --out" in str(error.value)
     assert read(tmp_path) == rows_of([0]), "and nothing is lost"
@@ -70,12 +69,9 @@ def test_responses_of_unknown_origin_are_not_continued(tmp_path):
 
 def test_a_file_or_its_folder_can_be_read(tmp_path):
     write(tmp_path, rows_of([4]))
-    assert read(tmp_path) == read(tmp_path / "responses.jsonl") == rows_of([4])
-    assert (
-        recorded(tmp_path)["settings"]
-        == recorded(tmp_path / "responses.jsonl")["settings"]
-        == REPORT["settings"]
-    )
+    for path in (tmp_path, tmp_path / "responses.jsonl"):
+        assert read(path) == rows_of([4])
+        assert recorded(path)["settings"] == REPORT["settings"]
 
 
 @pytest.mark.parametrize(

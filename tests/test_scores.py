@@ -39,14 +39,8 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n):
 
 
 def test_powers_of_two_up_to_the_samples():
-    assert [powers_of_two(n) for n in (1, 2, 3, 4, 7, 8)] == [
-        [1],
-        [1, 2],
-        [1, 2],
-        [1, 2, 4],
-        [1, 2, 4],
-        [1, 2, 4, 8],
-    ]
+    for n, powers in {1: [1], 2: [1, 2], 3: [1, 2], 7: [1, 2, 4], 8: [1, 2, 4, 8]}.items():
+        assert powers_of_two(n) == powers
 
 
 def test_majority():
@@ -59,29 +53,20 @@ def test_majority():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
 def test_maj_at_k_is_unbiased(k):
-    """Averaged over all orders in which the samples may come, it is the mean over all subsets of
-    k."""
+    """Its mean over all orders of the samples is the mean over all subsets of k."""
     samples = [(0, 1.0), (0, 1.0), (1, 0.0), (1, 0.0), (None, 0.0), (2, 0.0)]
     orders = [maj_at_k(*zip(*order, strict=True), k) for order in itertools.permutations(samples)]
-    subsets = [
-        majority(*zip(*subset, strict=True)) for subset in itertools.combinations(samples, k)
-    ]
+    subsets = [majority(*zip(*s, strict=True)) for s in itertools.combinations(samples, k)]
     assert fmean(orders) == pytest.approx(fmean(subsets), abs=1e-12)
 
 
 def test_maj_at_1_and_pass_at_1_are_the_accuracy():
-    groups = [(1, 0, 0, 1), (0, 0, 0, 1)]
-    rows = [
-        row(p, s, k, vote=0 if s else 1)
-        for p, group in enumerate(groups)
-        for k, s in enumerate(group)
-    ]
+    rows = [row(0, s, k, vote=1 - s) for k, s in enumerate((1, 0, 0, 1))]
+    rows += [row(1, s, k, vote=1 - s) for k, s in enumerate((0, 0, 0, 1))]
     result = score(rows)
     assert result["accuracy"] == result["pass_at"]["1"] == result["maj_at"]["1"] == 0.375
-    assert (
-        list(result["pass_at"]) == list(result["maj_at"]) == ["1", "2", "4"]
-        and result["samples"] == 4
-    )
+    assert list(result["pass_at"]) == list(result["maj_at"]) == ["1", "2", "4"]
+    assert result["samples"] == 4
     assert result["pass_at"]["4"] == 1.0 and result["maj_at"]["4"] == pytest.approx((0.5 + 0) / 2)
 
 
@@ -149,9 +134,8 @@ def test_the_average_is_plain_and_its_interval_that_of_independent_benchmarks():
     expected = math.sqrt(0.25 / 30 + 0.1875 / 400) / 2
     low, high = result["average_interval"]
     assert (high - low) / 3.92 == pytest.approx(expected, rel=0.06)
-    same = average({"a": large, "b": large})[
-        "average_interval"
-    ]  # drawn apart, or it would be as wide as one
+    # Like benchmarks are drawn apart. Otherwise their average would be as unsure as one of them.
+    same = average({"a": large, "b": large})["average_interval"]
     low, high = score(large)["interval"]
     assert (same[1] - same[0]) / (high - low) == pytest.approx(math.sqrt(0.5), rel=0.08)
 
@@ -191,12 +175,8 @@ def test_two_proportions_against_the_formula():
     z = (p - q) / math.sqrt(r * (1 - r) * (1 / n + 1 / m))
     assert two_proportions([(p, n, q, m)]) == pytest.approx(math.erfc(z / math.sqrt(2)))
     assert two_proportions([(p, n, q, m)]) == two_proportions([(q, m, p, n)])
-    assert (
-        two_proportions([(0.5, 1000, 0.4, 1000)])
-        < 1e-5
-        < 0.05
-        < two_proportions([(0.5, 30, 0.4, 30)])
-    )
+    assert two_proportions([(0.5, 1000, 0.4, 1000)]) < 1e-5
+    assert two_proportions([(0.5, 30, 0.4, 30)]) > 0.05
 
 
 def test_two_proportions_of_several_benchmarks_add_their_variances():
@@ -215,10 +195,8 @@ def test_two_proportions_errs_as_rarely_as_it_says():
     """Both runs draw from one truth: at most 5 % of 2000 differences are called beyond noise
     (standard error 0.5 %)."""
     rng = np.random.default_rng(3)
-    called = [
-        two_proportions([(a / 83, 83, b / 83, 83)]) < 0.05
-        for a, b in rng.binomial(83, 0.6, size=(2000, 2))
-    ]
+    pairs = rng.binomial(83, 0.6, size=(2000, 2)) / 83
+    called = [two_proportions([(a, 83, b, 83)]) < 0.05 for a, b in pairs]
     assert 0.03 < fmean(called) < 0.065
 
 

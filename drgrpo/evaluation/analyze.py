@@ -9,7 +9,6 @@ means that one of the paper's keywords occurs.
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -126,27 +125,22 @@ def keywords(text: str) -> set[str]:
 
 
 def tables(entries: list[dict]) -> list[Table]:
-    answers = "questions, responses, answer %, right %, cut %, len no answer, len right, len wrong"
-    reflects = "questions, responses, with, without, within, p, commonest"
+    answers = ["questions", "responses", "answer %", "right %", "cut %"]
+    answers += ["len no answer", "len right", "len wrong"]
+    reflects = ["questions", "responses", "with", "without", "within", "p", "commonest"]
     ks = list(dict.fromkeys(k for e in entries for k in e["pass_at"]))
-    return [
-        table(
-            "Answers and their lengths (tokens; answer: one can be extracted)",
-            answers.split(", "),
-            map(answer_cells, entries),
-        ),
-        table("pass@k, %", map("k={}".format, ks), (exploration_cells(e, ks) for e in entries)),
-        table(
-            "Self-reflection: keyword in % of ..., % right with and without one, difference within "
-            "a question",
-            reflects.split(", "),
-            map(reflection_cells, entries),
-        ),
-    ]
-
-
-def table(title: str, columns: Iterable[str], cells: Iterable[list[str]]) -> Table:
-    return make_table(title, ["template, T", *columns], list(cells))
+    explores = ["k=" + k for k in ks]
+    shown = {
+        "Answers and their lengths (tokens; answer: one can be extracted)": (answers, answer_cells),
+        "pass@k, %": (explores, lambda e: [percent(e["pass_at"].get(k)) for k in ks]),
+        "Self-reflection: keyword in % of ..., % right with and without one, difference within a "
+        "question": (reflects, reflection_cells),
+    }
+    result = []
+    for title, (columns, cells) in shown.items():
+        rows = [[name(e), *cells(e)] for e in entries]
+        result.append(make_table(title, ["template, T", *columns], rows))
+    return result
 
 
 def name(entry: dict) -> str:
@@ -157,11 +151,7 @@ def name(entry: dict) -> str:
 def answer_cells(e: dict) -> list[str]:
     shares = [percent(e[share]) for share in ("extractable", "accuracy", "truncated")]
     lengths = [number(e["tokens"][kind]) for kind in KINDS]
-    return [name(e), str(e["questions"]), str(e["responses"]), *shares, *lengths]
-
-
-def exploration_cells(e: dict, ks: list[str]) -> list[str]:
-    return [name(e), *(percent(e["pass_at"].get(k)) for k in ks)]
+    return [str(e["questions"]), str(e["responses"]), *shares, *lengths]
 
 
 def reflection_cells(e: dict) -> list[str]:
@@ -170,7 +160,7 @@ def reflection_cells(e: dict) -> list[str]:
     shares.append(r["within"]["difference"])
     common = [f"{word} {count}" for word, count in list(r["keywords"].items())[:3]]
     p = number(r["within"]["p"], ".2g")
-    return [name(e), *map(percent, shares), p, ", ".join(common) or "-"]
+    return [*map(percent, shares), p, ", ".join(common) or "-"]
 
 
 # ---- figure

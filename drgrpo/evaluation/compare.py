@@ -19,7 +19,7 @@ from drgrpo.evaluation.scores import (
     two_proportions,
     values,
 )
-from drgrpo.evaluation.tables import make_table
+from drgrpo.evaluation.tables import make_table, percent
 from drgrpo.run.files import write_json
 from drgrpo.run.log import Log
 from drgrpo.types import UserError
@@ -67,34 +67,31 @@ def next_to_paper(
         )
     counts = {name: len(by_id) for name, by_id in scores.items()}
     ours = {name: fmean(by_id.values()) for name, by_id in scores.items()}
-    rows = []
+    complete, rows = len(ours) == len(BENCHMARKS), []
     for published in PUBLISHED:
         same = same_model(published, settings.get("model", ""), template)
         row = {"name": published.name, "table": published.table, "same_model": same}
-        rows.append(row | {"scores": cells(published, ours, counts)})
+        rows.append(row | {"scores": cells(published, ours, counts, complete)})
     rows.sort(key=lambda row: not row["same_model"])
     return {
         "template": template,
         "temperature": temperature,
-        "ours": ours | ({"average": fmean(ours.values())} if is_complete(counts) else {}),
+        "ours": ours | ({"average": fmean(ours.values())} if complete else {}),
         "published": rows,
         "departures": departures(settings | {"temperature": temperature}, counts),
     }
 
 
-def is_complete(counts: dict[str, int]) -> bool:
-    """Whether all five benchmarks were run, so that the average can be compared."""
-    return len(counts) == len(BENCHMARKS)
-
-
-def cells(published: Published, ours: dict[str, float], counts: dict[str, int]) -> dict[str, dict]:
-    """The comparison with one published row, by benchmark and on average."""
+def cells(
+    published: Published, ours: dict[str, float], counts: dict[str, int], complete: bool
+) -> dict[str, dict]:
+    """The comparison with one published row, by benchmark and, if all five were run, on average."""
     pairs = {
         name: (score, counts[name], published.score(name) / 100, published.n(name))
         for name, score in ours.items()
     }
-    by_name = {name: cell([pair]) for name, pair in pairs.items()}
-    return by_name | ({"average": cell(list(pairs.values()))} if is_complete(counts) else {})
+    average = {"average": cell(list(pairs.values()))} if complete else {}
+    return {name: cell([pair]) for name, pair in pairs.items()} | average
 
 
 def cell(pairs: list[tuple[float, int, float, int]]) -> dict:
@@ -252,15 +249,7 @@ def paired_table(result: dict) -> Table:
 
 def paired_cells(name: str, r: dict) -> list[str]:
     low, high = r["interval"]
-    return [
-        name,
-        str(r["n"]),
-        f"{100 * r['a']:.1f}",
-        f"{100 * r['b']:.1f}",
-        f"{100 * r['difference']:+.1f}",
-        f"{100 * low:+.1f} to {100 * high:+.1f}",
-        str(r["a_better"]),
-        str(r["b_better"]),
-        f"{r['p']:.3g}",
-        r["test"],
-    ]
+    shares = [percent(r["a"]), percent(r["b"]), f"{100 * r['difference']:+.1f}"]
+    shares.append(f"{100 * low:+.1f} to {100 * high:+.1f}")
+    better = [str(r["a_better"]), str(r["b_better"])]
+    return [name, str(r["n"]), *shares, *better, f"{r['p']:.3g}", r["test"]]

@@ -134,13 +134,13 @@ def parse_args(argv: list[str] | None = None) -> Command:
         prog="eval.py",
         description="Score a model on math benchmarks, and say whether a difference is noise.",
     )
-    modes = parser.add_argument_group("results that are there already")
-    for name, words, nargs, text in (
+    modes = parser.add_argument_group("what exists already")
+    for name, word, count, text in (
         ("compare", "RUN", "+", "compare two runs, or a run and `paper`; one next to --model"),
         ("regrade", "FILE", 1, "grade a responses.jsonl again, into another folder"),
         ("analyze", "FILE", 1, "the base-model analyses of a responses.jsonl"),
     ):
-        modes.add_argument(f"--{name}", metavar=words, nargs=nargs, default=SUPPRESS, help=text)
+        modes.add_argument(f"--{name}", metavar=word, nargs=count, default=SUPPRESS, help=text)
     given = parser.parse(argv)
     paths = {name: given.pop(name) for name in FLAGS_OF_MODE if name in given}
     if given.get("model") and paths.keys() <= {"compare"}:
@@ -160,7 +160,9 @@ def parse_args(argv: list[str] | None = None) -> Command:
             "--model"
         )
     config = EvalConfig(**given)
-    check_files(files)
+    for path in files:
+        if path != "paper":
+            responses.find(path)
     return Command(mode=mode, config=config, paths=files)
 
 
@@ -170,7 +172,8 @@ def evaluation(config: EvalConfig, against: list[str]) -> Command:
         raise UserError(
             f"--compare {' '.join(against)} with --model takes one name: its own run is the other"
         )
-    check_files(against)
+    if against not in ([], ["paper"]):
+        responses.read(*against)  # complete? It is needed when the scores are there, hours later.
     notices: list[str] = []
     sets = {}
     for name in comma_list(config.benchmarks):
@@ -178,9 +181,3 @@ def evaluation(config: EvalConfig, against: list[str]) -> Command:
         source = data.benchmark_source(name, config.data_dir or None) if named else name
         sets[name] = data.load_problems(source, log=notices.append)
     return Command(mode="evaluate", config=config, paths=against, sets=sets, notices=notices)
-
-
-def check_files(paths: list[str]) -> None:
-    for path in paths:
-        if path != "paper":
-            responses.find(path)

@@ -53,12 +53,12 @@ def make_graders(rules: set[str], mode: str) -> Iterator[dict[str, Graders]]:
 def counters(graders: dict[str, Graders]) -> dict[str, int]:
     """How often a limit of time or memory ended a grade, or a comparison of two answers, in this
     process."""
-    count = {"grader_timeouts": 0, "grader_errors": 0, "votes_cut_off": 0}
-    for g in graders.values():
-        count["grader_timeouts"] += g.truth.timeouts
-        count["grader_errors"] += g.truth.errors
-        count["votes_cut_off"] += g.peers.timeouts + g.peers.errors
-    return count
+    timeouts = errors = votes = 0
+    for each in graders.values():
+        timeouts += each.truth.timeouts
+        errors += each.truth.errors
+        votes += each.peers.timeouts + each.peers.errors
+    return {"grader_timeouts": timeouts, "grader_errors": errors, "votes_cut_off": votes}
 
 
 def evaluate_sets(
@@ -77,18 +77,12 @@ def evaluate_sets(
     not once per set."""
     problems = list(chain.from_iterable(eval_sets.values()))
     scored = iter(evaluate(sampler, grader, problems, samples, sampling, step))
+    settings = {"samples": samples, "temperature": sampling.temperature}
+    settings["max_new_tokens"] = sampling.max_new_tokens
     rows = []
     for name, eval_set in eval_sets.items():
-        responses = list(islice(scored, samples * len(eval_set)))
-        row = {
-            "step": step,
-            "benchmark": name,
-            **summarize(responses, dropped[name]),
-            "samples": samples,
-            "temperature": sampling.temperature,
-            "max_new_tokens": sampling.max_new_tokens,
-        }
-        rows.append(row)
+        row = summarize(list(islice(scored, samples * len(eval_set))), dropped[name])
+        rows.append({"step": step, "benchmark": name} | row | settings)
     return rows
 
 

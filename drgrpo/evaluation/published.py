@@ -8,7 +8,6 @@ rows. These scores and their averages are no match for a score on the 83.
 """
 
 from dataclasses import dataclass
-from statistics import fmean
 
 from drgrpo.data import BENCHMARKS
 
@@ -31,10 +30,6 @@ class Published:
     hub: str = ""
     template: str = ""
     amc_n: int = 83
-
-    @property
-    def average(self) -> float:
-        return fmean(self.scores)
 
     def n(self, benchmark: str) -> int:
         return self.amc_n if benchmark == "amc" else N[benchmark]

@@ -41,12 +41,10 @@ def regraded(rows: list[dict], mode: str) -> tuple[list[dict], dict[str, int]]:
     response keeps its score of 0."""
     rule_of = {row["template"]: get_template(row["template"]).answer for row in rows}
     copies = [row.copy() for row in rows]
+    written = [row for row in copies if row["response"] is not None]
     with make_graders(set(rule_of.values()), mode) as graders:
         for template, rule in rule_of.items():
-            written = [
-                row for row in copies if row["template"] == template and row["response"] is not None
-            ]
-            grade_rows(written, graders[rule])
+            grade_rows([row for row in written if row["template"] == template], graders[rule])
         return copies, counters(graders)
 
 

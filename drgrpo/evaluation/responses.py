@@ -29,18 +29,9 @@ COLUMNS = (
 
 def too_long(problem: Problem, samples: int) -> list[dict]:
     """The rows of a problem whose prompt does not fit."""
-    blank = {
-        "id": problem.id,
-        "problem": problem.question,
-        "answer": problem.answer,
-        "response": None,
-        "score": 0.0,
-        "parsed": False,
-        "vote": None,
-        "tokens": 0,
-        "finished": False,
-    }
-    return [blank | {"sample": k} for k in range(samples)]
+    question = {"id": problem.id, "problem": problem.question, "answer": problem.answer}
+    nothing = {"response": None, "score": 0.0, "parsed": False, "vote": None, "tokens": 0}
+    return [question | nothing | {"finished": False, "sample": k} for k in range(samples)]
 
 
 def key(row: dict) -> tuple[str, float, str, int]:
@@ -66,11 +57,8 @@ def resume_rows(out: Path, report: dict, may_change: set[str]) -> tuple[list[dic
             "choose another --out"
         )
     saved = json.loads(report_path.read_text())
-    changed = [
-        change
-        for part in ("settings", "versions")
-        for change in changes(saved.get(part, {}), report[part], may_change)
-    ]
+    changed = changes(saved.get("settings", {}), report["settings"], may_change)
+    changed += changes(saved.get("versions", {}), report["versions"], may_change)
     if changed:
         raise UserError(
             f"{out} holds responses to other settings: {'; '.join(changed)}. "

@@ -6,6 +6,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from drgrpo import distributed
@@ -30,15 +31,6 @@ class Part(NamedTuple):
     benchmark: str
     problems: list[Problem]
 
-    @property
-    def tag(self) -> dict:
-        """The columns that all of its rows share."""
-        return {
-            "benchmark": self.benchmark,
-            "template": self.template.name,
-            "temperature": self.temperature,
-        }
-
 
 def make_parts(
     config: EvalConfig,
@@ -60,16 +52,27 @@ def make_parts(
 
 class Record:
     """The files of a running evaluation, which rank 0 writes: `responses.jsonl`, and `eval.json`
-    with the settings, counters and seconds so far. A record begins with what an interrupted call
-    left."""
+    with the settings, counters and seconds so far.
 
-    def __init__(self, log: Log, report: dict) -> None:
-        self.log, self.report = log, report
-        self.rows, saved = responses.resume_rows(log.out, report, MAY_CHANGE_ON_RESUME)
+    A record begins with what an interrupted call left. `resolved` are the settings that `auto`
+    stands for. UserError if the folder holds responses to other settings."""
+
+    def __init__(self, log: Log, command: Command, resolved: dict, device: torch.device) -> None:
+        settings = asdict(command.config) | resolved
+        settings["weights"] = provenance.fingerprint(command.config.model)
+        settings["data"] = {name: provenance.problems_digest(p) for name, p in command.sets.items()}
+        self.log = log
+        self.report = {
+            "settings": settings,
+            "versions": provenance.versions(resolved["engine"]),
+            "notices": command.notices,
+            "device": f"{dist.get_world_size()} x {provenance.device_name(device)}",
+        }
+        self.rows, saved = responses.resume_rows(log.out, self.report, MAY_CHANGE_ON_RESUME)
         self.saved_counters = saved.get("counters", {})
         self.saved_seconds = saved.get("seconds", 0.0)
-        report |= {"counters": dict(self.saved_counters), "seconds": self.saved_seconds}
-        write_json(log.out / "eval.json", report)
+        self.report |= {"counters": dict(self.saved_counters), "seconds": self.saved_seconds}
+        write_json(log.out / "eval.json", self.report)
 
     def add(self, rows: list[dict], counts: list[dict[str, int]], seconds: float) -> None:
         """Append rows. `counts` are the counters of all processes and `seconds` is the time, both
@@ -81,23 +84,6 @@ class Record:
             self.report["counters"][name] = old.get(name, 0) + sum(c[name] for c in counts)
         self.report["seconds"] = self.saved_seconds + seconds
         write_json(self.log.out / "eval.json", self.report)
-
-
-def open_record(log: Log, command: Command, resolved: dict, device: torch.device) -> Record:
-    """The record of this call. `resolved` are the settings that `auto` stands for. UserError if the
-    folder holds responses to other settings."""
-    config = command.config
-    settings = asdict(config) | resolved
-    settings["weights"] = provenance.fingerprint(config.model)
-    settings["data"] = {name: provenance.problems_digest(p) for name, p in command.sets.items()}
-    world = torch.distributed.get_world_size()
-    report = {
-        "settings": settings,
-        "versions": provenance.versions(resolved["engine"]),
-        "notices": command.notices,
-        "device": f"{world} x {provenance.device_name(device)}",
-    }
-    return Record(log, report)
 
 
 def unanswered(parts: list[Part], record: Record | None, log: Log) -> list[Part]:
@@ -121,26 +107,28 @@ def answer_parts(
 ) -> None:
     """Answer every problem, a chunk of a benchmark at a time. `record` is None except on rank 0."""
     started = time.perf_counter()
-    world = torch.distributed.get_world_size()
-    chunk = max(1, config.write_every * world // config.tp // config.samples)
+    chunk = max(1, config.write_every * dist.get_world_size() // config.tp // config.samples)
     ends = stop_token_ids(config.model, sampler.tokenizer)
     with make_graders({part.template.answer for part in parts}, config.grader) as graders:
         for part in parts:
+            template = part.template
+            tag = {"benchmark": part.benchmark, "template": template.name}
+            tag |= {"temperature": part.temperature}
             sampling = Sampling(
                 max_new_tokens=config.max_new_tokens,
                 temperature=part.temperature,
-                stop=part.template.stop,
+                stop=template.stop,
                 stop_token_ids=ends,
             )
             for start in range(0, len(part.problems), chunk):
                 problems = part.problems[start : start + chunk]
-                grader = graders[part.template.answer]
+                grader = graders[template.answer]
                 rows = answer(sampler, grader, problems, config.samples, sampling)
                 counts = distributed.gather([counters(graders)], config.tp)
                 if record:
                     seconds = time.perf_counter() - started
-                    record.add([part.tag | row for row in rows], counts, seconds)
+                    record.add([tag | row for row in rows], counts, seconds)
             log.say(
-                f"{part.benchmark}, {part.template.name}, T={part.temperature:g}: "
+                f"{part.benchmark}, {template.name}, T={part.temperature:g}: "
                 f"{len(part.problems)} problems answered"
             )
