@@ -32,6 +32,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise, product
+from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist, median
 from unittest.mock import patch
@@ -168,14 +169,17 @@ def even_parts(items: list[int], count: int) -> list[list[int]]:
     return [part.tolist() for part in np.array_split(np.array(items, dtype=int), count)]
 
 
+def load(lengths: dict[int, int], part: Sequence[int]) -> int:
+    return sum(lengths[i] for i in part)
+
+
 def equal_counts(lengths: dict[int, int], world: int, budget: int) -> list[list[list[int]]]:
     """`pack.microbatches` without balance. In the order of arrival, every process and every
     micro-batch gets as many responses, in as few micro-batches as stay within the budget."""
     shares = even_parts([*lengths], world)
     for count in range(1, 1 + max(1, *map(len, shares))):
         plan = [even_parts(share, count) for share in shares]
-        loads = [sum(lengths[i] for i in part) for parts in plan for part in parts]
-        if max(loads) <= budget:
+        if max(load(lengths, part) for parts in plan for part in parts) <= budget:
             break
     return plan
 
@@ -429,11 +433,12 @@ def summary(trainer: Trainer, changes: dict, row: dict) -> dict:
     totals, lengths = [sum(turn.values()) for turn in row["turns"]], trainer.trained(changes)
     seconds, limit = median(totals), peak_flops(trainer.device)
     speed = training_flops(trainer.policy.lm, lengths) / seconds
+    phases = {phase: median(map(itemgetter(phase), row["turns"])) for phase in PHASES}
     return {
         "variant": row["variant"],
         "turns": len(totals),
         "seconds": {"median": seconds, "low": min(totals), "high": max(totals)},
-        "phases": {phase: median(turn[phase] for turn in row["turns"]) for phase in PHASES},
+        "phases": phases,
         "tokens_per_s": sum(map(sum, lengths)) / seconds,
         "peak_bytes": row["peak_bytes"],
         "tflops": speed / 1e12,
@@ -566,7 +571,7 @@ def imbalance(config: Config, world: int = 8) -> dict[str, float]:
         for chosen in pack.minibatches(len(length_B), config.minibatches, seed=0, step=1):
             lengths = {i: int(length_B[i]) for i in chosen if advantage_B[i]}
             for parts in zip(*split(lengths, world, budget), strict=True):
-                loads = [sum(lengths[i] for i in part) for part in parts]
+                loads = [load(lengths, part) for part in parts]
                 busiest += world * max(loads)
                 total += sum(loads)
         shares[name] = busiest / total
@@ -589,7 +594,8 @@ def sample(config: Config, path: str, policy: Policy) -> tuple[list[Rollout], Te
     sampling = Sampling(max_new_tokens=config.max_new_tokens, stop_token_ids=stop)
     rollouts = rollout(engine, tokenizer, problems, config.group_size, sampling, 0, 1)
     with Grader("hash") as grader:
-        grades = grader([r.text for r in rollouts], [r.problem.answer for r in rollouts])
+        answers = [r.problem.answer for r in rollouts]
+        grades = grader([r.text for r in rollouts], answers)
     reward_PG = torch.tensor([g.score for g in grades]).view(-1, config.group_size)
     if not reward_PG.any():  # random weights: every second group gets one answer in four
         reward_PG[::2, ::4] = 1.0

@@ -90,7 +90,7 @@ def make_parts(out: Path, work: Path, rehearse: bool) -> list[Part]:
         return [sys.executable, "-m", f"bench.{name}", *flags]
 
     device, toy = "cpu" if rehearse else "cuda", ["--rehearse"] if rehearse else []
-    there = ["--device", device, "--out", str(work), *toy]
+    place = ["--device", device, "--out", str(work), *toy]
     sizes = KERNEL_FLAGS.split()
     if rehearse:
         sizes = [*KERNEL_TOY.split(), "fused (this repository)"]
@@ -105,11 +105,11 @@ def make_parts(out: Path, work: Path, rehearse: bool) -> list[Part]:
     for shape, share in ({"rehearsal": 45.0} if rehearse else STEP_SHARES).items():
         name, title = f"step_{shape}", f"one training step, {shape}"
         flags = ["--repeats", "1", "--responses", "16"] if rehearse else ["--shape", shape]
-        step = module("bench_step", *there, *flags)
+        step = module("bench_step", *place, *flags)
         parts.append(Part(name, title, step, share, f"{name}.json", plans=True))
     has_vllm = importlib.util.find_spec("vllm") is not None and not rehearse
     share, title = 120 if has_vllm else 45, "rollout, weight sync, parity"
-    rollout = module("bench_rollout", *there)
+    rollout = module("bench_rollout", *place)
     parts.append(Part("rollout", title, rollout, share, "rollout.json", plans=True))
     parts.append(own_part("tiny", "the tiny recipe, stopped and resumed", 60, work, toy))
     title = "the budget of the 7B recipe with what was measured"
@@ -209,6 +209,7 @@ def tiny(work: Path, rehearse: bool) -> dict:
         f"steps 1 to {steps + more}, each once": [row["step"] for row in rows] == each_step,
     }
     greedy = [row["accuracy"] for row in read_jsonl(out / "eval.jsonl") if row["temperature"] == 0]
+    seconds = sorted(row["seconds"]["total"] for row in rows)
     return {
         "steps": len(rows),
         "reward_first": first,
@@ -216,7 +217,7 @@ def tiny(work: Path, rehearse: bool) -> dict:
         "accuracy_first": greedy[0],
         "accuracy_last": greedy[-1],
         "parity_max": max(row["parity_max"] for row in rows),
-        "seconds_per_step": sorted(row["seconds"]["total"] for row in rows)[len(rows) // 2],
+        "seconds_per_step": seconds[len(rows) // 2],
         "checks": checks,
     }
 
@@ -583,8 +584,10 @@ def tables(name: str, result: dict) -> str:
     from bench.bench_linear_drgrpo import COLUMNS
     from bench.harness import markdown
 
-    timed = [row for row in result["rows"] if "step_ms" in row]
-    rows = [[row["model"], *(show(row) for show in COLUMNS.values())] for row in timed]
+    rows = []
+    for row in result["rows"]:
+        if "step_ms" in row:
+            rows.append([row["model"], *(show(row) for show in COLUMNS.values())])
     return markdown(["shape", *COLUMNS], rows)
 
 

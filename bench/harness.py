@@ -132,13 +132,16 @@ def host_syncs(run: Callable, device: str) -> int | None:
 
 def table(rows: list[dict], columns: dict[str, Callable]) -> str:
     """Text table; `columns` maps a heading to what a row shows there."""
-    cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    aligned = [
-        [f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)]
-        for row in cells
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+    lines = [list(columns)]
+    for row in rows:
+        lines.append([show(row) for show in columns.values()])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = ["<"] + [">"] * (len(columns) - 1)
+    text = []
+    for line in lines:
+        cells = zip(line, sides, widths, strict=True)
+        text.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+    return "\n".join(text)
 
 
 def markdown(heads: list[str], rows: list[list]) -> str:

@@ -36,6 +36,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, median
 from unittest import mock
@@ -421,18 +422,21 @@ def summary(results: list[dict]) -> dict:
     for result in results:
         elapsed = list(accumulate(row["total"] for row in result["rows"]))
         curves.append({"seconds": elapsed, "reward": [row["reward"] for row in result["rows"]]})
-    ways = ("greedy", "sampled")
+    accuracy = {}
+    for way in ("greedy", "sampled"):
+        accuracy[way] = [result["accuracy"][way] for result in results]
+    cpu_steps = [mean_step(result, "cpu") for result in results]
     return {
         "seconds": by_phase("seconds", PHASES),
         "steps": steps,
-        "cpu_steps": [mean_step(result, "cpu") for result in results],
+        "cpu_steps": cpu_steps,
         "tokens_per_s": tokens / median(steps),
         "tokens": tokens,
         "positions": by_phase("positions", PASSES),
-        "peak_gb": max(result["peak_gb"] for result in results),
-        "before_gb": max(result["before_gb"] for result in results),
+        "peak_gb": max(map(itemgetter("peak_gb"), results)),
+        "before_gb": max(map(itemgetter("before_gb"), results)),
         "late_reward": [fmean(curve["reward"][-10:]) for curve in curves],
-        "accuracy": {way: [result["accuracy"][way] for result in results] for way in ways},
+        "accuracy": accuracy,
         "curves": curves,
     }
 

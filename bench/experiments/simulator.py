@@ -12,6 +12,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import cache
+from operator import itemgetter
 from statistics import mean, stdev
 
 import numpy as np
@@ -457,14 +458,15 @@ def plan(s: Setup, length_PG: np.ndarray, kept_P: np.ndarray, step: int) -> Plan
 
 
 def plan_packed(s: Setup, length_PG: np.ndarray, kept_P: np.ndarray, step: int) -> Plan:
-    lengths = length_PG.ravel().tolist()
+    length_B = length_PG.ravel()
     kept_B = np.repeat(kept_P | (not s.drop), s.group)
     planned = []
-    for chosen in pack.minibatches(len(lengths), s.minibatches, 0, step):
-        tokens = {i: s.prompt + lengths[i] for i in chosen if kept_B[i]}
+    for chosen in pack.minibatches(len(length_B), s.minibatches, 0, step):
+        tokens = {i: s.prompt + int(length_B[i]) for i in chosen if kept_B[i]}
         ranks = pack.microbatches(tokens, s.trainers, s.microbatch * s.sp)
-        micro_batches = zip(*ranks, strict=True)
-        planned.append([[[lengths[i] for i in part] for part in parts] for parts in micro_batches])
+        planned.append([])
+        for parts in zip(*ranks, strict=True):
+            planned[-1].append([length_B[part].tolist() for part in parts])
     return planned
 
 
@@ -474,8 +476,9 @@ def plan_padded(s: Setup, length_PG: np.ndarray, step: int) -> Plan:
     ranks = [length_PG[rank :: s.trainers].ravel()[order] for rank in range(s.trainers)]
     planned = []
     for part in np.array_split(np.arange(len(order)), s.minibatches):
-        starts = range(part[0], part[-1] + 1, s.microbatch)
-        planned.append([[pad(rank[i : i + s.microbatch]) for rank in ranks] for i in starts])
+        planned.append([])
+        for i in range(part[0], part[-1] + 1, s.microbatch):
+            planned[-1].append([pad(rank[i : i + s.microbatch]) for rank in ranks])
     return planned
 
 
@@ -529,10 +532,9 @@ def traffic_seconds(s: Setup, m: Machine, training: bool) -> float:
 def train_seconds(s: Setup, m: Machine, planned: Plan, training: bool) -> float:
     """All micro-batches of a step in lockstep. Each lasts as long as on the rank with most to
     do."""
-    micro_batches = [ranks for part in planned for ranks in part]
-    passes = sum(
-        max(pass_seconds(s, m, rank, training) for rank in ranks) for ranks in micro_batches
-    )
+    passes = 0.0
+    for ranks in (ranks for part in planned for ranks in part):
+        passes += max(pass_seconds(s, m, rank, training) for rank in ranks)
     if not training:
         return passes
     adam = m.rates.adam_bytes * shape(s.model).parameters / s.shards / (m.gpus[s.gpu].copy * 1e9)
@@ -638,5 +640,5 @@ def simulate(
         tails.append(tail / rollout)
         loads.append(imbalance(s, planned))
     totals = [sum(row.values()) for row in rows]
-    phases = {p: mean(row[p] for row in rows) for p in PHASES}
+    phases = {p: mean(map(itemgetter(p), rows)) for p in PHASES}
     return Result(s, phases, stdev(totals) if draws > 1 else 0.0, mean(tails), mean(loads))

@@ -17,6 +17,7 @@ group. Then groups have different shares of right answers. The formula is compar
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -76,10 +77,9 @@ def measure() -> dict:
     by_share = torch.tensor([[1.0] * right + [0.0] * (GROUP - right) for right in range(1, GROUP)])
     alike = [[100] * GROUP] * len(by_share)
     last = slice(GROUP - 1, None, GROUP)  # the last response of every group
-    return {
-        "by_length": {algo: points(algo, half, [LENGTHS]) for algo in OBJECTIVES},
-        "by_std": {algo: points(algo, by_share, alike)[last] for algo in OBJECTIVES},
-    }
+    by_length = {algo: points(algo, half, [LENGTHS]) for algo in OBJECTIVES}
+    by_std = {algo: points(algo, by_share, alike)[last] for algo in OBJECTIVES}
+    return {"by_length": by_length, "by_std": by_std}
 
 
 def points(algo: str, reward_PG: Tensor, lengths_PG: list) -> list[dict]:
@@ -163,7 +163,7 @@ def draw(result: dict, path: Path) -> None:
     for axis, (part, (x, label)) in zip(axes, PANELS.items(), strict=True):
         for size, (algo, objective) in zip(sizes, OBJECTIVES.items(), strict=True):
             rows = sorted(result[part][algo], key=lambda row: row[x])
-            at, low, formula = ([row[key] for row in rows] for key in (x, "low", "formula"))
+            at, low, formula = (list(map(itemgetter(key), rows)) for key in (x, "low", "formula"))
             axis.plot(at, formula, color=objective.color, lw=1)
             axis.plot(at, low, "o", ms=size, color=objective.color, label=objective.label)
         axis.set(xlabel=label, yscale="log", ylabel="weight of a token / |r - mean r|")
