@@ -1,44 +1,52 @@
 """Grades per second: the pool of workers against grading one answer at a time.
 
     python -m bench.bench_grade                                 # made-up answers
-    python -m bench.bench_grade --data DIR                      # the ground truths of DIR/*.jsonl, rewritten
-    python -m bench.bench_grade --save bench/results/grade.json
-    DRGRPO_FUZZ=100000 pytest -s tests/test_grade.py -k fuzz_pool   # the fuzz run
+    python -m bench.bench_grade --data DIR                      # the truths of DIR/*.jsonl,
+    rewritten python -m bench.bench_grade --save bench/results/grade.json DRGRPO_FUZZ=100000 pytest
+    -s tests/test_grade.py -k fuzz_pool    # the fuzz run
 
-Three loads. `mixed`: what a trained model writes, most of it settled by the string rules. `math`:
-only answers that need math-verify. `hostile`: `math` with one answer in a hundred that never ends
-(killed after one second of CPU time).
+There are three loads. `mixed` is what a trained model writes, and the string rules settle most of
+it. `math` holds only answers that need math-verify. `hostile` is `math` with one answer in a
+hundred that never ends. It is killed after one second of CPU time.
 """
 
 import argparse
 import random
 import time
+from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 from bench.harness import provenance, write_json
+from drgrpo.answers import equal_as_mathematics, equal_as_strings, extract, truths_of
 from drgrpo.data import BENCHMARKS, benchmark_source, load_problems
-from drgrpo.grade import Grader, _quick, grade
+from drgrpo.grade import Grader
 
 ENDLESS = "9^{9^9}"
+FORMS = (
+    "{a}",
+    "\\frac{{{a}}}{{{b}}}",
+    "{a}\\sqrt{{{b}}}",
+    "({a}, \\frac{{{b}}}{{{c}}})",
+    "x^2 - {a}x + {b}",
+    "\\frac{{{a} + \\sqrt{{{b}}}}}{{{c}}}",
+    "[{a}, {b}) \\cup ({c}, \\infty)",
+)
+
+Pairs = list[tuple[str, str]]
+"""Responses with their ground truths."""
 
 
 def made_up_truths(rng: random.Random, count: int) -> list[str]:
-    forms = (
-        "{a}",
-        "\\frac{{{a}}}{{{b}}}",
-        "{a}\\sqrt{{{b}}}",
-        "({a}, \\frac{{{b}}}{{{c}}})",
-        "x^2 - {a}x + {b}",
-        "\\frac{{{a} + \\sqrt{{{b}}}}}{{{c}}}",
-        "[{a}, {b}) \\cup ({c}, \\infty)",
-    )
-    return [
-        rng.choice(forms).format(a=rng.randint(2, 99), b=rng.randint(2, 99), c=rng.randint(2, 99))
-        for _ in range(count)
-    ]
+    truths = []
+    for _ in range(count):
+        form = rng.choice(FORMS)
+        a, b, c = (rng.randint(2, 99) for _ in range(3))
+        truths.append(form.format(a=a, b=b, c=c))
+    return truths
 
 
-def written(truth: str, rng: random.Random) -> str:
+def rewrite(truth: str, rng: random.Random) -> str:
     """A truth as a model may write it: right or wrong, in this form or another."""
     text = truth.strip().strip("$")
     others = (
@@ -51,34 +59,43 @@ def written(truth: str, rng: random.Random) -> str:
     return rng.choice((text, text, text, *others))
 
 
-def loads(truths: list[str], count: int, rng: random.Random) -> dict[str, list[tuple[str, str]]]:
-    """Pairs of a response and its truth, `count` a load. The same problem never comes twice in the
-    same words."""
-    mixed = {(written(truth, rng), truth) for truth in rng.choices(truths, k=8 * count)}
-    math = [(a, t) for a, t in sorted(mixed) if _quick(a, (t,), "boxed") is None]
+def make_loads(truths: list[str], count: int, rng: random.Random) -> dict[str, Pairs]:
+    """`count` pairs a load. No problem comes twice in the same words."""
+    drawn = sorted({(rewrite(truth, rng), truth) for truth in rng.choices(truths, k=8 * count)})
+    math = [(a, t) for a, t in drawn if equal_as_strings(a, (t,), "boxed") is None]
     rng.shuffle(math)
-    math, mixed = math[:count], rng.sample(sorted(mixed), min(count, len(mixed)))
-    hostile = [
-        (f"{ENDLESS}+{i}", t) if i % 100 == 50 else pair
-        for i, (pair, t) in enumerate((p, p[1]) for p in math)
-    ]
-    return {
-        name: [(f"so it is \\boxed{{{a}}}.", t) for a, t in pairs]
-        for name, pairs in {"mixed": mixed, "math": math, "hostile": hostile}.items()
-    }
+    math, mixed = math[:count], rng.sample(drawn, min(count, len(drawn)))
+    hostile = math.copy()
+    for i in range(50, len(math), 100):
+        hostile[i] = (f"{ENDLESS}+{i}", math[i][1])
+    return {"mixed": boxed(mixed), "math": boxed(math), "hostile": boxed(hostile)}
 
 
-def in_process(pairs, workers):
-    return [grade(text, truth, "boxed") for text, truth in pairs]
+def boxed(pairs: Pairs) -> Pairs:
+    return [(f"so it is \\boxed{{{answer}}}.", truth) for answer, truth in pairs]
 
 
-def one_at_a_time(pairs, workers):
+# ---- three ways to count the right answers
+
+
+def in_process(pairs: Pairs, grader: Grader | None) -> float:
+    """What a grader does, without its workers and their protection."""
+    right = 0
+    for text, truth in pairs:
+        given, truths = extract(text, "boxed") or "", truths_of(truth)
+        equal = equal_as_strings(given, truths, "boxed")
+        right += equal_as_mathematics(given, truths, "correct") if equal is None else equal
+    return right
+
+
+def one_at_a_time(pairs: Pairs, grader: Grader) -> float:
     """Submit, wait, submit: as the paper's trainer uses its pool."""
-    return [workers([text], [truth])[0] for text, truth in pairs]
+    return sum(grader.submit(*pair).result().score for pair in pairs)
 
 
-def pool(pairs, workers):
-    return workers(*zip(*pairs, strict=True))
+def pool(pairs: Pairs, grader: Grader) -> float:
+    grades = [grader.submit(*pair) for pair in pairs]
+    return sum(grade.result().score for grade in grades)
 
 
 def main() -> None:
@@ -93,39 +110,37 @@ def main() -> None:
     rng = random.Random(0)
     truths = made_up_truths(rng, 400)
     if args.data:
-        problems = [
-            p for name in BENCHMARKS for p in load_problems(benchmark_source(name, args.data))
-        ]
-        truths = [
-            str(t)
-            for p in problems
-            for t in (p.answer if isinstance(p.answer, list) else [p.answer])
-        ]
-    grade("\\boxed{2/4}", "1/2", "boxed")  # imports
+        sets = [load_problems(benchmark_source(name, args.data)) for name in BENCHMARKS]
+        problems = chain.from_iterable(sets)
+        truths = list(chain.from_iterable(truths_of(p.answer) for p in problems))
     rows = []
     print(f"{'load':8} {'method':24} {'grades/s':>9} {'ms each':>8} {'right':>6}")
-    for load, pairs in loads(truths, args.count, rng).items():
+    for load, pairs in make_loads(truths, args.count, rng).items():
         methods = {"one at a time, workers": one_at_a_time, f"pool of {args.workers}": pool}
-        if load != "hostile":  # nothing would end it
+        if load != "hostile":  # in this process nothing would end it
             methods = {"one at a time, in process": in_process, **methods}
         for name, method in methods.items():
-            with Grader("boxed", workers=args.workers, timeout_s=1.0) as workers:
-                workers(
-                    [f"\\boxed{{{i}/{2 * i}}}" for i in range(2, 50)], ["1/2"] * 48
-                )  # starts them all
-                start = time.perf_counter()
-                right = sum(grade.score for grade in method(pairs, workers))
-                seconds = time.perf_counter() - start
-            rows.append(
-                {"load": load, "method": name, "n": len(pairs), "right": right, "seconds": seconds}
-            )
+            right, seconds = measure(method, pairs, args.workers)
+            row = {"load": load, "method": name, "n": len(pairs), "right": right}
+            rows.append(row | {"seconds": seconds})
             each = seconds / len(pairs)
-            print(
-                f"{load:8} {name:24} {1 / each:9.0f} {1e3 * each:8.2f} {right / len(pairs):6.1%}",
-                flush=True,
-            )
+            share = right / len(pairs)
+            print(f"{load:8} {name:24} {1 / each:9.0f} {1e3 * each:8.2f} {share:6.1%}", flush=True)
     if args.save:
         write_json(Path(args.save), {"where": provenance(), "data": bool(args.data), "rows": rows})
+
+
+def measure(
+    method: Callable[[Pairs, Grader], float], pairs: Pairs, workers: int
+) -> tuple[float, float]:
+    """How many answers are right, and the seconds it took, with workers that have started."""
+    easy = [(f"\\boxed{{{i}/{2 * i}}}", "1/2") for i in range(2, 50)]
+    in_process(easy[:1], None)
+    with Grader("boxed", workers=workers, timeout_s=1.0) as grader:
+        pool(easy, grader)
+        start = time.perf_counter()
+        right = method(pairs, grader)
+        return right, time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
-"""How fast is the fused head, in how much memory, and how exact, next to what else computes the
-same gradients?
+"""Speed, memory and error of the fused head, beside other programs that compute the same gradients.
 
-    python -m bench.bench_linear_drgrpo                                  on a GPU: both models, four token counts
-    python -m bench.bench_linear_drgrpo --models 7B --tokens 16384       one shape
-    python -m bench.bench_linear_drgrpo --sweep                          also which block and chunk sizes are fastest here
-    python -m bench.bench_linear_drgrpo --device cpu                     the torch backend at small sizes
+    python -m bench.bench_linear_drgrpo                              both models, four token counts
+    python -m bench.bench_linear_drgrpo --models 7B --tokens 16384   one shape
+    python -m bench.bench_linear_drgrpo --sweep                      other block and chunk sizes too
+    python -m bench.bench_linear_drgrpo --device cpu                 the torch backend, small sizes
 
 Every contender gets the same hidden states, weight, targets and an advantage of 1, strictly
-on-policy: there the gradient of Dr. GRPO is that of the mean cross-entropy, so the cross-entropy
-kernels compete on equal terms. The denominator is the bare GEMMs. Entropies are realistic (targets
-are sampled from the softmax); zeros would run at higher clocks.
+on-policy. There the gradient of Dr. GRPO is that of the mean cross-entropy, so the cross-entropy
+kernels compete on equal terms. The denominator is the bare GEMMs. Targets are sampled from the
+softmax, so entropies are realistic; tensors of zeros would run at higher clocks.
 
 First the fused head must be as exact as plain autograd, or nothing is timed. Then, per shape:
 milliseconds (p20, p50, p80) of forward and backward and of log-probs alone, peak memory beyond the
-inputs, relative error of both gradients against float64 on the first tokens, host syncs. What is
-not installed, or does not run on this machine, is listed with the reason. Writes OUT.json, anew
-after every shape, and OUT.png; the last line of stdout is JSON.
+inputs, relative error of both gradients against float64 on the first tokens, host syncs. A
+contender that is not installed, or does not run on this machine, is listed with the reason. The
+benchmark writes OUT.json after every shape, then OUT.png. The last line of stdout is JSON.
 
 The sweep times forward and backward at the first token count with other sizes of a row program,
-then, with the fastest of those, other chunks. Its winner is what kernels/linear_drgrpo.py should
-say in TUNED for such a card.
+then other chunks with the fastest of those. It prints the card's entry for TUNED in
+kernels/linear_drgrpo.py.
 """
 
 import argparse
@@ -57,18 +56,15 @@ DEFAULTS = {
     "cpu": (["tiny", "small"], [1024, 4096]),
 }
 ERROR_TOKENS = 256
-# what a sweep tries: (BLOCK_V, NUM_WARPS) that fit the registers, and tokens of a chunk at the
-# widest vocabulary
-PROGRAMS = {
-    "cuda": [(4096, 8), (4096, 16), (8192, 16), (8192, 32), (16_384, 32)],
-    "cpu": [],
-}  # the torch backend has none
+# What a sweep tries: (BLOCK_V, NUM_WARPS) that fit the registers, of which the torch backend has
+# none, and tokens of a chunk at the widest vocabulary.
+PROGRAMS = {"cuda": [(4096, 8), (4096, 16), (8192, 16), (8192, 32), (16_384, 32)], "cpu": []}
 CHUNKS = {"cuda": [2048, 3072, 4096, 6144, 8192], "cpu": [128, 256]}
 NOISE = 0.01  # a gain of a smaller share is none
 
 
 class Skip(Exception):
-    """Why a contender does not take part."""
+    """The reason why a contender does not take part."""
 
 
 @dataclass(frozen=True)
@@ -91,63 +87,56 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """What it computes on a case: `step` the gradients of the loss, `logprob` the log-probs, where
-    it can."""
+    """Functions of one case: `step` computes the gradients of the loss, `logprob` the log-probs."""
 
     step: Callable[[], tuple[Tensor, Tensor]]
     logprob: Callable[[], Tensor] | None = None
 
 
 def make_case(T: int, D: int, V: int, device: str) -> Case:
-    """Hidden states of a final norm, a weight that gives entropies of about one nat, targets
-    sampled by the Gumbel trick in pieces, because [T, V] may not fit."""
+    """Hidden states as after a final norm, a weight that gives entropies of about one nat, targets
+    sampled by the Gumbel trick. Sampling goes in pieces, because [T, V] may not fit."""
     rng = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    spread = math.sqrt(2 * math.log(V) / D)
     hidden = torch.randn(T, D, generator=rng, device=device).to(dtype)
-    weight = (
-        torch.randn(V, D, generator=rng, device=device)
-        * (math.sqrt(2 * math.log(V)) / math.sqrt(D))
-    ).to(dtype)
+    weight = (torch.randn(V, D, generator=rng, device=device) * spread).to(dtype)
     target = torch.empty(T, dtype=torch.int64, device=device)
     for start in range(0, T, 512):
         logits = (hidden[start : start + 512] @ weight.T).float()
-        target[start : start + 512] = (
-            logits + torch.empty_like(logits).exponential_(generator=rng).log_().neg_()
-        ).argmax(-1)
-    return Case(
-        hidden.requires_grad_(), weight.requires_grad_(), target, torch.ones(T, device=device)
-    )
+        gumbel = torch.empty_like(logits).exponential_(generator=rng).log_().neg_()
+        target[start : start + 512] = (logits + gumbel).argmax(-1)
+    ones = torch.ones(T, device=device)
+    return Case(hidden.requires_grad_(), weight.requires_grad_(), target, ones)
 
 
 # ---- contenders: each takes a case and returns a Contender, or raises Skip or ImportError
 
 
-def ours(logits_dtype):
-    def build(case):
+def fused(logits_dtype: torch.dtype | None) -> Callable[[Case], Contender]:
+    """This repository's head; None is the type of the hidden states."""
+
+    def build(case: Case) -> Contender:
+        inputs = (case.hidden, case.weight, case.target)
         how = dict(logits_dtype=logits_dtype or case.hidden.dtype)
-        scale = 1 / len(case.target)
 
         def step():
-            return case.backward(
-                head.linear_drgrpo_loss(
-                    case.hidden, case.weight, case.target, case.advantage, scale=scale, **how
-                )[0]
-            )
+            scale = 1 / len(case.target)
+            loss, _ = head.linear_drgrpo_loss(*inputs, case.advantage, scale=scale, **how)
+            return case.backward(loss)
 
-        return Contender(
-            step, lambda: head.linear_logprob(case.hidden, case.weight, case.target, **how)[0]
-        )
+        return Contender(step, lambda: head.linear_logprob(*inputs, **how)[0])
 
     return build
 
 
-def ours_fp32_logits(case):
+def fused_fp32_logits(case: Case) -> Contender:
     if case.hidden.dtype == torch.float32:
         raise Skip("the same as fused: the inputs are fp32")
-    return ours(torch.float32)(case)
+    return fused(torch.float32)(case)
 
 
-def gemms(case):
+def gemms(case: Case) -> Contender:
     """The floor: three matrix products and nothing else. Its results are no gradients."""
     x, w = case.hidden.detach(), case.weight.detach()
 
@@ -158,10 +147,10 @@ def gemms(case):
     return Contender(step, lambda: x @ w.T)
 
 
-def gemms_chunked(case):
+def gemms_chunked(case: Case) -> Contender:
     """The same products in the fused head's chunks, with dW accumulated in fp32."""
     x, w = case.hidden.detach(), case.weight.detach()
-    chunk = head._chunk(len(x), len(w), x.device)
+    chunk = head.default_chunk_tokens(len(x), len(w), x.device)
 
     def step():
         z = x.new_empty(min(chunk, len(x)), len(w))
@@ -177,80 +166,93 @@ def gemms_chunked(case):
     return Contender(step)
 
 
-def policy_loss(logprob, advantage):
+def policy_loss(logprob: Tensor, advantage: Tensor) -> Tensor:
     """Dr. GRPO on-policy, from log-probs."""
     return -((logprob - logprob.detach()).exp() * advantage).mean()
 
 
-def naive_logprob(hidden, weight, target):
+def naive_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return (hidden @ weight.T).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
 
 
-def naive(case, function=naive_logprob):
-    """bf16 logits, upcast to fp32, log_softmax, gather, autograd."""
+LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def from_logprob(case: Case, function: LogProb) -> Contender:
+    """The contender whose log-probs are `function(hidden, weight, target)`; autograd does the
+    rest."""
+    inputs = (case.hidden, case.weight, case.target)
 
     def logprob():
         with torch.no_grad():
-            return function(case.hidden, case.weight, case.target)
+            return function(*inputs)
 
-    def step():
-        return case.backward(
-            policy_loss(function(case.hidden, case.weight, case.target), case.advantage)
-        )
-
-    return Contender(step, logprob)
-
-
-def compiled(case):
-    return naive(case, torch.compile(naive_logprob))
-
-
-def naive_cross_entropy(case):
-    """F.cross_entropy on bf16 logits."""
     return Contender(
-        lambda: case.backward(F.cross_entropy(case.hidden @ case.weight.T, case.target))
+        step=lambda: case.backward(policy_loss(function(*inputs), case.advantage)), logprob=logprob
     )
 
 
-def torch_linear_cross_entropy(case):
+def naive(case: Case) -> Contender:
+    """bf16 logits, upcast to fp32, log_softmax, gather, autograd."""
+    return from_logprob(case, naive_logprob)
+
+
+def compiled(case: Case) -> Contender:
+    return from_logprob(case, torch.compile(naive_logprob))
+
+
+def naive_cross_entropy(case: Case) -> Contender:
+    """F.cross_entropy on bf16 logits."""
+
+    def step():
+        return case.backward(F.cross_entropy(case.hidden @ case.weight.T, case.target))
+
+    return Contender(step)
+
+
+def torch_linear_cross_entropy(case: Case) -> Contender:
     if not hasattr(F, "linear_cross_entropy"):
         raise Skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
-    return Contender(
-        lambda: case.backward(
-            F.linear_cross_entropy(case.hidden, case.weight, case.target, options=options)
-        )
-    )
+
+    def step():
+        loss = F.linear_cross_entropy(case.hidden, case.weight, case.target, options=options)
+        return case.backward(loss)
+
+    return Contender(step)
 
 
-def trl_full_logits(case):
+def trl_full_logits(case: Case) -> Contender:
     from trl.trainer.utils import selective_log_softmax
 
-    return naive(
+    return from_logprob(
         case, lambda hidden, weight, target: selective_log_softmax(hidden @ weight.T, target)
     )
 
 
-def trl_chunked(case):
+def trl_chunked(case: Case) -> Contender:
+    """TRL's own Triton head, as its GRPOTrainer calls it: log-probs and the entropy, no softcap
+    and no logit scale. By default the function computes three statistics more."""
     from trl.trainer import utils
 
-    function, chunk = (
-        utils._ChunkedLogProbFunction.apply,
-        getattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 8192),
-    )
-    return naive(
-        case, lambda hidden, weight, target: function(hidden, weight, None, target, 1.0, chunk)[0]
-    )
+    chunk, outputs = utils._CHUNKED_LOGPROB_CHUNK_SIZE, ("entropy",)
+
+    def logprob(hidden, weight, target):
+        args = (hidden, weight, None, target, 1.0, chunk, None, 1.0, outputs)
+        return utils._ChunkedLogProbFunction.apply(*args)[0]
+
+    return from_logprob(case, logprob)
 
 
-def in_sequences(case):
-    """([B, L, D], [B, L], [B], L): Liger's losses take padded responses with one advantage each."""
+def in_sequences(case: Case) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(hidden [B, L, D], target [B, L], advantage [B], L): Liger's losses take padded responses
+    with one advantage each."""
     T, D = case.hidden.shape
     L = next(length for length in (1024, 512, 256, 1) if T % length == 0)
     return case.hidden.view(-1, L, D), case.target.view(-1, L), case.advantage[::L].contiguous(), L
 
 
-def liger_grpo(case):
+def liger_grpo(case: Case) -> Contender:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     hidden, target, advantage, L = in_sequences(case)
@@ -262,96 +264,83 @@ def liger_grpo(case):
         compiled=case.hidden.is_cuda,
     )
     mask = torch.ones_like(target)
-    return Contender(
-        lambda: case.backward(function(hidden, case.weight, target, mask, advantage)[0])
-    )
+
+    def step():
+        return case.backward(function(hidden, case.weight, target, mask, advantage)[0])
+
+    return Contender(step)
 
 
-def liger_triton_grpo(case):
+def liger_triton_grpo(case: Case) -> Contender:
     if not case.hidden.is_cuda:
         raise Skip("needs CUDA")
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     hidden, target, advantage, L = in_sequences(case)
+    options = dict(temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2)
+    options |= dict(loss_type="dr_grpo", max_completion_length=L, reduce=True)
 
     def step():
-        logits = (
-            F.pad(hidden, (0, 0, 0, 1)) @ case.weight.T
-        )  # it expects the logits after the last token too
-        return case.backward(
-            triton_grpo_loss(
-                logits,
-                None,
-                None,
-                target,
-                advantage,
-                temperature=1.0,
-                beta=0.0,
-                eps_low=0.2,
-                eps_high=0.2,
-                loss_type="dr_grpo",
-                max_completion_length=L,
-                reduce=True,
-            )[0]
-        )
+        logits = F.pad(hidden, (0, 0, 0, 1)) @ case.weight.T  # it expects one position more
+        loss, *_ = triton_grpo_loss(logits, None, None, target, advantage, **options)
+        return case.backward(loss)
 
     return Contender(step)
 
 
-def liger_cross_entropy(case):
+def liger_cross_entropy(case: Case) -> Contender:
     if not case.hidden.is_cuda:
         raise Skip("needs CUDA")
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    return Contender(
-        lambda: case.backward(
-            LigerFusedLinearCrossEntropyFunction.apply(case.hidden, case.weight, case.target)[0]
-        )
-    )
+    function = LigerFusedLinearCrossEntropyFunction.apply
+
+    def step():
+        return case.backward(function(case.hidden, case.weight, case.target)[0])
+
+    return Contender(step)
 
 
-def cce(**options):
-    def build(case):
+def cce(**options) -> Callable[[Case], Contender]:
+    def build(case: Case) -> Contender:
         if not case.hidden.is_cuda:
             raise Skip("needs CUDA")
         from cut_cross_entropy import linear_cross_entropy
 
-        return Contender(
-            lambda: case.backward(
-                linear_cross_entropy(case.hidden, case.weight, case.target, **options)
-            )
-        )
+        def step():
+            loss = linear_cross_entropy(case.hidden, case.weight, case.target, **options)
+            return case.backward(loss)
+
+        return Contender(step)
 
     return build
 
 
-def verl(case):
+def verl(case: Case) -> Contender:
     if not case.hidden.is_cuda:
         raise Skip("needs CUDA")
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
-    return naive(
-        case,
-        lambda hidden, weight, target: linear_cross_entropy(hidden, weight, target, 1.0, "none")[0],
-    )
+    return from_logprob(case, lambda *inputs: linear_cross_entropy(*inputs, 1.0, "none")[0])
 
 
-def quack(case):
-    if not case.hidden.is_cuda or torch.cuda.get_device_capability()[0] < 9:
-        raise Skip("needs Hopper or newer")
+def quack(case: Case) -> Contender:
+    if not case.hidden.is_cuda:
+        raise Skip("needs CUDA")
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return Contender(
-        lambda: case.backward(chunked_linear_cross_entropy(case.hidden, case.weight, case.target))
-    )
+    def step():
+        return case.backward(chunked_linear_cross_entropy(case.hidden, case.weight, case.target))
+
+    return Contender(step)
 
 
 FLOORS = ("3 bare GEMMs", "3 GEMMs in chunks, fp32 dW")
 CONTENDERS = {
     "3 bare GEMMs": gemms,
     "3 GEMMs in chunks, fp32 dW": gemms_chunked,
-    "fused (this repository)": ours(None),
-    "fused, fp32 logits": ours_fp32_logits,
+    "fused (this repository)": fused(None),
+    "fused, fp32 logits": fused_fp32_logits,
     "torch, fp32 upcast": naive,
     "torch, cross_entropy": naive_cross_entropy,
     "torch.compile": compiled,
@@ -382,79 +371,91 @@ def distance(x: Tensor, y: Tensor) -> float:
     return ((x.double() - y).norm() / y.norm()).item()
 
 
-def errors(build, case: Case, truth) -> dict[str, float]:
-    """Relative errors of the gradients; root mean square of the log-probs' in nats."""
+def errors(build: Callable[[Case], Contender], case: Case, truth: tuple) -> dict[str, float]:
+    """Relative errors of the gradients, and the log-probs' root mean square error in nats. `truth`
+    is the result of `exact`."""
     contender = build(case)
     dhidden, dweight = contender.step()
-    found = {"dhidden": distance(dhidden, truth[1]), "dweight": distance(dweight, truth[2])}
+    result = {"dhidden": distance(dhidden, truth[1]), "dweight": distance(dweight, truth[2])}
     if contender.logprob is not None:
-        found["logprob_rms"] = (
-            (contender.logprob().double() - truth[0]).square().mean().sqrt().item()
-        )
-    return found
+        error = contender.logprob().double() - truth[0]
+        result["logprob_rms"] = error.square().mean().sqrt().item()
+    return result
 
 
-def check(case: Case) -> None:
+def check(case: Case, truth: tuple) -> None:
     """The fused head's gradients are at most 1.1 times as far from float64 as plain autograd's
     (fp32: 1e-5)."""
-    truth = exact(case)
-    mine, theirs = errors(ours(None), case, truth), errors(naive, case, truth)
+    fused_errors, plain_errors = errors(fused(None), case, truth), errors(naive, case, truth)
     slack = 1e-5 if case.hidden.dtype == torch.float32 else 1e-4
     for name in ("dhidden", "dweight", "logprob_rms"):
-        if not mine[name] <= 1.1 * theirs[name] + slack:
+        if not fused_errors[name] <= 1.1 * plain_errors[name] + slack:
             sys.exit(
-                f"not timing a wrong kernel: {name} is off by {mine[name]:.2e}, plain autograd by {theirs[name]:.2e}"
+                f"not timing a wrong kernel: {name} is off by {fused_errors[name]:.2e}, plain "
+                f"autograd by {plain_errors[name]:.2e}"
             )
 
 
+def probe(name: str, case: Case, small: Case, truth: tuple) -> tuple[Contender, dict]:
+    """A contender that runs at this shape, with its memory, host syncs and errors."""
+    device = case.hidden.device.type
+    contender = CONTENDERS[name](case)
+    contender.step()  # compiles, tunes, and shows whether it fits
+    facts = {
+        "peak_bytes": peak_memory(contender.step, device),
+        "host_syncs": host_syncs(contender.step, device),
+    }
+    if name not in FLOORS:
+        facts["errors"] = errors(CONTENDERS[name], small, truth)
+    if contender.logprob is not None:
+        contender.logprob()
+        facts["logprob_peak_bytes"] = peak_memory(contender.logprob, device)
+    return contender, facts
+
+
+def reason(name: str, error: Exception) -> str:
+    """Why a contender is skipped. A failure of the fused head is no reason and is raised."""
+    if isinstance(error, Skip):
+        return str(error)
+    if isinstance(error, ImportError):
+        return f"not installed: {error}"
+    if name.startswith("fused"):
+        raise error
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"failed: {type(error).__name__}: {first_line[:120]}"
+
+
+def add_times(rows: list[dict], key: str, runs: dict, device: str, repeats: int) -> None:
+    """Times the runs in turns; writes `key`_ms and the ratio to the bare GEMMs into their rows."""
+    times = {name: quantiles(ms) for name, ms in interleaved(runs, device, repeats).items()}
+    floor = times.get(FLOORS[0])
+    for row in rows:
+        if row["contender"] in times:
+            row[f"{key}_ms"] = times[row["contender"]]
+            if floor:
+                row[f"{key}_ratio"] = row[f"{key}_ms"]["p50"] / floor["p50"]
+
+
 def measure(model: str, T: int, device: str, names: list[str], repeats: int) -> list[dict]:
-    """One row per contender that runs at this shape, and one with a reason per contender that does
-    not."""
+    """One row per contender: its numbers if it runs at this shape, else the reason."""
     D, V = MODELS[model]
     case = make_case(T, D, V, device)
     small = case.first(min(ERROR_TOKENS, T))
-    check(small)
     truth = exact(small)
+    check(small, truth)
     rows, running = [], {}
     for name in names:
         row = {"model": model, "T": T, "D": D, "V": V, "contender": name}
         rows.append(row)
         try:
-            contender = CONTENDERS[name](case)
-            contender.step()  # compiles, tunes, and shows whether it fits
-            row["peak_bytes"] = peak_memory(contender.step, device)
-            row["host_syncs"] = host_syncs(contender.step, device)
-            if name not in FLOORS:
-                row["errors"] = errors(CONTENDERS[name], small, truth)
-            if contender.logprob is not None:
-                contender.logprob()
-                row["logprob_peak_bytes"] = peak_memory(contender.logprob, device)
-            running[name] = contender
-        except Skip as reason:
-            row["skipped"] = str(reason)
-        except ImportError as error:
-            row["skipped"] = f"not installed: {error}"
-        except (
-            Exception
-        ) as error:  # somebody else's code at a shape it may not support: reported, not fatal
-            if name.startswith("fused"):
-                raise
-            row["skipped"] = (
-                f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-            )
-    steps = interleaved({name: c.step for name, c in running.items()}, device, repeats)
-    logprobs = interleaved(
-        {name: c.logprob for name, c in running.items() if c.logprob}, device, repeats
-    )
-    for row in rows:
-        for key, times in (("step_ms", steps), ("logprob_ms", logprobs)):
-            if row["contender"] in times:
-                row[key] = quantiles(times[row["contender"]])
-    floor = {row["contender"]: row for row in rows}["3 bare GEMMs"]
-    for row in rows:
-        for key in ("step_ms", "logprob_ms"):
-            if key in row and key in floor:
-                row[key.replace("_ms", "_ratio")] = row[key]["p50"] / floor[key]["p50"]
+            running[name], facts = probe(name, case, small, truth)
+            row |= facts
+        except Exception as error:  # of other projects' code, at a shape they may not support
+            row["skipped"] = reason(name, error)
+    steps = {name: c.step for name, c in running.items()}
+    logprobs = {name: c.logprob for name, c in running.items() if c.logprob}
+    add_times(rows, "step", steps, device, repeats)
+    add_times(rows, "logprob", logprobs, device, repeats)
     return rows
 
 
@@ -464,80 +465,92 @@ def measure(model: str, T: int, device: str, names: list[str], repeats: int) -> 
 @contextmanager
 def sized(sizes: head.Sizes):
     """The fused head with these sizes, whatever is tuned for the card."""
-    original, head._sizes = head._sizes, lambda device: sizes
+    original, head.sizes_on = head.sizes_on, lambda device: sizes
     try:
         yield
     finally:
-        head._sizes = original
+        head.sizes_on = original
+
+
+def time_sizes(
+    candidates: list[head.Sizes], steps: dict[str, Callable], device: str, repeats: int
+) -> list[dict]:
+    """Times every model's step with every candidate, in turns. The score of a candidate is its time
+    over the first candidate's, averaged over the models."""
+
+    def runner(sizes, step):
+        def run():
+            with sized(sizes):
+                step()
+
+        return run
+
+    candidates = list(dict.fromkeys(candidates))
+    runs = {(s, model): runner(s, step) for s in candidates for model, step in steps.items()}
+    for run in runs.values():
+        run()  # compiles
+    times = {key: quantiles(ms) for key, ms in interleaved(runs, device, repeats).items()}
+    rows = []
+    for sizes in candidates:
+        ratios = [times[sizes, m]["p50"] / times[candidates[0], m]["p50"] for m in steps]
+        score = sum(ratios) / len(ratios)
+        for model in steps:
+            times_row = {"model": model, "step_ms": times[sizes, model], "score": score}
+            rows.append({**sizes._asdict(), **times_row})
+    return rows
+
+
+def fastest(rows: list[dict]) -> tuple[head.Sizes, float]:
+    """(sizes, score) of the best row."""
+    row = min(rows, key=lambda row: row["score"])
+    return head.Sizes(**{field: row[field] for field in head.Sizes._fields}), row["score"]
 
 
 def sweep(models: list[str], T: int, device: str, repeats: int) -> dict:
     """Forward and backward by sizes: those of the row program, then chunks with the fastest of
-    those. A size's score is its time over the default's, averaged over the models."""
+    those. Scores are relative to the default sizes."""
     cases = {model: make_case(T, *MODELS[model], device) for model in models}
-    steps = {model: ours(None)(case).step for model, case in cases.items()}
-    default, widest = head._sizes(torch.device(device)), max(MODELS[model][1] for model in models)
-
-    def timed(candidates):
-        def run(sizes, model):
-            with sized(sizes):
-                steps[model]()
-
-        runs = {
-            (s, m): lambda s=s, m=m: run(s, m)
-            for s in dict.fromkeys([default, *candidates])
-            for m in models
-        }
-        for once in runs.values():
-            once()  # compiles
-        times = {key: quantiles(ms) for key, ms in interleaved(runs, device, repeats).items()}
-        score = {
-            s: sum(times[s, m]["p50"] / times[default, m]["p50"] for m in models) / len(models)
-            for s, _ in times
-        }
-        return score, [
-            {**s._asdict(), "model": m, "step_ms": ms, "score": score[s]}
-            for (s, m), ms in times.items()
-        ]
-
-    score, rows = timed(
-        [default._replace(block_v=block, num_warps=warps) for block, warps in PROGRAMS[device]]
-    )
-    fastest = min(score, key=score.get)
-    score, chunk_rows = timed(
-        [fastest, *(fastest._replace(chunk_logits=tokens * widest) for tokens in CHUNKS[device])]
-    )
-    best = min(score, key=score.get)
-    better = device == "cuda" and score[best] < 1 - NOISE
+    steps = {model: fused(None)(case).step for model, case in cases.items()}
+    default, widest = head.sizes_on(torch.device(device)), max(MODELS[m][1] for m in models)
+    programs = [default._replace(block_v=block, num_warps=w) for block, w in PROGRAMS[device]]
+    rows = time_sizes([default, *programs], steps, device, repeats)
+    program, _ = fastest(rows)
+    chunks = [program._replace(chunk_logits=tokens * widest) for tokens in CHUNKS[device]]
+    chunk_rows = time_sizes([default, program, *chunks], steps, device, repeats)
+    best, score = fastest(chunk_rows)
+    better = device == "cuda" and score < 1 - NOISE
     return {
         "T": T,
         "rows": rows + chunk_rows,
         "default": default._asdict(),
         "best": best._asdict(),
-        "gain": 1 - score[best],
+        "gain": 1 - score,
         "tuned": f"{torch.cuda.get_device_capability()}: {best}" if better else None,
     }
 
 
-def show_sweep(found: dict) -> None:
-    print(f"\nforward and backward at T = {found['T']} by sizes; score: over the default's time")
+def show_sweep(result: dict) -> None:
+    print(f"\nforward and backward at T = {result['T']} by sizes; score: over the default's time")
     columns = {
         "model": lambda r: r["model"],
         "block": lambda r: str(r["block_v"]),
         "warps": lambda r: str(r["num_warps"]),
         "chunk logits": lambda r: str(r["chunk_logits"]),
-        **{p: lambda r, p=p: number(r, "step_ms", p) for p in ("p20", "p50", "p80")},
+        "p20": lambda r: number(r, "step_ms", "p20"),
+        "p50": lambda r: number(r, "step_ms", "p50"),
+        "p80": lambda r: number(r, "step_ms", "p80"),
         "score": lambda r: number(r, "score", form="{:.3f}"),
     }
-    print(table(sorted(found["rows"], key=lambda r: (r["model"], r["score"])), columns))
-    advice = f"TUNED should say {found['tuned']}" if found["tuned"] else "the default stays"
-    print(f"best: {found['best']}, {found['gain']:.1%} faster; {advice}")
+    print(table(sorted(result["rows"], key=lambda r: (r["model"], r["score"])), columns))
+    advice = f"TUNED should say {result['tuned']}" if result["tuned"] else "the default stays"
+    print(f"best: {result['best']}, {result['gain']:.1%} faster; {advice}")
 
 
 # ---- reporting
 
 
-def number(row, *keys, form="{:.2f}", factor=1.0):
+def number(row: dict | None, *keys: str, form: str = "{:.2f}", factor: float = 1.0) -> str:
+    """A nested number of a row as text, "-" where it has none."""
     for key in keys:
         if row is None or row.get(key) is None:
             return "-"
@@ -561,7 +574,7 @@ COLUMNS = {
 }
 
 
-def show(rows):
+def show(rows: list[dict]) -> None:
     r = rows[0]
     print(f"\n{r['model']}: T = {r['T']}, D = {r['D']}, V = {r['V']}")
     print(table([row for row in rows if "step_ms" in row], COLUMNS))
@@ -570,62 +583,57 @@ def show(rows):
             print(f"skipped {row['contender']}: {row['skipped']}")
 
 
-def plot(rows, where, path):
+def plot(rows: list[dict], where: dict, path: Path) -> None:
     """Time over the bare GEMMs and memory, one column of panels per shape."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shapes = sorted(
-        {(r["model"], r["T"]) for r in rows}, key=lambda s: (list(MODELS).index(s[0]), s[1])
-    )
-    figure, axes = plt.subplots(
-        2, len(shapes), figsize=(4.5 * len(shapes), 8), squeeze=False, layout="constrained"
-    )
+    shapes = list(dict.fromkeys((r["model"], r["T"]) for r in rows))
+    size = (4.5 * len(shapes), 8)
+    figure, axes = plt.subplots(2, len(shapes), figsize=size, squeeze=False, layout="constrained")
     for column, shape in enumerate(shapes):
         timed = [r for r in rows if (r["model"], r["T"]) == shape and "step_ms" in r]
         names = [r["contender"] for r in timed]
-        colors = [
-            "tab:blue" if n.startswith("fused") else "0.6" if n in FLOORS else "tab:orange"
-            for n in names
-        ]
-        panels = (
-            (axes[0][column], [r["step_ratio"] for r in timed], "time / 3 bare GEMMs"),
-            (axes[1][column], [r["peak_bytes"] / 1e9 for r in timed], "peak memory (GB)"),
-        )
-        for axis, values, label in panels:
-            axis.barh(names, values, color=colors)
-            axis.bar_label(axis.containers[0], fmt="%.2f", padding=2, fontsize=7)
-            axis.invert_yaxis()
-            axis.margins(x=0.15)
-            axis.set_xlabel(label)
-            axis.tick_params(labelsize=7)
+        ratios, gigabytes = [r["step_ratio"] for r in timed], [r["peak_bytes"] / 1e9 for r in timed]
+        bars(axes[0][column], names, ratios, "time / 3 bare GEMMs")
+        bars(axes[1][column], names, gigabytes, "peak memory (GB)")
         axes[0][column].set_title(f"{shape[0]}, {shape[1]} tokens")
-    figure.suptitle(
-        f"LM head + Dr. GRPO loss, forward and backward: {where['device']}, torch {where['torch']}"
-    )
+    title = "LM head + Dr. GRPO loss, forward and backward"
+    figure.suptitle(f"{title}: {where['device']}, torch {where['torch']}")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def main():
+def bars(axis, names: list[str], values: list[float], label: str) -> None:
+    axis.barh(names, values, color=[color(name) for name in names])
+    axis.bar_label(axis.containers[0], fmt="%.2f", padding=2, fontsize=7)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_xlabel(label)
+    axis.tick_params(labelsize=7)
+
+
+def color(contender: str) -> str:
+    if contender in FLOORS:
+        return "0.6"
+    return "tab:blue" if contender.startswith("fused") else "tab:orange"
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--models", nargs="+", choices=list(MODELS))
-    parser.add_argument("--tokens", nargs="+", type=int)
-    parser.add_argument(
-        "--only", nargs="+", choices=list(CONTENDERS), help="contenders beside the bare GEMMs"
-    )
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument(
-        "--sweep", action="store_true", help="also time other block and chunk sizes"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cuda", "cpu"], default=default_device)
+    add("--models", nargs="+", choices=list(MODELS))
+    add("--tokens", nargs="+", type=int)
+    add("--only", nargs="+", choices=list(CONTENDERS), help="contenders beside the bare GEMMs")
+    add("--repeats", type=int, default=20)
+    add("--sweep", action="store_true", help="also time other block and chunk sizes")
+    add(
         "--out", type=Path, help="path without suffix; default bench/results/linear_drgrpo_<device>"
     )
     args = parser.parse_args()
@@ -633,31 +641,31 @@ def main():
         parser.error(
             "--device cuda: torch sees no CUDA device; --device cpu runs the torch backend"
         )
-    models, tokens = (
-        args.models or DEFAULTS[args.device][0],
-        args.tokens or DEFAULTS[args.device][1],
-    )
-    names = [
-        name for name in CONTENDERS if not args.only or name in args.only or name == "3 bare GEMMs"
-    ]
+    models, tokens = DEFAULTS[args.device]
+    args.models, args.tokens = args.models or models, args.tokens or tokens
+    chosen = [*(args.only or CONTENDERS), FLOORS[0]]
+    args.names = [name for name in CONTENDERS if name in chosen]
+    return args
+
+
+def main():
+    args = parse_args()
     where = provenance(args.device)
     print(" ".join(f"{key}={value}" for key, value in where.items()))
-    out = (
-        args.out
-        or ROOT / f"bench/results/linear_drgrpo_{where['device'].split(',')[0].replace(' ', '-')}"
-    )
+    device_name = where["device"].split(",")[0].replace(" ", "-")
+    out = args.out or ROOT / f"bench/results/linear_drgrpo_{device_name}"
     result = {"where": where, "repeats": args.repeats, "rows": []}
-    rows = result["rows"]
-    for model in models:
-        for T in tokens:
-            rows += measure(model, T, args.device, names, args.repeats)
-            show(rows[-len(names) :])
+    for model in args.models:
+        for T in args.tokens:
+            rows = measure(model, T, args.device, args.names, args.repeats)
+            show(rows)
+            result["rows"] += rows
             text = write_json(out.with_suffix(".json"), result)
     if args.sweep:
-        result["sweep"] = sweep(models, tokens[0], args.device, args.repeats)
+        result["sweep"] = sweep(args.models, args.tokens[0], args.device, args.repeats)
         show_sweep(result["sweep"])
         text = write_json(out.with_suffix(".json"), result)
-    plot(rows, where, out.with_suffix(".png"))
+    plot(result["rows"], where, out.with_suffix(".png"))
     print(f"\nwrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
     print(text)
 

@@ -1,13 +1,12 @@
-"""What can be said about the row kernel without a GPU: compiled for sm_80, sm_90 and sm_100, read
-from the machine code.
+"""Facts about the row kernel without a GPU, read from machine code for sm_80, sm_90 and sm_100.
 
     python -m bench.static_report [--arch 80 90 100] [--json PATH]
 
 Per variant and architecture: registers, spilled bytes, shared memory, the narrowest global load and
 store of the sweeps over the vocabulary, ex2 instructions and all instructions per element. Then
-bytes and FLOPs of the whole head against the minimum, and a prediction of its time. The predictions
-assume the rates in DEVICES, which are not measured here; the counts are facts. Exit status 1 if a
-rule of RULES is broken; the last line is JSON.
+bytes and FLOPs of the whole head against the minimum, and a prediction of its time. The counts are
+facts. The predictions assume the rates in DEVICES, which are not measured here. The exit status is
+1 if a rule of RULES is broken. The last line is JSON.
 """
 
 import argparse
@@ -18,9 +17,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from bench.harness import table
 
 RULES = (
     "no spills, no stack",
@@ -31,9 +32,10 @@ RULES = (
 )
 
 BF16 = dict(z="bf16", dz="bf16")
+FLAGS = dict(LOSS=True, GRAD=True, HAS_OLD=False, HAS_SAMPLER=False, HAS_REF=False)
 VARIANTS = {  # what differs in the sweeps; the flags of the per-token part do not
     "on-policy": BF16,
-    "off-policy, TIS, k3": BF16 | dict(HAS_OLD=True, HAS_SAMPLER=True, KL=3),
+    "off-policy, TIS, k3": BF16 | dict(HAS_OLD=True, HAS_SAMPLER=True, HAS_REF=True),
     "fp16": dict(z="fp16", dz="fp16", HAS_OLD=True),
     "fp32": dict(z="fp32", dz="fp32", HAS_OLD=True),
     "fp32 logits, bf16 gradient": dict(z="fp32", dz="bf16", HAS_OLD=True),
@@ -46,7 +48,7 @@ VARIANTS = {  # what differs in the sweeps; the flags of the per-token part do n
 
 @dataclass(frozen=True)
 class Sweep:
-    """One loop over the vocabulary, in SASS. `elements` are those of one thread in one turn."""
+    """One loop over the vocabulary, in SASS. `elements` counts those of one thread in one turn."""
 
     kind: str  # "read", "read+write", "write"
     elements: int
@@ -66,9 +68,14 @@ class Compiled:
     shared_bytes: int
     sweeps: tuple[Sweep, ...]
 
-    def broken_rules(self, num_warps):
+    def main_sweeps(self) -> dict[str, Sweep]:
+        """The widest sweep of each kind: the unrolled loop and not its remainder."""
+        return {s.kind: s for s in sorted(self.sweeps, key=lambda s: s.elements)}
+
+    def broken_rules(self, num_warps: int) -> list[str]:
         """The rules that this binary breaks, in words."""
-        widths = [w for s in self.sweeps for w in (s.load_bits, s.store_bits) if w]
+        loads, stores = [s.load_bits for s in self.sweeps], [s.store_bits for s in self.sweeps]
+        widths = [width for width in loads + stores if width]
         shared_row = VARIANTS[self.variant]["z"] != VARIANTS[self.variant]["dz"]
         programs = 65_536 // (self.registers * 32 * num_warps)
         checks = (
@@ -85,48 +92,40 @@ class Compiled:
         ]
 
 
-def compile_row_kernel(
-    arch, z, dz, LOSS=True, GRAD=True, HAS_OLD=False, HAS_SAMPLER=False, KL=0, odd=False
-):
-    """The cubin that the launcher's arguments lead to: the logits and their row stride are
-    multiples of 16, as is V unless `odd`; nothing is assumed of the per-token tensors."""
+def compile_row_kernel(arch: int, z: str, dz: str, odd: bool = False, **flags: bool) -> bytes:
+    """The cubin that the launcher's arguments lead to. The logits and their row stride are
+    multiples of 16, as is V unless `odd`. Nothing is assumed of the per-token tensors."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from drgrpo.kernels import linear_drgrpo as head
 
-    kernel = head._drgrpo_row_kernel
-    constants = dict(
-        LOSS=LOSS, GRAD=GRAD, HAS_OLD=HAS_OLD, HAS_SAMPLER=HAS_SAMPLER, KL=KL, SHARED_ROW=z != dz
-    )
-    sizes = head.sizes_of(divmod(arch, 10))
-    constants |= dict(BLOCK_V=sizes.block_v)
+    kernel, sizes = head._drgrpo_row_kernel, head.sizes_of(divmod(arch, 10))
+    constants = FLAGS | flags | dict(SHARED_ROW=z != dz, BLOCK_V=sizes.block_v)
     pointers = dict(z_ptr=z, dz_ptr=dz, target_ptr="i64", clipped_ptr="i8")
     integers = ("V", "stride_z", "stride_dz", "stride_stat")
-    multiples = {"z_ptr", "dz_ptr", "stride_z", "stride_dz", "V"} - ({"V"} if odd else set())
-    signature, aligned = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        pointer = name.endswith("_ptr")
-        signature[name] = (
-            "constexpr"
-            if name in constants
-            else f"*{pointers.get(name, 'fp32')}"
-            if pointer
-            else "i32"
-            if name in integers
-            else "fp32"
-        )
-        if name in multiples:
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": sizes.num_warps}
-    ).asm["cubin"]
+
+    def type_of(name):
+        if name in constants:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            return f"*{pointers.get(name, 'fp32')}"
+        return "i32" if name in integers else "fp32"
+
+    index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    multiples = ["z_ptr", "dz_ptr", "stride_z", "stride_dz"] + ([] if odd else ["V"])
+    source = ASTSource(
+        kernel,
+        signature={name: type_of(name) for name in kernel.arg_names},
+        constexprs={index[name]: value for name, value in constants.items()},
+        attrs={index[name]: [["tt.divisibility", 16]] for name in multiples},
+    )
+    target, options = GPUTarget("cuda", arch, 32), {"num_warps": sizes.num_warps}
+    return triton.compile(source, target=target, options=options).asm["cubin"]
 
 
-def disassemble(cubin):
+def disassemble(cubin: bytes) -> tuple[str, str]:
     """(resource usage, SASS) from the tools in Triton's wheel."""
     import triton
 
@@ -134,20 +133,18 @@ def disassemble(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = (
-            [tools / "cuobjdump", "--dump-resource-usage", file.name],
-            [tools / "nvdisasm", "-c", file.name],
-        )
-        return [
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            for command in commands
-        ]
+        usage = output_of(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        return usage, output_of(tools / "nvdisasm", "-c", file.name)
 
 
-def loops(sass):
+def output_of(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def loops(sass: str) -> list[list[tuple[str, str]]]:
     """The instructions [(opcode, operands)] of every innermost loop: from the label of a backward
     branch to that branch."""
-    code, labels, found = [], {}, []
+    code, labels, spans = [], {}, []
     for line in sass.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
@@ -156,62 +153,58 @@ def loops(sass):
     for i, (opcode, operands) in enumerate(code):
         target = re.search(r"\((\.L_x_\d+)\)", operands)
         if opcode.startswith("BRA") and target and labels.get(target[1], i + 1) <= i:
-            found.append((labels[target[1]], i + 1))
-    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
-    return [code[start:end] for start, end in inner]
+            spans.append((labels[target[1]], i + 1))
+
+    def innermost(span):
+        return not any(a != span and span[0] <= a[0] and a[1] <= span[1] for a in spans)
+
+    return [code[start:end] for start, end in filter(innermost, spans)]
 
 
-def bits(opcode):
+def bits(opcode: str) -> int:
     """Width of a global load or store: LDG.E.EL.128, STG.E.U16, LDG.E (32)."""
     if width := re.search(r"\.(64|128|256)\b", opcode):
         return int(width[1])
-    return 8 if re.search(r"\.[US]8\b", opcode) else 16 if re.search(r"\.[US]16\b", opcode) else 32
+    if narrow := re.search(r"\.[US](8|16)\b", opcode):
+        return int(narrow[1])
+    return 32
 
 
-def sweeps(sass, element_bits):
-    """The loops that touch global memory. Widths are in bits of the logits' type, `element_bits` =
-    (z, dz)."""
-    found = []
-    for loop in loops(sass):
-        loads = [bits(op) for op, _ in loop if op.startswith("LDG")]
-        stores = [bits(op) for op, _ in loop if op.startswith("STG")]
-        if not loads and not stores:
-            continue
-        elements = sum(loads) // element_bits[0] if loads else sum(stores) // element_bits[1]
-        counts = Counter(op for op, _ in loop)
-        kind = "read+write" if loads and stores else "read" if loads else "write"
-        per_element = [len(loop) / elements, counts["MUFU.EX2"] / elements]
-        barriers = sum(op.startswith("BAR") for op, _ in loop)
-        found.append(
-            Sweep(
-                kind,
-                elements,
-                *per_element,
-                min(loads, default=0),
-                min(stores, default=0),
-                barriers,
-            )
-        )
-    return tuple(found)
+def sweep_of(loop: list[tuple[str, str]], z_bits: int, dz_bits: int) -> Sweep | None:
+    """The sweep that a loop is; None if it touches no global memory."""
+    opcodes = [opcode for opcode, _ in loop]
+    loads = [bits(opcode) for opcode in opcodes if opcode.startswith("LDG")]
+    stores = [bits(opcode) for opcode in opcodes if opcode.startswith("STG")]
+    if not loads and not stores:
+        return None
+    elements = sum(loads) // z_bits if loads else sum(stores) // dz_bits
+    return Sweep(
+        kind="read+write" if loads and stores else "read" if loads else "write",
+        elements=elements,
+        instructions_per_element=len(loop) / elements,
+        ex2_per_element=opcodes.count("MUFU.EX2") / elements,
+        load_bits=min(loads, default=0),
+        store_bits=min(stores, default=0),
+        barriers=sum(opcode.startswith("BAR") for opcode in opcodes),
+    )
 
 
-def inspect(variant, arch):
+def sweeps(sass: str, z_bits: int, dz_bits: int) -> tuple[Sweep, ...]:
+    """The loops that touch global memory, whose elements have these widths."""
+    return tuple(s for loop in loops(sass) if (s := sweep_of(loop, z_bits, dz_bits)))
+
+
+def inspect(variant: str, arch: int) -> Compiled:
     """Compiles one variant and reads it."""
     options = VARIANTS[variant]
     usage, sass = disassemble(compile_row_kernel(arch, **options))
     registers, stack, shared = (
         int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "SHARED")
     )
-    local = sum(bits(op) // 8 for op in re.findall(r"\b(?:LDL|STL)[\w.]*", sass))
-    size = {"bf16": 16, "fp16": 16, "fp32": 32}
-    return Compiled(
-        variant,
-        arch,
-        registers,
-        stack + local,
-        shared,
-        sweeps(sass, (size[options["z"]], size[options["dz"]])),
-    )
+    local = sum(bits(opcode) // 8 for opcode in re.findall(r"\b(?:LDL|STL)[\w.]*", sass))
+    z_bits, dz_bits = (int(options[name].strip("bfp")) for name in ("z", "dz"))
+    swept = sweeps(sass, z_bits, dz_bits)
+    return Compiled(variant, arch, registers, stack + local, shared, swept)
 
 
 # ---- bytes, FLOPs, predictions
@@ -236,36 +229,39 @@ DEVICES = (
 SHAPES = {"7B": (3584, 152_064), "1.5B": (1536, 151_936)}
 
 
-def cost(T, D, V, chunk, logit_bytes=2):
-    """FLOPs, bytes and memory of loss and gradients, bf16 inputs. `minimum`: inputs read once,
-    gradients written once."""
-    chunks = math.ceil(T / chunk)
+def cost(T: int, D: int, V: int, chunk: int, logit_bytes: int = 2) -> dict[str, int]:
+    """FLOPs, bytes and memory of loss and gradients, bf16 inputs. The minimum reads inputs once and
+    writes gradients once. In the best case the second sweep reads from the L2 cache. dW is read,
+    added to and written in fp32 per chunk, and cast at the end. dX is multiplied by the upstream
+    scalar."""
+    later_chunks = math.ceil(T / chunk) - 1
     return {
         "flops": 6 * T * V * D,
         "minimum_bytes": 2 * (T * D + V * D) * 2,
-        "logits_bytes_best": T * V * (logit_bytes + 2),  # the second sweep reads from the L2 cache
+        "logits_bytes_best": T * V * (logit_bytes + 2),
         "logits_bytes_worst": T * V * (2 * logit_bytes + 2),
-        "dweight_bytes": (chunks - 1) * 8 * V * D
-        + (4 + 2) * V * D,  # fp32 read-modify-write per chunk, cast at the end
-        "dhidden_bytes": 4 * T * D,  # times the upstream scalar
+        "dweight_bytes": later_chunks * 8 * V * D + (4 + 2) * V * D,
+        "dhidden_bytes": 4 * T * D,
         "peak_memory": max(chunk * V * logit_bytes + 4 * V * D, 6 * V * D) + 2 * T * D,
         "naive_memory": 2 * T * V * 3 + 2 * V * D + 2 * T * D,
     }
 
 
-def predict(device, T, D, V, chunk, instructions):
-    """Milliseconds of loss and gradients, and of log-probs alone. `instructions` per element:
-    (first sweep, second)."""
+def predict(
+    device: Device, T: int, D: int, V: int, chunk: int, instructions: tuple[float, float]
+) -> dict:
+    """Milliseconds of loss and gradients, and of log-probs alone, with bf16 logits unless named.
+    `instructions` per element: (first sweep, second). A sweep takes the longer of its memory and
+    its instructions."""
     c = cost(T, D, V, chunk)
     gemm = 2 * T * V * D / device.flops
-    issue = T * V / (device.lanes * device.clock)  # seconds for one instruction per element
+    first, second = (n * T * V / (device.lanes * device.clock) for n in instructions)
+    memory = {n: n * T * V / device.bandwidth for n in (2, 4)}  # n bytes a logit
+    cached = c["logits_bytes_best"] / device.bandwidth
     other = (c["dweight_bytes"] + c["dhidden_bytes"]) / device.bandwidth
-    first, second = instructions
-    best = max(c["logits_bytes_best"] / device.bandwidth, issue * (first + second))
-    worst = max(2 * T * V / device.bandwidth, issue * first) + max(
-        4 * T * V / device.bandwidth, issue * second
-    )
-    read = {bytes_: max(bytes_ * T * V / device.bandwidth, issue * first) for bytes_ in (2, 4)}
+    best = max(cached, first + second) + other
+    worst = max(memory[2], first) + max(memory[4], second) + other
+    fp32_read = max(memory[4], first) + memory[2]  # the GEMM writes 2 bytes more, too
     return {
         "device": device.name,
         "T": T,
@@ -273,68 +269,89 @@ def predict(device, T, D, V, chunk, instructions):
         "V": V,
         "chunk": chunk,
         "three_gemms_ms": 3e3 * gemm,
-        "best_ms": 1e3 * (3 * gemm + best + other),
-        "worst_ms": 1e3 * (3 * gemm + worst + other),
-        "best_ratio": 1 + (best + other) / (3 * gemm),
-        "worst_ratio": 1 + (worst + other) / (3 * gemm),
-        "logprob_bf16_ratio": 1 + read[2] / gemm,
-        "logprob_fp32_ratio": 1
-        + (read[4] + 2 * T * V / device.bandwidth) / gemm,  # and 2 more bytes written by the GEMM
-        "row_kernel_issue_share": issue
-        * (first + second)
-        / (c["logits_bytes_best"] / device.bandwidth),
+        "best_ms": 1e3 * (3 * gemm + best),
+        "worst_ms": 1e3 * (3 * gemm + worst),
+        "best_ratio": 1 + best / (3 * gemm),
+        "worst_ratio": 1 + worst / (3 * gemm),
+        "logprob_bf16_ratio": 1 + max(memory[2], first) / gemm,
+        "logprob_fp32_ratio": 1 + fp32_read / gemm,
+        "row_kernel_issue_share": (first + second) / cached,
     }
 
 
 # ---- the report
 
 
-def table(compiled):
-    print("sweeps over the vocabulary: load/store bits, ex2 per element, instructions per element")
-    print(f"{'variant':28} {'arch':6} {'regs':>4} {'spill':>5} {'smem':>5}")
-    for c in compiled:
-        main = {
-            s.kind: s for s in sorted(c.sweeps, key=lambda s: s.elements)
-        }  # the unrolled loop, not its remainder
-        columns = [
-            f"{s.kind} {s.load_bits}/{s.store_bits}, {s.ex2_per_element:g}, {s.instructions_per_element:.1f}"
-            for s in main.values()
-        ]
-        text = "   ".join(columns)
-        print(
-            f"{c.variant:28} sm_{c.arch:<3} {c.registers:4} {c.spill_bytes:5} {c.shared_bytes:5}   {text}"
-        )
+def sweep_column(kind: str) -> Callable[[Compiled], str]:
+    def show(compiled: Compiled) -> str:
+        s = compiled.main_sweeps().get(kind)
+        if s is None:
+            return "-"
+        counts = f"{s.ex2_per_element:g}, {s.instructions_per_element:.1f}"
+        return f"{s.load_bits}/{s.store_bits}, {counts}"
+
+    return show
 
 
-def report(arches):
+SWEEP_COLUMNS = {
+    "variant": lambda c: c.variant,
+    "arch": lambda c: f"sm_{c.arch}",
+    "regs": lambda c: str(c.registers),
+    "spill": lambda c: str(c.spill_bytes),
+    "smem": lambda c: str(c.shared_bytes),
+    "read": sweep_column("read"),
+    "read+write": sweep_column("read+write"),
+    "write": sweep_column("write"),
+}
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+COST_COLUMNS = {
+    "head": lambda row: row[0],
+    "TFLOP": lambda row: f"{row[1]['flops'] / 1e12:.1f}",
+    "logits GB, best": lambda row: gigabytes(row[1]["logits_bytes_best"]),
+    "worst": lambda row: gigabytes(row[1]["logits_bytes_worst"]),
+    "dW GB": lambda row: gigabytes(row[1]["dweight_bytes"]),
+    "in and out GB, minimum": lambda row: gigabytes(row[1]["minimum_bytes"]),
+    "memory GB": lambda row: gigabytes(row[1]["peak_memory"]),
+    "naive": lambda row: gigabytes(row[1]["naive_memory"]),
+}
+PREDICTION_COLUMNS = {
+    "head": lambda p: p["model"],
+    "device": lambda p: p["device"],
+    "3 GEMMs ms": lambda p: f"{p['three_gemms_ms']:.0f}",
+    "fused ms": lambda p: f"{p['best_ms']:.0f} to {p['worst_ms']:.0f}",
+    "/ 3 GEMMs": lambda p: f"{p['best_ratio']:.2f} to {p['worst_ratio']:.2f}",
+    "log-prob / GEMM": lambda p: f"{p['logprob_bf16_ratio']:.2f}",
+    "fp32 logits": lambda p: f"{p['logprob_fp32_ratio']:.2f}",
+    "instructions / memory time": lambda p: f"{p['row_kernel_issue_share']:.0%}",
+}
+
+
+def report(arches: list[int]) -> dict:
+    """Compiles every variant for every architecture, predicts, and prints tables of both."""
     from drgrpo.kernels import linear_drgrpo as head
 
     compiled = [inspect(variant, arch) for variant in VARIANTS for arch in arches]
-    table(compiled)
     sizes = {arch: head.sizes_of(divmod(arch, 10)) for arch in arches}
     broken = [rule for c in compiled for rule in c.broken_rules(sizes[c.arch].num_warps)]
-    main = {s.kind: s for s in sorted(compiled[0].sweeps, key=lambda s: s.elements)}
-    instructions = [main[kind].instructions_per_element for kind in ("read", "read+write")]
-    T, predictions, costs = 16_384, [], {}
-    print(
-        "\nloss and gradients, bf16, T = 16384, 4096-token chunks: prediction against three bare GEMMs"
-    )
-    for name, (D, V) in SHAPES.items():
-        costs[name] = c = cost(T, D, V, 4096)
-        print(
-            f"{name:5} {c['flops'] / 1e12:.1f} TFLOP; logits {c['logits_bytes_best'] / 1e9:.1f} to "
-            f"{c['logits_bytes_worst'] / 1e9:.1f} GB, dW {c['dweight_bytes'] / 1e9:.1f} GB, inputs and gradients at least "
-            f"{c['minimum_bytes'] / 1e9:.1f} GB; memory {c['peak_memory'] / 1e9:.2f} GB (naive {c['naive_memory'] / 1e9:.1f})"
-        )
+    main = compiled[0].main_sweeps()
+    instructions = tuple(main[kind].instructions_per_element for kind in ("read", "read+write"))
+    T, chunk = 16_384, 4096
+    costs = {model: cost(T, D, V, chunk) for model, (D, V) in SHAPES.items()}
+    predictions = []
+    for model, (D, V) in SHAPES.items():
         for device in DEVICES:
-            p = predict(device, T, D, V, 4096, instructions)
-            predictions.append({"model": name} | p)
-            print(
-                f"      {device.name}: {p['best_ms']:.0f} to {p['worst_ms']:.0f} ms = {p['best_ratio']:.2f} to "
-                f"{p['worst_ratio']:.2f} of {p['three_gemms_ms']:.0f} ms; log-prob alone {p['logprob_bf16_ratio']:.2f} of one "
-                f"GEMM (fp32 logits {p['logprob_fp32_ratio']:.2f}); instructions take {p['row_kernel_issue_share']:.0%} of the "
-                "row kernel's memory time"
-            )
+            predictions.append({"model": model} | predict(device, T, D, V, chunk, instructions))
+
+    print("sweeps over the vocabulary: load/store bits, ex2 per element, instructions per element")
+    print(table(compiled, SWEEP_COLUMNS))
+    print(f"\nloss and gradients, bf16, T = {T}, chunks of {chunk} tokens: cost and prediction")
+    print(table(list(costs.items()), COST_COLUMNS))
+    print(table(predictions, PREDICTION_COLUMNS))
     for rule in broken:
         print("BROKEN", rule)
     return {
@@ -346,28 +363,24 @@ def report(arches):
     }
 
 
+def run_without_interpreter() -> int:
+    """Runs this command in a fresh process: TRITON_INTERPRET decides what @triton.jit is when
+    triton is imported."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.static_report", *sys.argv[1:]]
+    return subprocess.run(command, env=env).returncode
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--arch",
-        type=int,
-        nargs="+",
-        default=[80, 90, 100],
-        help="compute capabilities, 90 for sm_90",
-    )
+    arches = dict(type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--arch", **arches, help="compute capabilities, 90 for sm_90")
     parser.add_argument("--json", type=Path, help="also write the report there")
     args = parser.parse_args()
-    if (
-        os.environ.get("TRITON_INTERPRET", "0") != "0"
-    ):  # decides what @triton.jit is at import, so a fresh process it is
-        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        sys.exit(
-            subprocess.run(
-                [sys.executable, "-m", "bench.static_report", *sys.argv[1:]], env=env
-            ).returncode
-        )
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        sys.exit(run_without_interpreter())
     result = report(args.arch)
     text = json.dumps(result)
     if args.json:

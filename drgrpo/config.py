@@ -1,65 +1,33 @@
-"""Every knob of the trainer, the recipes, and the command line made from them.
+"""Every setting of the trainer, and the recipes.
 
-A field is one line here and one flag of `train.py`; its docstring is its `--help`. A recipe is a
-function that returns a `Config`; `--field value` overrides it. The object that is printed, saved
-and compared on resume is the object that is used.
+A field is one flag of `train.py`, and the string under it is the flag's `--help`. A recipe is a
+function that returns a `Config`. `--field value` overrides it. The object that is logged, saved
+and compared on resume is the object that is used. This file imports no torch, so that a mistake
+on the command line is answered at once.
 """
 
-import argparse
-import ast
-import difflib
 import inspect
+import json
 import math
-import re
-from dataclasses import MISSING, dataclass, fields, replace
-from itertools import pairwise
-from typing import get_type_hints
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
-from drgrpo.advantage import DIVIDE_BY_LENGTH
-from drgrpo.types import UserError
+from drgrpo.run.cli import Parser, flag
+from drgrpo.templates import get_template
+from drgrpo.types import UserError, check_name
 
-CHOICES = {
-    "algo": ("drgrpo", "grpo", "grpo_length", "grpo_std", "rloo", "dapo"),
-    "engine": ("auto", "torch", "vllm"),
-    "old_logprob": ("sampler", "recompute", "none"),
-    "dtype": ("float32", "bfloat16"),
-    "attention": ("auto", "flash_attn", "varlen", "sdpa"),
-    "kernel": ("auto", "triton", "torch"),
-    "checkpointing": ("none", "selective", "full"),
-    "sleep": ("auto", "on", "off"),
-    "resume": ("auto", "never"),
-}
+MAY_CHANGE_ON_RESUME = (
+    *("out", "steps", "eval_every", "save_every", "keep", "max_hours", "resume", "parity"),
+    *("tensorboard", "wandb", "watchdog_minutes", "dry_run", "attention", "kernel"),
+    *("checkpointing", "compile", "dp_replicate", "tokens_per_microbatch", "sleep"),
+    *("kv_cache_gb", "sampler_batch", "drop_zero_advantage"),
+)
+"""A resumed run may change these fields. They decide when and how things are computed, and what is
+learned stays the same up to rounding."""
 
-MAY_CHANGE_ON_RESUME = {
-    "out",
-    "steps",
-    "eval_every",
-    "save_every",
-    "keep",
-    "samples_logged",
-    "budget_hours",
-    "max_hours",
-    "cache_dir",
-    "resume",
-    "dump_rollouts",
-    "tensorboard",
-    "wandb",
-    "watchdog_minutes",
-    "dry_run",
-    "print_config",
-    "attention",
-    "kernel",
-    "checkpointing",
-    "compile",
-    "dp_replicate",
-    "tokens_per_microbatch",
-    "sleep",
-    "kv_cache_gb",
-    "sampler_batch",
-    "drop_zero_advantage",
-}
-"""Fields that a resumed run may set anew: they change when and how things are computed, not what is
-learned, up to rounding."""
+TOKENS_WEIGHED = ("grpo", "grpo_length", "dapo")
+"""Objectives whose tokens do not all weigh the same: see `drgrpo.advantage.token_weight`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,46 +37,39 @@ class Config:
     out: str = ""
     """folder of the run (default: runs/RECIPE)"""
     seed: int = 0
-    """seeds the warm-up, the order of the data and, with step, problem and sample, every rollout"""
+    """seed of the warm-up, the data order and, with step, problem and sample, of every rollout"""
 
     # model
     model: str = ""
-    """Hugging Face folder or hub name of the policy to start from; `tiny` builds and warms up a 0.1
-    M parameter one"""
-    dtype: str = "bfloat16"
-    """compute type of the policy and of the sampler; master weights and optimizer state are
-    float32"""
-    attention: str = "auto"
-    """attention over packed sequences: flash_attn (package), varlen (PyTorch's FlashAttention-2),
-    sdpa (padded, exact)"""
-    kernel: str = "auto"
-    """backend of the fused LM head and loss: triton on CUDA, torch elsewhere, unless named"""
-    checkpointing: str = "full"
-    """activations: none recomputed, all but matmul outputs (selective), or whole blocks (full) in
-    the backward pass"""
+    """Hugging Face folder or hub name of the initial policy; `tiny` builds a 0.1 M parameter one"""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """compute type of policy and sampler; master weights and optimizer state are float32"""
+    attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
+    """packed attention: flash_attn (package), varlen (in PyTorch, CUDA only), sdpa (anywhere)"""
+    kernel: Literal["auto", "triton", "torch"] = "auto"
+    """backend of the fused LM head and loss; auto is triton on CUDA and torch elsewhere"""
+    checkpointing: Literal["none", "selective", "full"] = "full"
+    """activations recomputed in the backward pass: none, all but matmul outputs, or whole blocks"""
     compile: bool = False
     """torch.compile every block"""
 
     # data
     train_data: str = ""
-    """.jsonl, .json or .parquet file, `save_to_disk` folder, hub name `name[:split]`, or a named
-    set"""
+    """.jsonl, .json or .parquet file, `save_to_disk` folder, hub name `name[:split]`, named set"""
     eval_data: str = ""
-    """comma-separated sources of the in-loop evaluation, each as for train_data; empty: none"""
+    """comma-separated sources of the evaluation during training, each as for train_data"""
     problem_field: str = "problem"
     """column of the question"""
     answer_field: str = "answer"
     """column of the ground truth"""
     template: str = "qwen_math"
-    """how a question becomes a prompt and where the answer is looked for: see
-    drgrpo/templates.py"""
+    """how a question becomes a prompt and where the answer stands: see drgrpo/templates.py"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped, and counted"""
 
     # rollout
-    engine: str = "auto"
-    """sampler: vllm, or torch (KV-cache sampler in plain PyTorch); auto is vllm on CUDA, torch
-    elsewhere"""
+    engine: Literal["auto", "torch", "vllm"] = "auto"
+    """sampler: vllm, or torch (plain PyTorch with a KV cache); auto is vllm on CUDA"""
     prompts_per_step: int = 128
     """P, prompts per rollout phase, over all processes"""
     group_size: int = 8
@@ -116,43 +77,33 @@ class Config:
     max_new_tokens: int = 3000
     """generation budget of a response, and the constant C that Dr. GRPO divides by"""
     temperature: float = 1.0
-    """sampling temperature of the rollouts; the trainer's log-probs use the same"""
-    top_p: float = 1.0
-    """only 1: anything less would sample from another distribution than the one that is trained"""
-    top_k: int = -1
-    """only -1, for the same reason"""
+    """sampling temperature of rollouts; the trainer's log-probs use the same"""
     sampler_batch: int = 256
     """sequences that a sampler runs at once, per process"""
     kv_cache_gb: float = 0.0
-    """GB of vLLM's key-value cache per process; 0: what the memory ledger leaves, or 0.25 without a
-    GPU"""
+    """GB of vLLM's KV cache per process; 0: what the memory ledger leaves, or 0.25 without a GPU"""
     tp: int = 1
     """processes that share one vLLM engine, for models that one GPU cannot sample"""
-    sleep: str = "auto"
-    """vLLM gives its memory back while training (on), stays resident (off), or the memory ledger
-    decides"""
+    sleep: Literal["auto", "on", "off"] = "auto"
+    """vLLM frees its memory during training (on), keeps it (off), or the memory ledger decides"""
 
     # algorithm
-    algo: str = "drgrpo"
-    """drgrpo, or for comparison grpo, its length or its std term alone, rloo, dapo: the same
-    kernel, rescaled advantages"""
+    algo: Literal["drgrpo", "grpo", "grpo_length", "grpo_std", "rloo", "dapo"] = "drgrpo"
+    """objective; grpo_length and grpo_std are Dr. GRPO with one of GRPO's two divisions put back"""
     minibatches: int = 8
     """optimizer steps per rollout phase"""
     clip_low: float = 0.2
     """the ratio is clipped to [1 - clip_low, 1 + clip_high]"""
     clip_high: float = 0.2
     """see clip_low"""
-    old_logprob: str = "recompute"
-    """denominator of the ratio: the sampler's log-probs, a no-grad pass of the trainer (the paper),
-    or none (ratio = 1)"""
+    old_logprob: Literal["sampler", "recompute", "none"] = "recompute"
+    """denominator of the ratio: log-probs of sampler or trainer (the paper), or none (ratio 1)"""
     tis_cap: float = 0.0
-    """truncated importance sampling: weight min(old / sampler, tis_cap) on every token; 0: off"""
+    """truncated importance sampling: every token weighs min(old / sampler, tis_cap); 0: off"""
     kl_coef: float = 0.0
-    """weight of a KL penalty (k3) to the starting model, which is then kept; the paper has none.
-    Not with grpo or dapo"""
+    """weight of a KL penalty (k3) to the initial policy; the paper has none"""
     drop_zero_advantage: bool = True
-    """leave responses out of the training pass whose advantage is zero: exact, they have no
-    gradient"""
+    """skip responses whose advantage is zero in training; exact, they have no gradient"""
 
     # optimizer (AdamW)
     lr: float = 1e-6
@@ -168,106 +119,81 @@ class Config:
     max_grad_norm: float = 1.0
     """global gradient-norm clip"""
     tokens_per_microbatch: int = 16384
-    """packed tokens of one forward and backward pass, per process; a longer sequence goes alone"""
+    """packed tokens of a forward and backward pass, per process; a longer sequence runs alone"""
 
     # processes
     dp_replicate: int = 1
-    """HSDP: copies of the sharded model, such as the number of nodes; 1 shards over all
-    processes"""
+    """HSDP: copies of the sharded model, such as one a node; 1 shards over all processes"""
     watchdog_minutes: float = 60.0
-    """a phase that takes longer ends the run, after every process has said where it hangs. 0:
-    never"""
+    """a longer phase ends the run, after every process has logged where it hangs; 0: never"""
 
     # run
     steps: int = 500
     """rollout phases"""
     eval_every: int = 16
-    """steps between evaluations; also before the first step and after the last. 0: only those
-    two"""
+    """steps between evaluations; also before the first and after the last step; 0: only those"""
     eval_samples: int = 0
-    """evaluate also with this many samples per problem at the training temperature, next to the
-    greedy answer"""
+    """samples per problem at the training temperature, in addition to the greedy answer"""
     save_every: int = 50
-    """steps between checkpoints; also after the last step. 0: only then"""
+    """steps between checkpoints; also after the last step; 0: only then"""
     keep: int = 2
     """newest checkpoints that are kept"""
-    resume: str = "auto"
-    """auto: go on from the newest whole checkpoint in --out, if there is one; never: refuse a
-    folder that has one"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: continue from the newest intact checkpoint in --out; never: stop if --out has one"""
     max_hours: float = 0.0
-    """save and stop after this many hours of this process's life, as on SIGTERM and SIGUSR1. 0: no
-    limit"""
-    samples_logged: int = 4
-    """responses per step written to samples.jsonl"""
-    parity_mean: float = 0.0
-    """stop when trainer and sampler disagree by more than this many nats on average (0: by dtype,
-    see drgrpo/parity.py)"""
-    parity_max: float = 0.0
-    """stop when they disagree by more than this on one token (0: by dtype)"""
-    budget_hours: float = 27.0
-    """the step line shows the hours used of this budget"""
-    cache_dir: str = "runs/warmup"
-    """where warmed-up tiny models are kept, by their inputs"""
+    """save and stop after so many hours of this process, as on SIGTERM and SIGUSR1; 0: no limit"""
+    parity: Literal["stop", "warn"] = "stop"
+    """what to do when the log-probs of trainer and sampler differ: see drgrpo/parity.py"""
     tensorboard: bool = False
     """write the metrics to OUT/tensorboard too"""
     wandb: str = ""
     """Weights & Biases project to write the metrics to"""
-
-    # debug
-    print_config: bool = False
-    """show the resolved config and stop"""
     dry_run: bool = False
-    """run the longest possible micro-batch and one step, show memory and projected hours, and stop
-    without a trace"""
-    dump_rollouts: bool = False
-    """write every step's rollouts to OUT/rollouts/"""
-    replay: str = ""
-    """folder of dumped rollouts to train on instead of sampling"""
+    """train on the longest possible micro-batch, log memory and projected hours, and stop"""
 
-    def __post_init__(self):
-        for name, choices in CHOICES.items():
-            check_name(f"--{flag(name)}", getattr(self, name), choices)
-        for name in (
-            "prompts_per_step",
-            "group_size",
-            "max_new_tokens",
-            "minibatches",
-            "sampler_batch",
-            "steps",
-            "max_prompt_tokens",
-            "tokens_per_microbatch",
-            "keep",
-            "temperature",
-            "lr",
-        ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{flag(name)} {getattr(self, name)} must be a positive number")
-        if self.top_p != 1 or self.top_k != -1:
-            raise UserError(
-                f"--top-p {self.top_p} --top-k {self.top_k} would sample from a truncated distribution, while ratios and "
-                "gradients are those of the whole one: leave them at 1 and -1"
-            )
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        get_template(self.template)
         if self.group_size < 2:
             raise UserError(
-                "--group-size 1 leaves no group to compare with: every advantage would be 0; use 2 or more"
+                "--group-size 1 leaves no group to compare with, and every advantage would be 0; "
+                "use 2 or more"
             )
         if self.rollouts_per_step % self.minibatches:
             nearest = nearest_divisors(self.rollouts_per_step, self.minibatches)
             raise UserError(
-                f"{self.rollouts_per_step} rollouts per step (--prompts-per-step {self.prompts_per_step} x --group-size "
-                f"{self.group_size}) do not divide into --minibatches {self.minibatches}; "
-                f"try --minibatches {' or '.join(map(str, nearest))}"
+                f"{self.rollouts_per_step} rollouts per step (--prompts-per-step "
+                f"{self.prompts_per_step} x --group-size {self.group_size}) do not divide into "
+                f"--minibatches {self.minibatches}; try --minibatches {' or '.join(nearest)}"
             )
         if self.old_logprob == "none" and self.minibatches > 1:
             raise UserError(
-                f"--old-logprob none is exact only with one update per rollout, not with --minibatches {self.minibatches}; "
-                "use --minibatches 1, or --old-logprob sampler or recompute"
+                "--old-logprob none is exact only with one update per rollout, not with "
+                f"--minibatches {self.minibatches}; use --minibatches 1, or --old-logprob sampler "
+                "or recompute"
             )
-        if self.kl_coef and self.algo in (*DIVIDE_BY_LENGTH, "dapo"):
+        if self.kl_coef and self.algo in TOKENS_WEIGHED:
             raise UserError(
-                f"--kl-coef {self.kl_coef} with --algo {self.algo}: the penalty would be divided by B x max_new_tokens and not "
-                "as this objective divides its tokens, so its weight would be another than yours; use drgrpo, grpo_std or rloo"
+                f"--kl-coef {self.kl_coef} with --algo {self.algo}: the penalty is divided by "
+                "B x max_new_tokens and this objective divides its tokens otherwise, so that the "
+                "penalty's weight would differ from yours; use drgrpo, grpo_std or rloo"
             )
+
+    def _check_choices(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                check_name(f"--{flag(name)}", getattr(self, name), get_args(kind))
+
+    def _check_numbers(self) -> None:
+        positive = (
+            *("prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "steps"),
+            *("minibatches", "tokens_per_microbatch", "sampler_batch", "temperature", "lr"),
+            *("tp", "dp_replicate", "keep"),
+        )
+        for name in positive:
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{flag(name)} {getattr(self, name)} must be a positive number")
 
     @property
     def rollouts_per_step(self) -> int:
@@ -280,23 +206,43 @@ class Config:
         return self.rollouts_per_step // self.minibatches
 
     @property
-    def drops(self) -> bool:
-        """zero-advantage responses are dropped: exact only while nothing but the advantage gives
-        them a gradient"""
+    def drops_zero_advantage(self) -> bool:
+        """exact only while nothing but the advantage gives a response a gradient"""
         return self.drop_zero_advantage and not self.kl_coef
+
+    @property
+    def folder(self) -> Path:
+        """where the run writes"""
+        return Path(self.out)
+
+    def evaluates(self, step: int) -> bool:
+        """whether an evaluation follows this step"""
+        return step == self.steps or (self.eval_every > 0 and step % self.eval_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """whether a checkpoint follows this step"""
+        return step == self.steps or (self.save_every > 0 and step % self.save_every == 0)
 
     def derived(self) -> str:
         """The numbers that follow from the config, each with its formula."""
         return (
-            f"{self.rollouts_per_step} rollouts/step = {self.prompts_per_step} prompts x {self.group_size} samples; "
-            f"{self.minibatches} optimizer steps of {self.minibatch_size} responses each; "
-            f"loss / ({self.minibatch_size} x {self.max_new_tokens})"
+            f"{self.rollouts_per_step} rollouts/step = {self.prompts_per_step} prompts x "
+            f"{self.group_size} samples; {self.minibatches} optimizer steps of "
+            f"{self.minibatch_size} responses each; loss / ({self.minibatch_size} x "
+            f"{self.max_new_tokens})"
         )
 
 
-# ---- recipes: `tiny` for a laptop, and the paper's, each value with its source. "script" is
-# examples/qwen2.5-math-7b.sh of the reference (sail-sg/understand-r1-zero), "oat" a default of the
-# library under it (sail-sg/oat, args.py)
+def nearest_divisors(n: int, k: int) -> list[str]:
+    """The divisors of n just below and just above k."""
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    below, above = [d for d in divisors if d < k][-1:], [d for d in divisors if d > k][:1]
+    return [str(d) for d in below + above]
+
+
+# ---- recipes. Every value of the paper's has its source. "table 6" is the paper's own table (v2,
+# App. G). "script" is examples/qwen2.5-math-7b.sh of the reference (sail-sg/understand-r1-zero),
+# and "oat" a default of the library under it (sail-sg/oat, args.py).
 
 
 def tiny() -> Config:
@@ -318,7 +264,7 @@ def tiny() -> Config:
         lr=3e-4,
         warmup_steps=5,
         tokens_per_microbatch=8192,
-        steps=200,
+        steps=100,
         eval_every=20,
         eval_samples=3,
         save_every=100,
@@ -336,30 +282,27 @@ def oat_zero_7b() -> Config:
         eval_data="aime24,amc,math500,minerva,olympiad_bench",  # paper, Table 4
         eval_every=16,  # script; greedy, 3000 tokens
         prompts_per_step=128,  # script: rollout_batch_size
-        group_size=8,  # script: num_samples
+        group_size=8,  # table 6
         minibatches=8,  # script: train_batch_size 128 of 1024 responses
         max_prompt_tokens=1024,  # script: prompt_max_length
-        max_new_tokens=3000,  # script: generate_max_length, which is also the constant normalizer (paper, Listing 1)
-        temperature=1.0,
-        top_p=1.0,
-        top_k=-1,  # script
+        max_new_tokens=3000,  # table 6; also the constant normalizer (Listing 1)
+        temperature=1.0,  # table 6
         algo="drgrpo",  # paper, Fig. 1
-        clip_low=0.2,
-        clip_high=0.2,  # oat: cliprange
-        old_logprob="recompute",  # oat: the learner recomputes them; the sampler's are not used for the ratio
+        clip_low=0.2,  # table 6
+        clip_high=0.2,  # table 6
+        old_logprob="recompute",  # oat: the learner computes them, the sampler's are not used
         tis_cap=0.0,  # oat has it since 0.2.1, after the paper
-        kl_coef=0.0,  # paper, Sec. 3: beta = 0 throughout
-        lr=1e-6,
-        warmup_steps=0,  # script: constant; its warm-up ratio has no effect on that schedule
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.0,  # oat
-        max_grad_norm=1.0,  # oat
+        kl_coef=0.0,  # table 6
+        lr=1e-6,  # table 6
+        warmup_steps=0,  # table 6: constant; the script's warm-up ratio has no effect on that
+        beta1=0.9,  # table 6
+        beta2=0.95,  # table 6
+        weight_decay=0.0,  # table 6
+        max_grad_norm=1.0,  # table 6
         dtype="bfloat16",  # oat: bfloat16, float32 master weights
         checkpointing="full",  # script: gradient_checkpointing
-        steps=500,  # not published; the guess of a reader of the paper. 27 h / 500 is 194 s a step
-        budget_hours=27.0,  # paper, Sec. 1
-        tokens_per_microbatch=16384,  # ours: the reference runs one response at a time, which gives the same gradient
+        steps=500,  # not published; 27 h / 500 is 194 s a step
+        tokens_per_microbatch=16384,  # ours; the reference runs one response at a time
     )
 
 
@@ -369,7 +312,7 @@ def oat_zero_1_5b() -> Config:
         oat_zero_7b(),
         recipe="oat_zero_1_5b",
         model="Qwen/Qwen2.5-Math-1.5B",  # paper, Table 4
-        train_data="math_12k",  # examples/qwen2.5-math-1.5b.sh; the caption of Table 4 can also be read as level 3-5
+        train_data="math_12k",  # examples/qwen2.5-math-1.5b.sh; Table 4 may mean level 3-5
     )
 
 
@@ -378,7 +321,7 @@ def oat_zero_3b() -> Config:
     return replace(
         oat_zero_7b(),
         recipe="oat_zero_3b",
-        model="lkevinzc/Llama-3.2-3B-NuminaQA",  # paper, Sec. 3.4; examples/llama3.2-3b-numinaqa.sh
+        model="lkevinzc/Llama-3.2-3B-NuminaQA",  # paper, Sec. 3.4; llama3.2-3b-numinaqa.sh
         train_data="math_12k",  # same script
         template="r1",  # same script
     )
@@ -389,120 +332,30 @@ RECIPES = {recipe.__name__: recipe for recipe in (tiny, oat_zero_1_5b, oat_zero_
 
 # ---- command line
 
-
-def check_name(what: str, value: str, valid) -> None:
-    """UserError unless `value` is one of `valid`; the message offers the nearest."""
-    valid = list(valid)
-    if value not in valid:
-        near = difflib.get_close_matches(value, valid, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown {what} {value!r}; {hint}there are {', '.join(valid)}")
-
-
-def nearest_divisors(n: int, k: int) -> list[int]:
-    """The divisors of n just below and just above k."""
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    below, above = [d for d in divisors if d < k][-1:], [d for d in divisors if d > k][:1]
-    return below + above
-
-
-def flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def field_docs(cls) -> dict[str, str]:
-    """Field name -> the string literal under it: a dataclass field has no docstring at run time."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
-    return {
-        field.target.id: doc.value.value
-        for field, doc in pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(doc, ast.Expr)
-        and isinstance(doc.value, ast.Constant)
-    }
-
-
-def field_groups(cls) -> dict[str, str]:
-    """Field name -> the comment line above its group."""
-    groups, title = {}, "run"
-    for line in inspect.getsource(cls).splitlines():
-        if line.startswith("    # "):
-            title = line[6:]
-        elif match := re.match(r"    (\w+): \w+", line):
-            groups[match[1]] = title
-    return groups
-
-
-def parse_bool(text: str) -> bool:
-    if text.lower() in ("true", "1", "yes", "on"):
-        return True
-    if text.lower() in ("false", "0", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-class Parser(argparse.ArgumentParser):
-    """One flag per field of a dataclass, its docstring as help. Errors are `UserError`s, with the
-    nearest flag for an unknown one."""
-
-    def __init__(self, cls, **kwargs):
-        super().__init__(allow_abbrev=False, usage="%(prog)s [--field value ...]", **kwargs)
-        docs, types = field_docs(cls), get_type_hints(cls)
-        groups: dict[str, argparse._ArgumentGroup] = {}
-        for f in fields(cls):
-            title = field_groups(cls).get(f.name, "what")
-            group = groups[title] = groups.get(title) or self.add_argument_group(title)
-            kind = parse_bool if types[f.name] is bool else types[f.name]
-            required = f.default is MISSING
-            shown = docs[f.name].replace("%", "%%") + (
-                "" if required or f.default == "" else f" ({f.default})"
-            )
-            metavar = (
-                "{" + ",".join(CHOICES[f.name]) + "}"
-                if f.name in CHOICES
-                else types[f.name].__name__.upper()
-            )
-            switch = (
-                {"nargs": "?", "const": True} if kind is parse_bool else {}
-            )  # --compile is --compile true
-            group.add_argument(
-                f"--{flag(f.name)}",
-                type=kind,
-                help=shown,
-                metavar=metavar,
-                required=required,
-                default=argparse.SUPPRESS,
-                **switch,
-            )
-
-    def error(self, message):
-        raise UserError(message)
-
-    def parse(self, argv: list[str] | None = None) -> dict:
-        """The fields that were given on the command line."""
-        given, unknown = self.parse_known_args(argv)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            if not name.startswith("-"):
-                raise UserError(f"unexpected argument {name!r}; options are written --name value")
-            check_name(
-                "option",
-                name,
-                [o for a in self._actions for o in a.option_strings if o.startswith("--")],
-            )
-        return vars(given)
+REFUSED = {
+    name: "training uses the log-probs of the whole distribution, so rollouts must come from it"
+    for name in ("--top-p", "--top-k")
+}
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """The recipe named by --recipe with the other flags on top. UserError names what is wrong and
-    the nearest right thing."""
+    """The recipe named by --recipe with the other flags on top. `--print-config` prints it and
+    exits. UserError names what is wrong and the nearest valid thing."""
     recipes = "; ".join(f"{name}: {inspect.getdoc(recipe)}" for name, recipe in RECIPES.items())
-    given = Parser(
+    parser = Parser(
         Config,
         prog="train.py",
         description="Train a language model with Dr. GRPO.",
         epilog=f"recipes: {recipes}",
-    ).parse(argv)
+    )
+    parser.refused = REFUSED
+    parser.add_argument("--print-config", action="store_true", help="show the config and stop")
+    given = parser.parse(argv)
+    print_only = given.pop("print_config")
     check_name("recipe", given["recipe"], RECIPES)
     config = replace(RECIPES[given["recipe"]](), **given)
-    return replace(config, out=config.out or f"runs/{config.recipe}")
+    config = replace(config, out=config.out or f"runs/{config.recipe}")
+    if print_only:
+        print(json.dumps(asdict(config), indent=2), config.derived(), sep="\n")
+        raise SystemExit(0)
+    return config

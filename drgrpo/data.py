@@ -1,187 +1,212 @@
-"""Problems: where they come from, what is wrong with them, and which of them each step trains on.
+"""Problems: where they come from, what is wrong with them, and which of them a step trains on.
 
-A source is a file (.jsonl, .json, .parquet), a folder written by `datasets.save_to_disk`, a Hugging
-Face hub name, or one of the names in `HUB` and `ARITHMETIC`. A folder or a hub name may end in
-`:split`. Only hub names, folders and Parquet need the `datasets` library; the rest runs on the
-standard library.
+A source is one of these: a file (.jsonl, .json or .parquet), a folder that `datasets.save_to_disk`
+wrote, a name on the Hugging Face hub, or a name in `HUB` or `ARITHMETIC`. A folder or a hub name
+may end in `:split`. Only hub names, folders and Parquet need the `datasets` library.
 """
 
-import difflib
+from __future__ import annotations
+
 import json
 import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drgrpo.types import Answer, Problem, UserError
+from drgrpo.tiny import arithmetic
+from drgrpo.types import Answer, Problem, UserError, check_name, comma_list, nearest
+
+if TYPE_CHECKING:
+    from drgrpo.config import Config
+
+Rows = list[dict[str, Any]]
 
 BENCHMARKS = ("aime24", "amc", "math500", "minerva", "olympiad_bench")
 
 ARITHMETIC = {"arithmetic": "train", "arithmetic_heldout": "heldout"}
-"""Generated problems, source to the `part` of `drgrpo.tiny.arithmetic.problems`."""
+"""Generated problems: source -> `split` of `drgrpo.tiny.arithmetic.problems`."""
+
+MAX_UNUSABLE = 0.001
+"""Share of rows that may be left out. A larger share is a mistake in the file or in its fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """How a row becomes a problem. The question is the cells of `problem`, joined by spaces. `read`
+    finds the ground truth in the cell of `answer`. `keep` selects the rows of the set."""
+
+    problem: tuple[str, ...] = ("problem",)
+    answer: str = "answer"
+    read: Callable[[Any], Any] = lambda cell: cell
+    keep: Callable[[dict[str, Any]], bool] = lambda row: True
+
+    def parse(self, id: int, row: dict[str, Any]) -> Problem | None:
+        """None for a row without question or answer."""
+        question = " ".join(str(row.get(field) or "") for field in self.problem)
+        answer = _answer(row.get(self.answer), self.read)
+        return Problem(id, question, answer) if question.strip() and answer is not None else None
 
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """A set on the hub: repository, split and configuration, its two fields, the rows to `keep`,
-    and how to `read` the answer in a cell. `problem` may name several fields, joined by a space."""
-
     repo: str
     split: str
+    columns: Columns = Columns()
     config: str | None = None
-    problem: tuple[str, ...] = ("problem",)
-    answer: str = "answer"
-    keep: Callable[[dict], bool] = lambda row: True
-    read: Callable[[Answer], Answer] = lambda answer: answer
 
 
-def _level(row: dict) -> int:
+def _level(row: dict[str, Any]) -> int:
     return int(str(row["level"]).split()[-1])  # "Level 5" or 5
 
 
 HUB = {
-    # MATH minus the 500 problems of MATH500: 12 000 rows, so that training never sees the
-    # benchmark.
+    # 12 000 rows: MATH without the 500 problems of MATH500, so that training never sees them.
     "math_12k": HubSet("rasbt/math_full_minus_math500", "train"),
-    # Levels 3 to 5 of it: 8 888 rows. The paper's own selection is 8 523 of these.
+    # 8 888 rows of math_12k. The paper's own selection is 8 523 of them.
     "math_lvl3to5": HubSet(
-        "rasbt/math_full_minus_math500", "train", keep=lambda row: _level(row) in (3, 4, 5)
+        "rasbt/math_full_minus_math500", "train", Columns(keep=lambda row: _level(row) in (3, 4, 5))
     ),
-    # 7 473 rows; the worked solution ends in "#### answer". The paper's copy holds the test split
-    # too: never use that.
+    # 7 473 rows. The worked solution ends in "#### answer". The paper's copy holds the test split
+    # too: never use that copy.
     "gsm8k": HubSet(
         "openai/gsm8k",
         "train",
-        "main",
-        problem=("question",),
-        read=lambda text: text.rpartition("####")[2].strip(),
+        Columns(("question",), read=lambda text: text.rpartition("####")[2].strip()),
+        config="main",
     ),
-    # 2 305 rows, all in "validation"; answers such as "9 (apples)". Several numbers ("3; 5") do not
-    # make one answer.
+    # 2 305 rows. Answers look like "9 (apples)". A row with several answers ("3; 5") is left out.
     "asdiv": HubSet(
         "EleutherAI/asdiv",
         "validation",
-        problem=("body", "question"),
-        keep=lambda row: ";" not in row["answer"],
-        read=lambda text: text.partition("(")[0].strip(),
+        Columns(
+            ("body", "question"),
+            read=lambda text: text.partition("(")[0].strip(),
+            keep=lambda row: ";" not in row["answer"],
+        ),
     ),
-    "aime24": HubSet("HuggingFaceH4/aime_2024", "train"),  # 30 rows, answers zero-padded: "025"
-    "amc": HubSet(
-        "AI-MO/aimo-validation-amc", "train"
-    ),  # 83 rows (AMC 12 of 2022 and 2023), answers are floats
-    "math500": HubSet("HuggingFaceH4/MATH-500", "test"),  # 500 rows
-    "minerva": HubSet("math-ai/minervamath", "test", problem=("question",)),  # 272 rows
-    # 674 rows, `final_answer` is a list. The paper's copy has 675.
+    # 30, 83, 500, 272 and 674 rows. aime24 pads its answers with zeros ("025"). amc is AMC 12 of
+    # 2022 and 2023, with floats as answers. The answers of olympiad_bench are lists, and the
+    # paper's copy has 675 rows.
+    "aime24": HubSet("HuggingFaceH4/aime_2024", "train"),
+    "amc": HubSet("AI-MO/aimo-validation-amc", "train"),
+    "math500": HubSet("HuggingFaceH4/MATH-500", "test"),
+    "minerva": HubSet("math-ai/minervamath", "test", Columns(("question",))),
     "olympiad_bench": HubSet(
-        "math-ai/olympiadbench", "test", problem=("question",), answer="final_answer"
+        "math-ai/olympiadbench", "test", Columns(("question",), "final_answer")
     ),
 }
 
 
-MAX_UNUSABLE = 0.001  # share of rows that may be left out; more of them are a mistake in the file or in its fields
+def check_sources(config: Config) -> None:
+    """Raise the errors of `load_sets` that are known at once. Local JSON files are read in full. Of
+    hub names, folders and Parquet only the spelling is checked. Needs no `datasets` library."""
+    for source, columns in _sources(config):
+        if source not in ARITHMETIC and _reader(source).func in (_jsonl_rows, _json_rows):
+            load_problems(source, columns, log=lambda message: None)
+
+
+def load_sets(
+    config: Config, log: Callable[[str], None]
+) -> tuple[list[Problem], dict[str, list[Problem]]]:
+    """The training problems, and the problems of each evaluation set by its source."""
+
+    def log_data(message: str) -> None:
+        log(f"data: {message}")
+
+    (_, train), *evaluation = [
+        (source, load_problems(source, columns, log_data)) for source, columns in _sources(config)
+    ]
+    return train, dict(evaluation)
+
+
+def _sources(config: Config) -> list[tuple[str, Columns]]:
+    """The training set with its columns, then the evaluation sets."""
+    columns = Columns((config.problem_field,), config.answer_field)
+    evaluation = [(source, Columns()) for source in comma_list(config.eval_data)]
+    return [(config.train_data, columns), *evaluation]
 
 
 def load_problems(
-    source: str,
-    *,
-    problem_field: str = "problem",
-    answer_field: str = "answer",
-    limit: int | None = None,
-    say: Callable[[str], None] = print,
+    source: str, columns: Columns = Columns(), log: Callable[[str], None] = print
 ) -> list[Problem]:
-    """The problems of `source`, or the first `limit`. `id` is the row in the set, counted from 0
-    before any filter.
+    """The problems of `source`. `id` is the row in the set, counted from 0 before `keep`. The sets
+    in `HUB` have their own columns.
 
-    UserError, with the way out, for: no such file, set, split or field; broken JSON (with its
-    line); no rows; rows that lack a question or an answer (how many, and the first of them). The
-    odd row of a large set that lacks one is left out, and `say` is told: MATH-12K has 5 of 12 000.
+    UserError for a missing file, set, split or field, for broken JSON, and for a set without rows.
+    UserError for rows without question or answer, unless they are at most `MAX_UNUSABLE` of the
+    set. These few are left out and logged: MATH-12K has 5 of 12 000.
     """
     if source in ARITHMETIC:
-        from drgrpo.tiny.arithmetic import problems
-
-        return problems(ARITHMETIC[source])[:limit]
+        return arithmetic.problems(ARITHMETIC[source])
     if source in HUB:
-        spec = HUB[source]
-        rows = _hub_rows(spec.repo, spec.split, spec.config)
-    else:
-        spec = HubSet(source, "", problem=(problem_field,), answer=answer_field)
-        rows = _rows(source)
+        columns = HUB[source].columns
+    rows = _reader(source)()
     if not rows:
         raise UserError(f"{source} is empty: it holds no rows")
-    _check_fields(source, rows[0], (*spec.problem, spec.answer))
-    problems, bad = [], []
-    for id, row in enumerate(rows):
-        if not spec.keep(row):
-            continue
-        question = " ".join(str(row.get(field) or "") for field in spec.problem)
-        answer = _answer(row.get(spec.answer), spec.read)
-        if question.strip() and answer is not None:
-            problems.append(Problem(id, question, answer))
-        else:
-            bad.append(id + 1)
-    if bad:
-        what = (
-            f"{source}: {len(bad)} of {len(rows)} rows have no question in {'+'.join(spec.problem)!r} or no answer in "
-            f"{spec.answer!r}: row {', '.join(map(str, bad[:5]))}{' ...' if len(bad) > 5 else ''} (counted from 1)"
+    _check_fields(source, rows[0], (*columns.problem, columns.answer))
+    parsed = {id: columns.parse(id, row) for id, row in enumerate(rows) if columns.keep(row)}
+    problems = [problem for problem in parsed.values() if problem]
+    if len(problems) < len(parsed):
+        numbers = [id + 1 for id, problem in parsed.items() if problem is None]
+        message = (
+            f"{source}: {len(numbers)} of {len(rows)} rows have no question in "
+            f"{'+'.join(columns.problem)!r} or no answer in {columns.answer!r}: row "
+            f"{', '.join(map(str, numbers[:5]))}{' ...' * (len(numbers) > 5)} (counted from 1)"
         )
-        if len(bad) > MAX_UNUSABLE * len(rows):
-            raise UserError(f"{what}. Remove or complete them")
-        say(f"{what}; left out")
-    return problems[:limit]
+        if len(numbers) > MAX_UNUSABLE * len(rows):
+            raise UserError(f"{message}. Remove or complete them")
+        log(f"{message}; left out")
+    return problems
 
 
 def step_problems(
     problems: list[Problem], step: int, prompts_per_step: int, seed: int
 ) -> list[Problem]:
     """The problems of step `step` (from 1). An epoch is a permutation that depends on (seed, epoch)
-    only, and the steps cut the endless row of epochs into equal pieces: no state to save, the same
-    for every number of ranks. A step may span epochs, so it can hold a problem twice."""
+    only. The steps cut the endless row of epochs into equal pieces. So there is no state to save,
+    and every number of processes sees the same. A step that spans epochs can hold a problem
+    twice."""
     start = (step - 1) * prompts_per_step
-    picked: list[Problem] = []
-    while len(picked) < prompts_per_step:
-        epoch, offset = divmod(start + len(picked), len(problems))
+    chosen: list[Problem] = []
+    while len(chosen) < prompts_per_step:
+        epoch, offset = divmod(start + len(chosen), len(problems))
         order = np.random.default_rng((seed, epoch)).permutation(len(problems))
-        picked += [problems[i] for i in order[offset : offset + prompts_per_step - len(picked)]]
-    return picked
+        chosen += [problems[i] for i in order[offset : offset + prompts_per_step - len(chosen)]]
+    return chosen
 
 
 def overlap(train: Iterable[Problem], evaluation: Iterable[Problem]) -> list[tuple[int, int]]:
-    """(train id, evaluation id) of every question that is in both, whatever its case, white space
-    and LaTeX spacing."""
-    by_question: dict[str, list[int]] = {}
+    """(train id, evaluation id) of every question that is in both. Case, white space and LaTeX
+    spacing do not count."""
+    ids: dict[str, list[int]] = {}
     for problem in train:
-        by_question.setdefault(_same(problem.question), []).append(problem.id)
-    return [
-        (id, problem.id)
-        for problem in evaluation
-        for id in by_question.get(_same(problem.question), [])
-    ]
+        ids.setdefault(_normalize(problem.question), []).append(problem.id)
+    return [(id, p.id) for p in evaluation for id in ids.get(_normalize(p.question), [])]
 
 
 def benchmark_source(name: str, data_dir: str | None) -> str:
-    """Where `load_problems` finds a benchmark: DATA_DIR/NAME.jsonl, or the hub if there is no
-    `data_dir`."""
-    if name not in BENCHMARKS:
-        raise UserError(
-            f"unknown benchmark {name!r}{_nearest(name, BENCHMARKS)}; there are: {', '.join(BENCHMARKS)}"
-        )
+    """The source of a benchmark: DATA_DIR/NAME.jsonl, or the hub if there is no `data_dir`."""
+    check_name("benchmark", name, BENCHMARKS)
     if data_dir is None:
         return name
     path = Path(data_dir) / f"{name}.jsonl"
     if not path.is_file():
-        raise UserError(f"no {path.name} in {data_dir}; {_listing(Path(data_dir))}")
+        raise UserError(f"no {path.name} in {data_dir}; {_listing(path.parent)}")
     return str(path)
 
 
-def _same(question: str) -> str:
+def _normalize(question: str) -> str:
     spacing = r"\\[,;:!> ]|\\(?:quad|qquad|thinspace|medspace|thickspace|enspace)(?![a-zA-Z])|~|\s+"
     return re.sub(spacing, "", question).lower()
 
 
-def _answer(cell, read: Callable[[Answer], Answer]) -> Answer | None:
+def _answer(cell: Any, read: Callable[[Any], Any]) -> Answer | None:
     """The ground truth in a cell, or None if it holds none."""
     if isinstance(cell, list | tuple):
         answers = [_answer(member, read) for member in cell]
@@ -192,55 +217,58 @@ def _answer(cell, read: Callable[[Answer], Answer]) -> Answer | None:
     return cell if is_number and math.isfinite(cell) else None
 
 
-def _check_fields(source: str, row: dict, fields: Iterable[str]) -> None:
+def _check_fields(source: str, row: dict[str, Any], fields: Iterable[str]) -> None:
     for field in fields:
         if field not in row:
             raise UserError(
-                f"{source} has no field {field!r}{_nearest(field, row)}; its fields are {', '.join(map(str, row))} "
-                "(set problem_field and answer_field)"
+                f"{source} has no field {field!r}; {nearest(field, row)}its fields are "
+                f"{', '.join(map(str, row))} (set --problem-field and --answer-field)"
             )
 
 
-def _rows(source: str) -> list[dict]:
-    path, split = Path(source), None
-    if not path.exists() and ":" in source:
-        source, _, split = source.rpartition(":")
-        path = Path(source)
+def _reader(source: str) -> partial[Rows]:
+    """The call that reads a source. UserError if there is no such source."""
+    if source in HUB:
+        return partial(_hub_rows, HUB[source].repo, HUB[source].split, HUB[source].config)
+    name, split = source, None
+    if ":" in source and not Path(source).exists():
+        name, _, split = source.rpartition(":")
+    path = Path(name)
     if path.is_dir():
-        return _folder_rows(path, split)
+        return partial(_folder_rows, path, split)
     reader = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}.get(
         path.suffix
     )
-    if reader and path.is_file():
-        return reader(path)
+    if path.is_file() and reader:
+        return partial(reader, path)
     if path.is_file():
-        raise UserError(
-            f"{source}: unknown file type {path.suffix!r}; use .jsonl, .json or .parquet"
-        )
-    if reader or source.count("/") != 1 or source.startswith((".", "/", "~")):
-        names = (*HUB, *ARITHMETIC)
-        known = f"nor a set known by name ({', '.join(names)}){_nearest(source, names)}"
-        raise UserError(
-            f"no data at {source!r}: no such file or folder ({_listing(path.parent, path.name)}), {known}"
-        )
-    return _hub_rows(source, split)
+        raise UserError(f"{name}: unknown file type {path.suffix!r}; use .jsonl, .json or .parquet")
+    if reader or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(_no_data(path))
+    return partial(_hub_rows, name, split)
 
 
-def _jsonl_rows(path: Path) -> list[dict]:
+def _no_data(path: Path) -> str:
+    folder, names = path.parent, [*HUB, *ARITHMETIC]
+    files = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    missing = f"no {path.name!r} in {folder}" if folder.is_dir() else f"there is no folder {folder}"
+    hint = nearest(path.name, [*names, *files])
+    return f"no data at '{path}': {missing}; {hint}sets known by name are {', '.join(names)}"
+
+
+def _jsonl_rows(path: Path) -> Rows:
     with open(path, "rb") as file:
-        rows = {
-            number: _parse(path, line, number)
-            for number, line in enumerate(file, 1)
-            if line.strip()
-        }
+        numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    rows = {number: _parse(path, line, number) for number, line in numbered}
     for number, row in rows.items():
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: expected an object, found {type(row).__name__}")
     return list(rows.values())
 
 
-def _json_rows(path: Path) -> list[dict]:
-    rows = _parse(path, path.read_bytes(), 1)
+def _json_rows(path: Path) -> Rows:
+    text = path.read_bytes()
+    rows = _parse(path, text, 1) if text.strip() else []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(
             f"{path} must hold a list of objects, one a problem; one object a line is .jsonl"
@@ -248,19 +276,16 @@ def _json_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _parse(path: Path, text: bytes, line: int):
+def _parse(path: Path, text: bytes, line: int) -> Any:
     """The JSON value in `text`, which starts at line `line` of the file."""
-    if not text.strip():
-        return []
     try:
         return json.loads(text)
     except ValueError as error:  # broken JSON or broken UTF-8
-        raise UserError(
-            f"{path}:{line + getattr(error, 'lineno', 1) - 1}: broken JSON: {error}"
-        ) from error
+        number = line + getattr(error, "lineno", 1) - 1
+        raise UserError(f"{path}:{number}: broken JSON: {error}") from error
 
 
-def _parquet_rows(path: Path) -> list[dict]:
+def _parquet_rows(path: Path) -> Rows:
     try:
         from pyarrow.parquet import read_table
     except ImportError as error:
@@ -270,7 +295,7 @@ def _parquet_rows(path: Path) -> list[dict]:
     return read_table(path).to_pylist()
 
 
-def _folder_rows(path: Path, split: str | None) -> list[dict]:
+def _folder_rows(path: Path, split: str | None) -> Rows:
     try:
         data = _datasets(str(path)).load_from_disk(str(path))
     except FileNotFoundError as error:
@@ -280,32 +305,30 @@ def _folder_rows(path: Path, split: str | None) -> list[dict]:
     return _split_rows(str(path), data, split)
 
 
-def _hub_rows(repo: str, split: str | None, config: str | None = None) -> list[dict]:
+def _hub_rows(repo: str, split: str | None, config: str | None = None) -> Rows:
     try:
         data = _datasets(repo).load_dataset(repo, config)
     except (OSError, ValueError) as error:  # not found, gated, offline, no such configuration
         raise UserError(
-            f"cannot load {repo!r} from the Hugging Face hub: {error}. Download it and name the file instead"
+            f"cannot load {repo!r} from the Hugging Face hub: {error}. Download it and name the "
+            "file instead"
         ) from error
     return _split_rows(repo, data, split)
 
 
-def _split_rows(source: str, data, split: str | None) -> list[dict]:
-    """The rows of one split; without `split`, of the only one there is or of "train"."""
+def _split_rows(source: str, data: Any, split: str | None) -> Rows:
+    """The rows of one split. Without `split`: of the only split, or of "train"."""
     if not isinstance(data, dict):
         if split is not None:
             raise UserError(f"{source} holds a single set, without splits; leave out ':{split}'")
         return data.to_list()
-    splits = list(data)
-    wanted = split if split is not None else "train" if len(splits) > 1 else splits[0]
-    if wanted not in data:
-        raise UserError(
-            f"{source} has no split {wanted!r}{_nearest(wanted, splits)}; it has {', '.join(splits)}"
-        )
-    return data[wanted].to_list()
+    if split is None:
+        split = next(iter(data)) if len(data) == 1 else "train"
+    check_name(f"split of {source}:", split, data)
+    return data[split].to_list()
 
 
-def _datasets(source: str):
+def _datasets(source: str) -> ModuleType:
     try:
         import datasets
     except ImportError as error:
@@ -315,21 +338,9 @@ def _datasets(source: str):
     return datasets
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _listing(folder: Path, near: str | None = None) -> str:
-    """What is in a folder, for an error message: the names like `near`, or all of them."""
+def _listing(folder: Path) -> str:
+    """What a folder holds, for an error message."""
     if not folder.is_dir():
         return f"there is no folder {folder}"
     names = sorted(path.name for path in folder.iterdir())
-    if near is not None:
-        similar = difflib.get_close_matches(near, names, n=3)
-        return f"beside it: {', '.join(similar)}" if similar else f"nothing like it in {folder}"
-    return (
-        f"it holds {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
-        if names
-        else f"{folder} is empty"
-    )
+    return f"it holds {', '.join(names[:20]) or 'nothing'}{' ...' * (len(names) > 20)}"

@@ -1,53 +1,91 @@
-"""Samplers behind one small interface: `generate`, `sync`, `sleep`, `wake`, `close`.
+"""The sampler's interface, and which sampler a run gets.
 
-`engine_torch.TorchEngine` is a batched KV-cache sampler in plain PyTorch, for machines without a
-GPU; `engine_vllm.VLLMEngine` is vLLM. Both return the log-probability of each token under the
-distribution that it was drawn from, and both draw a sample from its request's seed alone, whatever
-else is in the batch.
+`engine_torch.TorchEngine` is plain PyTorch with a KV cache, for machines without a GPU.
+`engine_vllm.VLLMEngine` is vLLM. Another sampler is another class with these five members.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from drgrpo.types import Completion
-
-OnFinish = Callable[[int, Completion], None]
+from drgrpo.types import Completion, OnFinish, Request, Sampling, no_callback
 
 
-def ignore(index: int, completion: Completion) -> None:
-    """For who does not need completions as they finish."""
+class Engine(Protocol):
+    """A sampler with its own copy of the policy's weights.
+
+    Every completion holds the log-probability of each token under the distribution that it was
+    drawn from. A completion depends on its request's seed and on the weights. It does not depend
+    on the other requests of the batch."""
+
+    name: str
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
+    ) -> list[Completion]:
+        """One completion per request, in order.
+
+        `on_finish(i, completion)` is called once request i is complete, in any order."""
+
+    def sync(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Sample from these weights from now on. They come under their Hugging Face names.
+
+        A sleeping engine wakes, and what it cached with the old weights is dropped. RuntimeError
+        if a weight is missing."""
+
+    def sleep(self) -> None:
+        """Free memory for the trainer until the next `sync`, if the engine can."""
+
+    def close(self) -> None:
+        """Release the engine at the end of the program."""
 
 
 def resolve_engine(name: str, device: torch.device) -> str:
-    """What `auto` stands for on this machine."""
-    return name if name != "auto" else "vllm" if device.type == "cuda" else "torch"
+    """The engine that `auto` stands for on this device, or `name`."""
+    if name == "auto":
+        return "vllm" if device.type == "cuda" else "torch"
+    return name
 
 
-def stop_token_ids(path: str, tokenizer) -> tuple[int, ...]:
+def stop_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The model's own end tokens: those of its generation config and its tokenizer's."""
     eos = GenerationConfig.from_pretrained(path).eos_token_id
     ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
+class EngineConfig(Protocol):
+    """The fields of `Config`, or of eval.py's, that concern the sampler."""
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def sampler_batch(self) -> int: ...
+    @property
+    def tp(self) -> int: ...
+
+
 def make_engine(
-    name: str,
+    config: EngineConfig,
     path: str,
-    tokenizer,
-    *,
-    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    batch: int,
     max_tokens: int,
-    kv_cache_gb: float,
-    tp: int = 1,
+    kv_cache_gb: float = 0.0,
     sleep: bool = False,
-):
-    """The engine called `name`, holding the weights at `path`. `max_tokens`: longest prompt and
-    response together; `tp`, `sleep` and `kv_cache_gb` are vLLM's."""
-    if name == "torch":
+) -> Engine:
+    """The engine that `config` names, with the weights at `path`.
+
+    `max_tokens`: longest prompt and response together. `kv_cache_gb`: 0 takes what the GPU has
+    left, or 0.25 without one. UserError if vLLM is not installed."""
+    dtype, batch = getattr(torch, config.dtype), config.sampler_batch
+    # vLLM takes seconds to import and may be missing, so each engine is imported by its own runs.
+    if resolve_engine(config.engine, device) == "torch":
         from drgrpo.engine_torch import TorchEngine
 
         return TorchEngine(
@@ -63,6 +101,6 @@ def make_engine(
         batch=batch,
         max_tokens=max_tokens,
         kv_cache_gb=kv_cache_gb,
-        tp=tp,
+        tp=config.tp,
         sleep=sleep,
     )

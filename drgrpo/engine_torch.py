@@ -1,25 +1,25 @@
 """A batched KV-cache sampler in plain PyTorch, for machines without a GPU."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
-from drgrpo.engine import OnFinish, ignore
-from drgrpo.types import Completion, Request, Sampling
+from drgrpo.types import Completion, OnFinish, Request, Sampling, no_callback
 
 
 def uniforms(seed_B: list[int], count: int) -> np.ndarray:
-    """[B, count] numbers in [0, 1), each a function of its row's seed and its column alone
-    (SplitMix64, Steele 2014)."""
-    golden, mix_1, mix_2 = (
-        np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-    )
+    """[B, count] numbers in [0, 1), each a function of its row's seed and its column alone.
+
+    SplitMix64 (Steele 2014), with the product of seed and `mix_2` as its initial state."""
+    constants = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+    golden, mix_1, mix_2 = map(np.uint64, constants)
     seed_B1 = np.array(seed_B, dtype=np.uint64)[:, None]
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
         z = seed_B1 * mix_2 + np.arange(1, count + 1, dtype=np.uint64) * golden
         z = (z ^ (z >> np.uint64(30))) * mix_1
         z = (z ^ (z >> np.uint64(27))) * mix_2
@@ -27,119 +27,115 @@ def uniforms(seed_B: list[int], count: int) -> np.ndarray:
     return (z >> np.uint64(11)) * 2.0**-53
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Token and its log-probability, [B] each, by inverting the cumulative distribution; the
-    likeliest at temperature 0."""
+def sample_token(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """A token and its log-probability for each row, [B] each, by inverting the cumulative
+    distribution. At temperature 0: the likeliest token."""
     logprob_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
         token_B = logprob_BV.argmax(-1)
     else:
         cdf_BV = logprob_BV.double().exp().cumsum(-1)
-        token_B = torch.searchsorted(cdf_BV, (uniform_B * cdf_BV[:, -1])[:, None], right=True)[:, 0]
+        # The sum of the rounded probabilities is not exactly 1.
+        threshold_B = uniform_B * cdf_BV[:, -1]
+        token_B = torch.searchsorted(cdf_BV, threshold_B[:, None], right=True)[:, 0]
         token_B = token_B.clamp(max=logits_BV.shape[1] - 1)
     return token_B, logprob_BV.gather(1, token_B[:, None])[:, 0]
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer of the KV cache that grows by doubling: transformers' own copies all keys and values
-    for every token."""
+    """A layer of the KV cache whose buffers double when they are full.
+
+    transformers' own layer copies all keys and values for every token."""
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Append keys and values, [B, K, new, d] each. Returns all of them, [B, K, length, d]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.length, self.buffers = 0, [key_states[:, :, :0], value_states[:, :, :0]]
         end = self.length + key_states.shape[2]
         if end > self.buffers[0].shape[2]:
-            for i, old in enumerate(self.buffers):
-                new = old.new_empty(*old.shape[:2], max(2 * end, 32), old.shape[3])
-                new[:, :, : self.length] = old[:, :, : self.length]
-                self.buffers[i] = new
+            self.buffers = [self._grown(buffer, max(2 * end, 32)) for buffer in self.buffers]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = states
         self.length = end
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
+    def _grown(self, buffer: Tensor, capacity: int) -> Tensor:
+        grown = buffer.new_empty(*buffer.shape[:2], capacity, buffer.shape[3])
+        grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
     def get_seq_length(self) -> int:
+        """Tokens in the cache."""
         return self.length if self.is_initialized else 0
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order, repeats allowed."""
+        """Keep these rows of the batch, in this order. A row may be repeated."""
         self.buffers = [buffer[rows] for buffer in self.buffers]
 
 
-def growing_cache(layers: int) -> DynamicCache:
-    cache = DynamicCache()
-    cache.layers = [GrowingLayer() for _ in range(layers)]
-    return cache
-
-
 class TorchEngine:
-    """Samples from its own copy of the weights, `batch` sequences at a time. A response ends where
-    prompt and response together reach `max_tokens`."""
+    """Samples from its own copy of the weights, `batch` sequences at a time.
+
+    A response ends where prompt and response together reach `max_tokens`."""
 
     name = "torch"
 
     def __init__(
         self,
         path: str,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         dtype: torch.dtype,
         device: torch.device,
         batch: int,
         max_tokens: int,
-    ):
-        self.lm = (
-            AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-            .to(device)
-            .eval()
-        )
-        self.tokenizer, self.device, self.batch, self.max_tokens = (
-            tokenizer,
-            device,
-            batch,
-            max_tokens,
-        )
+    ) -> None:
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        self.lm, self.tokenizer, self.device = lm.to(device).eval(), tokenizer, device
+        self.batch, self.max_tokens = batch, max_tokens
 
     def sync(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over the trainer's weights: every one of them, by name."""
+        """Copy the trainer's weights. RuntimeError if one is missing."""
         own = self.lm.state_dict()
+        missing = set(own)
         with torch.no_grad():
-            seen = {name for name, tensor in named_weights if own[name].copy_(tensor) is not None}
-        if missing := own.keys() - seen:
+            for name, tensor in named_weights:
+                own[name].copy_(tensor)
+                missing.discard(name)
+        if missing:
             raise RuntimeError(f"weight sync left out {sorted(missing)}")
 
     def sleep(self) -> None:
-        """Give memory back before training; nothing to give back here."""
-
-    def wake(self) -> None:
-        """Take it again before sampling."""
+        """Nothing to free."""
 
     def close(self) -> None:
-        """Release the engine at the end of the program."""
+        """Nothing to release."""
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = ignore
+        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
     ) -> list[Completion]:
-        """One completion per request, in order; `on_finish(i, completion)` is called as request i
-        finishes, or soon after. Longest prompts first, so that a batch pads little and runs out of
-        memory, if ever, at once."""
+        """One completion per request, in order.
+
+        `on_finish(i, completion)` is called as request i finishes, or soon after."""
+        # Longest prompts first: a batch pads little, and runs out of memory at once if ever.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), self.batch):
             chosen = order[start : start + self.batch]
-            for k, completion in self._generate([requests[i] for i in chosen], sampling):
-                completions[chosen[k]] = completion
-                on_finish(chosen[k], completion)
+            for row, completion in self._generate([requests[i] for i in chosen], sampling):
+                completions[chosen[row]] = completion
+                on_finish(chosen[row], completion)
         return [completions[i] for i in range(len(requests))]
 
     @torch.inference_mode()
     def _generate(
         self, requests: list[Request], sampling: Sampling
     ) -> Iterator[tuple[int, Completion]]:
+        """(row, completion) of one batch, as rows are dropped from it."""
         room = [min(sampling.max_new_tokens, self.max_tokens - len(r.prompt_ids)) for r in requests]
         count, limit = len(requests), max(room)
         uniform_BL = torch.from_numpy(uniforms([r.seed for r in requests], limit)).to(self.device)
@@ -149,34 +145,25 @@ class TorchEngine:
         finished_B = torch.zeros(count, dtype=torch.bool, device=self.device)
         stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=self.device)
 
-        logits_BV, cache, real_BL, position_B = self._prefill(
-            [r.prompt_ids for r in requests], limit
-        )
+        prompts = [r.prompt_ids for r in requests]
+        logits_BV, cache, real_BL, position_B = self._prefill(prompts, limit)
         row_B = torch.arange(count, device=self.device)  # which request each live row belongs to
         for t in range(limit):
-            token_B, token_logprob_B = draw(logits_BV, uniform_BL[row_B, t], sampling.temperature)
-            token_BL[row_B, t], logprob_BL[row_B, t] = token_B, token_logprob_B
-            stopped_B = torch.isin(token_B, stop_ids) | self._ends_with_stop_string(
-                token_BL[row_B, : t + 1], sampling.stop
+            token_B, token_logprob_B = sample_token(
+                logits_BV, uniform_BL[row_B, t], sampling.temperature
             )
+            token_BL[row_B, t], logprob_BL[row_B, t] = token_B, token_logprob_B
+            stopped_B = torch.isin(token_B, stop_ids)
+            stopped_B |= self._ends_with_stop_string(token_BL[row_B, : t + 1], sampling.stop)
             stopped_B &= t < length_B[row_B]  # not the rows that ended before
             length_B[row_B[stopped_B]], finished_B[row_B[stopped_B]] = t + 1, True
 
             live_B = t + 1 < length_B[row_B]
             alive = int(live_B.sum())
-            if alive < 0.7 * len(row_B):  # rows that ended ride along until it pays to drop them
+            # Rows that ended stay in the batch until it pays to drop them.
+            if alive < 0.7 * len(row_B):
                 ended = row_B[~live_B]
-                columns = (
-                    ended,
-                    token_BL[ended],
-                    logprob_BL[ended],
-                    length_B[ended],
-                    finished_B[ended],
-                )
-                for row, tokens, logprobs, n, finished in zip(
-                    *(c.tolist() for c in columns), strict=True
-                ):
-                    yield row, Completion(tokens[:n], logprobs[:n], finished)
+                yield from completed(ended, token_BL, logprob_BL, length_B, finished_B)
                 if alive == 0:
                     return
                 keep = live_B.nonzero()[:, 0]
@@ -187,42 +174,44 @@ class TorchEngine:
             logits_BV = self._forward(token_B[:, None], position_B[:, None], real_BL, cache)
             position_B = position_B + 1
 
-    def _prefill(self, prompts: list[list[int]], room: int):
-        """Logits after each prompt, [B, V], the cache, and where the padding is: bool [B, L + room]
-        or None without any. Prompts are padded on the left; samples of one prompt share its
-        pass."""
+    def _prefill(
+        self, prompts: list[list[int]], room: int
+    ) -> tuple[Tensor, DynamicCache, Tensor | None, Tensor]:
+        """Logits after each prompt [B, V], the cache, where tokens are real and not padding
+        (bool [B, L + room], None without padding), and the next position [B].
+
+        Prompts are padded on the left. Samples of one prompt (U distinct ones) share its pass."""
         distinct = list(dict.fromkeys(map(tuple, prompts)))
         longest = max(map(len, distinct))
-        length_U = torch.tensor([len(p) for p in distinct], device=self.device)
-        token_UL = torch.tensor(
-            [[0] * (longest - len(p)) + list(p) for p in distinct], device=self.device
-        )
+        padded = [[0] * (longest - len(p)) + list(p) for p in distinct]
+        token_UL = torch.tensor(padded, device=self.device)
+        length_U = torch.tensor(list(map(len, distinct)), device=self.device)
         slot_L = torch.arange(longest + room, device=self.device)
-        real_UL = slot_L[None] >= (longest - length_U)[:, None]
-        position_UL = (slot_L[None, :longest] - (longest - length_U)[:, None]).clamp(min=0)
-        padded = bool((length_U < longest).any())
+        padding_U1 = (longest - length_U)[:, None]
+        real_UL = slot_L[None] >= padding_U1 if bool((length_U < longest).any()) else None
+        position_UL = (slot_L[None, :longest] - padding_U1).clamp(min=0)
 
-        cache = growing_cache(self.lm.config.num_hidden_layers)
-        logits_UV = self._forward(token_UL, position_UL, real_UL if padded else None, cache)
-        index = {p: i for i, p in enumerate(distinct)}
+        cache = DynamicCache()
+        cache.layers = [GrowingLayer() for _ in range(self.lm.config.num_hidden_layers)]
+        logits_UV = self._forward(token_UL, position_UL, real_UL, cache)
+        index = {prompt: i for i, prompt in enumerate(distinct)}
         row_B = torch.tensor([index[tuple(p)] for p in prompts], device=self.device)
         for layer in cache.layers:
             layer.select(row_B)
-        return logits_UV[row_B], cache, real_UL[row_B] if padded else None, length_U[row_B]
+        return logits_UV[row_B], cache, None if real_UL is None else real_UL[row_B], length_U[row_B]
 
     def _forward(
         self, token_BL: Tensor, position_BL: Tensor, real_BL: Tensor | None, cache: DynamicCache
     ) -> Tensor:
-        """Logits of the last position, [B, V]; adds the tokens to the cache."""
+        """Logits of the last position, [B, V]. The tokens are added to the cache."""
         new, mask = token_BL.shape[1], None
-        if (
-            real_BL is not None
-        ):  # ours, [B, 1, new, past + new]: transformers would build one anew for every layer type
+        # A mask [B, 1, new, past + new] of our own: transformers would build one for every layer
+        # type, at every token.
+        if real_BL is not None:
             slot_L = torch.arange(cache.get_seq_length() + new, device=self.device)
-            mask = (real_BL[:, None, None, : len(slot_L)]) & (slot_L <= slot_L[-new:, None])
-            mask |= (
-                slot_L == slot_L[-new:, None]
-            )  # a padded query sees itself, so that no row is empty
+            mask = real_BL[:, None, None, : len(slot_L)] & (slot_L <= slot_L[-new:, None])
+            # A padded query attends to itself, so that no row of the softmax is empty.
+            mask |= slot_L == slot_L[-new:, None]
         out = self.lm(
             input_ids=token_BL,
             position_ids=position_BL,
@@ -233,10 +222,24 @@ class TorchEngine:
         return out.logits[:, -1]
 
     def _ends_with_stop_string(self, token_BL: Tensor, stop: tuple[str, ...]) -> Tensor:
-        """[B] bool: does the text of these tokens end in a stop string, or in one with a few
-        characters after it?"""
+        """[B] bool: is there a stop string in the last characters of these tokens' text?"""
         if not stop:
             return torch.zeros(len(token_BL), dtype=torch.bool, device=self.device)
-        tail = max(map(len, stop)) + 4  # a token is at least one byte of text
+        # A token is at least one byte of text, and a few characters may follow the stop string.
+        tail = max(map(len, stop)) + 4
         texts = self.tokenizer.batch_decode(token_BL[:, -tail:])
-        return torch.tensor([any(s in text for s in stop) for text in texts], device=self.device)
+
+        def stopped(text: str) -> bool:
+            return any(s in text for s in stop)
+
+        return torch.tensor(list(map(stopped, texts)), device=self.device)
+
+
+def completed(
+    rows: Tensor, token_BL: Tensor, logprob_BL: Tensor, length_B: Tensor, finished_B: Tensor
+) -> Iterator[tuple[int, Completion]]:
+    """(row, completion) of each of these rows."""
+    for row in rows.tolist():
+        n = int(length_B[row])
+        tokens, logprobs = token_BL[row, :n].tolist(), logprob_BL[row, :n].tolist()
+        yield row, Completion(tokens, logprobs, bool(finished_B[row]))

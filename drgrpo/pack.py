@@ -1,26 +1,46 @@
-"""Rollouts -> packed micro-batches: which response goes into which optimizer step, process and
-micro-batch."""
+"""Rollouts -> packed micro-batches.
+
+Decides which response goes into which optimizer step, process and micro-batch.
+"""
 
 import heapq
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from drgrpo.types import Batch
+from drgrpo.types import Batch, Rollout
+
+
+class Sequence(NamedTuple):
+    """A prompt and its response, ready to be packed."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    sampler_logprobs: list[float]
+    advantage: float
+
+
+def sequence(rollout: Rollout, advantage: float) -> Sequence:
+    completion = rollout.completion
+    return Sequence(
+        rollout.problem.prompt_ids, completion.token_ids, completion.logprobs, advantage
+    )
 
 
 def minibatches(n: int, count: int, seed: int, step: int) -> list[list[int]]:
-    """The n rollouts of a step dealt into `count` optimizer steps at random: a function of (seed,
-    step) alone, and decided before any response is dropped, so that dropping does not move the
-    others."""
+    """The n rollouts of a step, dealt into `count` optimizer steps at random.
+
+    The deal depends on (seed, step) alone. It is made before any response is dropped, so that
+    dropping one does not move the others."""
     order = np.random.default_rng((seed, step)).permutation(n)
     return [part.tolist() for part in np.split(order, count)]
 
 
 def balance(lengths: dict[int, int], world: int) -> list[list[int]]:
-    """Rollouts (index -> tokens) dealt to `world` processes, longest first, each to the one with
-    the fewest tokens."""
-    shares = [(0, rank, []) for rank in range(world)]
+    """Rollouts (index -> tokens) dealt to `world` processes. The longest are dealt first, each to
+    the process with the fewest tokens."""
+    shares: list[tuple[int, int, list[int]]] = [(0, rank, []) for rank in range(world)]
     for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
         tokens, rank, share = heapq.heappop(shares)
         heapq.heappush(shares, (tokens + lengths[i], rank, [*share, i]))
@@ -28,8 +48,8 @@ def balance(lengths: dict[int, int], world: int) -> list[list[int]]:
 
 
 def fill(share: list[int], lengths: dict[int, int], budget: int) -> list[list[int]]:
-    """First-fit decreasing: one process's rollouts in micro-batches of at most `budget` tokens; a
-    longer one goes alone."""
+    """One process's rollouts in micro-batches of at most `budget` tokens, by first-fit decreasing.
+    A longer rollout gets a micro-batch of its own."""
     bins: list[list[int]] = []
     room: list[int] = []
     for i in sorted(share, key=lambda i: (-lengths[i], i)):
@@ -45,43 +65,60 @@ def fill(share: list[int], lengths: dict[int, int], budget: int) -> list[list[in
 
 
 def microbatches(lengths: dict[int, int], world: int, budget: int) -> list[list[list[int]]]:
-    """[world][count] lists of rollout indices. Every process gets the same count, of at least one,
-    padded with empty lists: the forward and backward passes of FSDP2 are collectives, and even an
-    empty minibatch has to step."""
+    """[world][count] lists of rollout indices.
+
+    Every process gets the same count, at least one, padded with empty lists: the forward and
+    backward passes of FSDP2 are collectives, and even an empty minibatch has to step."""
     filled = [fill(share, lengths, budget) for share in balance(lengths, world)]
     count = max(1, *map(len, filled))
     return [bins + [[]] * (count - len(bins)) for bins in filled]
 
 
-def pack(
-    sequences: list[tuple[list[int], list[int], list[float], float]],
-    device: torch.device | str = "cpu",
-) -> Batch:
-    """(prompt ids, response ids, sampler log-probs, advantage) of each sequence -> one packed
-    `Batch`.
+def shard(
+    sequences: dict[int, Sequence], rank: int, world: int, budget: int, device: torch.device | str
+) -> list[Batch]:
+    """The packed micro-batches of process `rank`, with at most `budget` tokens each. The keys of
+    `sequences` break ties between equal lengths."""
+    lengths = {i: len(s.prompt_ids) + len(s.token_ids) for i, s in sequences.items()}
+    batches = []
+    for indices in microbatches(lengths, world, budget)[rank]:
+        batches.append(pack([sequences[i] for i in indices], device))
+    return batches
 
-    An empty list gives a batch of one token and no response, through which gradients are exactly
-    zero."""
-    tokens, positions, starts, rows, targets, sampler, advantages = [], [], [0], [], [], [], []
-    for prompt, response, logprobs, advantage in sequences or [([0], [], [], 0.0)]:
-        tokens += prompt + response[:-1]  # nothing is predicted from the last one
+
+def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Batch:
+    """Sequences -> one packed `Batch`. No sequence gives a batch of one token without a response,
+    through which gradients are exactly zero."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts: list[int] = [0]
+    rows: list[int] = []
+    targets: list[int] = []
+    logprobs: list[float] = []
+    advantages: list[float] = []
+    for prompt, response, sampler_logprobs, advantage in sequences or [Sequence([0], [], [], 0.0)]:
+        tokens += prompt + response[:-1]  # nothing is predicted from the last token
         positions += range(len(tokens) - starts[-1])
-        first = (
-            starts[-1] + len(prompt) - 1
-        )  # the last prompt token predicts the first response token
+        first = starts[-1] + len(prompt) - 1  # the last prompt token predicts the first response
         rows += range(first, first + len(response))
         targets += response
-        sampler += logprobs
+        logprobs += sampler_logprobs
         advantages += [advantage] * len(response)
         starts.append(len(tokens))
-    long, fp32 = {"dtype": torch.long, "device": device}, {"dtype": torch.float32, "device": device}
+
+    def int64(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    def fp32(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
     return Batch(
-        token_T=torch.tensor(tokens, **long),
-        position_T=torch.tensor(positions, **long),
+        token_T=int64(tokens),
+        position_T=int64(positions),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
         max_seqlen=int(np.diff(starts).max()),
-        row_N=torch.tensor(rows, **long),
-        target_N=torch.tensor(targets, **long),
-        advantage_N=torch.tensor(advantages, **fp32),
-        sampler_logprob_N=torch.tensor(sampler, **fp32),
+        row_N=int64(rows),
+        target_N=int64(targets),
+        advantage_N=fp32(advantages),
+        sampler_logprob_N=fp32(logprobs),
     )

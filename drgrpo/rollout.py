@@ -1,16 +1,26 @@
-"""Problems -> rollouts: tokenize, sample a group of responses for each, decode."""
+"""Problems -> rollouts: tokenize, sample a group of responses for each, decode, start grading."""
 
 import hashlib
 import struct
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from itertools import chain
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from drgrpo import distributed
+from drgrpo.data import overlap
+from drgrpo.engine import Engine
+from drgrpo.grade import Grade, Grader
 from drgrpo.templates import Template, encode
 from drgrpo.types import Completion, Problem, Request, Rollout, Sampling, UserError
 
 
 def tokenize(
-    problems: list[Problem], template: Template, tokenizer, longest: int
+    problems: list[Problem], template: Template, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> tuple[list[Problem], int]:
     """The problems with their `prompt_ids`, and how many were dropped for a prompt of more than
     `longest` tokens."""
@@ -19,10 +29,36 @@ def tokenize(
     if not kept:
         shortest = min(len(p.prompt_ids) for p in encoded)
         raise UserError(
-            f"no prompt fits: the shortest of {len(encoded)} has {shortest} tokens and {longest} are allowed by "
-            "--max-prompt-tokens (in training) and by the model's positions less --max-new-tokens"
+            f"no prompt fits: the shortest of {len(encoded)} has {shortest} tokens and {longest} "
+            "are allowed by --max-prompt-tokens (in training) and by the model's positions less "
+            "--max-new-tokens"
         )
     return kept, len(encoded) - len(kept)
+
+
+def tokenize_sets(
+    problems: list[Problem],
+    eval_sets: dict[str, list[Problem]],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    log: Callable[[str], None],
+) -> tuple[list[Problem], dict[str, list[Problem]], dict[str, int]]:
+    """Training problems and evaluation sets with their prompts, and how many prompts of each
+    evaluation set are too long."""
+    problems, too_long = tokenize(problems, template, tokenizer, longest)
+    log(
+        f"data: {len(problems)} training problems, {too_long} dropped for a prompt of more than "
+        f"{longest} tokens"
+    )
+    kept, dropped = {}, {}
+    for name, eval_problems in eval_sets.items():
+        kept[name], dropped[name] = tokenize(eval_problems, template, tokenizer, longest)
+        log(
+            f"data: {name}, {len(kept[name])} problems, {dropped[name]} too long (they count as "
+            f"wrong); {len(overlap(problems, kept[name]))} of them among the training problems"
+        )
+    return problems, kept, dropped
 
 
 def sample_seed(*key: int) -> int:
@@ -33,29 +69,51 @@ def sample_seed(*key: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def rollout(
-    engine,
-    tokenizer,
-    problems: list[Problem],
-    samples: int,
-    sampling: Sampling,
-    seed: int,
-    step: int,
-    on_finish: Callable[[int, Rollout], None] = lambda i, r: None,
-) -> list[Rollout]:
-    """`samples` responses to each problem, grouped by problem. `on_finish(i, rollout)` is called as
-    rollout i finishes."""
-    asked = [p for p in problems for _ in range(samples)]
-    requests = [
-        Request(p.prompt_ids, sample_seed(seed, step, p.id, i % samples))
-        for i, p in enumerate(asked)
-    ]
-    rollouts: dict[int, Rollout] = {}
+@dataclass(frozen=True)
+class Sampler:
+    """Draws responses from an engine. `tp` consecutive processes share one engine, and with it one
+    shard of the prompts."""
 
-    def finish(i: int, completion: Completion) -> None:
-        text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        rollouts[i] = Rollout(asked[i], completion, text)
-        on_finish(i, rollouts[i])
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+    tp: int = 1
 
-    engine.generate(requests, sampling, finish)
-    return [rollouts[i] for i in range(len(requests))]
+    def rollout(
+        self,
+        problems: list[Problem],
+        samples: int,
+        sampling: Sampling,
+        step: int,
+        grader: Grader | None = None,
+    ) -> tuple[list[Rollout], list[Future[Grade]]]:
+        """`samples` responses to each problem of this process's shard, grouped by problem, and
+        their grades. The grader may still be working on the grades: it starts with a response as
+        soon as that is complete, while others are sampled."""
+        prompts = [p for p in distributed.shard(problems, self.tp) for _ in range(samples)]
+        requests = [
+            Request(p.prompt_ids, sample_seed(self.seed, step, p.id, i % samples))
+            for i, p in enumerate(prompts)
+        ]
+        rollouts: dict[int, Rollout] = {}
+        grades: dict[int, Future[Grade]] = {}
+
+        def finish(i: int, completion: Completion) -> None:  # responses finish in any order
+            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            rollouts[i] = Rollout(prompts[i], completion, text)
+            if grader:
+                grades[i] = grader.submit(text, prompts[i].answer)
+
+        self.engine.generate(requests, sampling, finish)
+        return [rollouts[i] for i in range(len(prompts))], [grades[i] for i in sorted(grades)]
+
+    def gather(
+        self, rollouts: list[Rollout], rewards: list[float], group_size: int
+    ) -> tuple[list[Rollout], Tensor]:
+        """All processes' rollouts, group by group in the order of the step's problems, and their
+        rewards [P, G]."""
+        pairs = list(zip(rollouts, rewards, strict=True))
+        groups = [pairs[i : i + group_size] for i in range(0, len(pairs), group_size)]
+        pairs = list(chain(*distributed.gather(groups, self.tp)))
+        reward_PG = torch.tensor([reward for _, reward in pairs]).view(-1, group_size)
+        return [rollout for rollout, _ in pairs], reward_PG

@@ -12,9 +12,15 @@ Shape suffixes, the same in every file:
     S  sequences of a micro-batch        H, K  attention heads, key-value heads
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
 
-import torch
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a mistake on the command line is answered before torch is imported
+    from torch import Tensor
 
 Answer = str | float | int | list[str]
 """A ground truth. A list means that any one of its members is right (Minerva, OlympiadBench)."""
@@ -23,6 +29,26 @@ Answer = str | float | int | list[str]
 class UserError(ValueError):
     """A mistake in what the user asked for. The message names the value and the way out; `train.py`
     and `eval.py` print it without a traceback and exit with status 2."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The most similar name, as a question to put into a message; empty if none is similar."""
+    similar = difflib.get_close_matches(name, map(str, names), n=1, cutoff=0.4)
+    return f"did you mean {similar[0]!r}? " if similar else ""
+
+
+def check_name(what: str, name: str, names: Iterable[str]) -> None:
+    """UserError unless `name` is one of `names`. The message offers the nearest."""
+    names = list(names)
+    if name not in names:
+        hint = nearest(name, names)
+        raise UserError(f"unknown {what} {name!r}; {hint}there are {', '.join(names)}")
+
+
+def comma_list(text: str) -> list[str]:
+    """The distinct words between commas, in order."""
+    words = [word.strip() for word in text.split(",")]
+    return list(dict.fromkeys(word for word in words if word))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +98,14 @@ class Completion:
     finished: bool
 
 
+OnFinish = Callable[[int, Completion], None]
+"""Called with the index of a request and its completion."""
+
+
+def no_callback(index: int, completion: Completion) -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A sampled response to a problem, with its text as the grader sees it (special tokens left
@@ -87,23 +121,27 @@ class Rollout:
         return len(self.completion.token_ids)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
     """A packed micro-batch: S sequences end to end, no padding. Only response tokens reach the LM
     head.
 
-    token_T, position_T:  ids and positions; positions restart at 0 with every sequence.
-    cu_seqlens:           int32 [S + 1], where the sequences start; `max_seqlen` is the longest of them.
-    row_N:                index into T of the hidden state that predicts each response token.
-    target_N:             the response tokens.
-    advantage_N, sampler_logprob_N:  fp32, per response token.
+    token_T, position_T: ids and positions. Positions restart at 0 with every sequence.
+    cu_seqlens: int32 [S + 1], where the sequences start. `max_seqlen` is the longest of them.
+    row_N: index into T of the hidden state that predicts each response token.
+    target_N: the response tokens.
+    advantage_N, sampler_logprob_N: fp32, per response token.
+    old_logprob_N: fp32, what the ratio divides by. None means ratio 1.
+    ref_logprob_N: fp32, of the reference model of a KL penalty. None means no penalty.
     """
 
-    token_T: torch.Tensor
-    position_T: torch.Tensor
-    cu_seqlens: torch.Tensor
+    token_T: Tensor
+    position_T: Tensor
+    cu_seqlens: Tensor
     max_seqlen: int
-    row_N: torch.Tensor
-    target_N: torch.Tensor
-    advantage_N: torch.Tensor
-    sampler_logprob_N: torch.Tensor
+    row_N: Tensor
+    target_N: Tensor
+    advantage_N: Tensor
+    sampler_logprob_N: Tensor
+    old_logprob_N: Tensor | None = None
+    ref_logprob_N: Tensor | None = None

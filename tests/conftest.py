@@ -1,6 +1,7 @@
 """One process, one thread, no network, no GPU needed: what every test runs under."""
 
 import os
+import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,9 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # before triton is imported: kernels run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 from pathlib import Path
 
@@ -65,6 +64,15 @@ def group_of_one():
     distributed.stop()
 
 
+@pytest.fixture
+def restored_handlers():
+    """The signal handlers of the test process, put back at the end."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def no_group_left_behind():
     """A run that fails half-way leaves its process group to the next test."""
@@ -79,4 +87,4 @@ def base(warm_model, tmp_path_factory):
     from runs import run, small
 
     out = tmp_path_factory.mktemp("runs") / "base"
-    return out, run(small(warm_model, out, samples_logged=3))
+    return out, run(small(warm_model, out))

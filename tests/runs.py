@@ -13,19 +13,24 @@ from transformers import AutoModelForCausalLM
 
 import train
 from drgrpo import distributed
-from drgrpo.config import RECIPES, Config, flag
-from drgrpo.run.log import read_jsonl
+from drgrpo.config import RECIPES, Config
+from drgrpo.run.cli import flag
+from drgrpo.run.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = (
-    "seconds",
-    "gb",
-    "tflops",
-    "hours_used",
-    "tokens_per_s",
-    "rollout_tokens_per_s",
-    "train_tokens_per_s",
-)
+TIMES = ("seconds", "gb", "tflops", "hours_used")
+TIMES += ("tokens_per_s", "rollout_tokens_per_s", "train_tokens_per_s")
+
+
+START = """
+import sys, train
+from drgrpo import distributed
+from drgrpo.config import parse_args
+from drgrpo.run.cli import user_errors
+with user_errors(), distributed.cleanup():
+    train.main(parse_args(sys.argv[1:]))
+"""
+"""What train.py does when it is the main program."""
 
 
 def small(model: str, out: Path, **changes) -> Config:
@@ -58,21 +63,13 @@ def launch(
 ):
     """Start the same with torchrun, as a user does; `prelude` is Python that runs before train.py.
     Returns the process."""
-    code = f"{prelude}\nimport sys, train\ntrain.cli(sys.argv[1:])"
     script = Path(config.out).with_suffix(".py")
-    script.write_text(code)
-    arguments = [
-        word for f in fields(config) for word in (f"--{flag(f.name)}", str(getattr(config, f.name)))
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *torchrun,
-        f"--nproc-per-node={processes}",
-        script,
-        *arguments,
-    ]
+    script.write_text(f"{prelude}\n{START}")
+    arguments: list[str] = []
+    for f in fields(config):
+        arguments += [f"--{flag(f.name)}", str(getattr(config, f.name))]
+    command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
+    command += [f"--nproc-per-node={processes}", script, *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -3,27 +3,17 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
-from drgrpo.evaluation.analyze import analyze, bars, draw, entries_of, keywords, plt
+from drgrpo.evaluation.analyze import analyze, bars, draw, entries_of, keywords
 from drgrpo.evaluation.scores import sign_flip
+from drgrpo.run.files import append_jsonl
+from rows import response_row
 
 
 def response(id, sample, text, score, parsed, tokens, **other) -> dict:
-    return {
-        "benchmark": "b",
-        "template": "qwen_math",
-        "temperature": 1.0,
-        "id": id,
-        "sample": sample,
-        "problem": "q",
-        "answer": "1",
-        "response": text,
-        "score": score,
-        "parsed": parsed,
-        "vote": None,
-        "tokens": tokens,
-        "finished": True,
-    } | other
+    row = {"id": id, "sample": sample, "response": text, "score": score, "parsed": parsed}
+    return response_row(**row, tokens=tokens, **other)
 
 
 ROWS = [
@@ -48,19 +38,11 @@ def entries():
 
 def test_answers_by_template(entries):
     qwen, none = entries
-    assert (qwen["template"], qwen["temperature"], none["template"], none["temperature"]) == (
-        "qwen_math",
-        1.0,
-        "none",
-        0.2,
-    )
-    assert (qwen["questions"], qwen["responses"], qwen["extractable"], qwen["accuracy"]) == (
-        4,
-        8,
-        6 / 8,
-        2 / 8,
-    )
-    assert qwen["truncated"] == 1 / 8 and (none["questions"], none["extractable"]) == (1, 1.0)
+    assert (qwen["template"], qwen["temperature"]) == ("qwen_math", 1.0)
+    assert (none["template"], none["temperature"]) == ("none", 0.2)
+    assert (qwen["questions"], qwen["responses"]) == (4, 8)
+    assert (qwen["extractable"], qwen["accuracy"], qwen["truncated"]) == (6 / 8, 2 / 8, 1 / 8)
+    assert (none["questions"], none["extractable"]) == (1, 1.0)
 
 
 def test_lengths_of_the_three_kinds(entries):
@@ -80,19 +62,12 @@ def test_self_reflection(entries):
     r = entries[0]["reflection"]
     assert (r["questions"], r["responses"]) == (2 / 4, 3 / 8)
     assert r["keywords"] == {"recheck": 2, "double-check": 1, "rethink": 1}
-    assert (r["n_with"], r["accuracy_with"], r["n_without"], r["accuracy_without"]) == (
-        3,
-        1 / 3,
-        5,
-        1 / 5,
-    )
-    assert r["within"] == {"questions": 1, "difference": 1.0, "p": sign_flip([1.0])}, (
-        "only question 0 has both kinds"
-    )
-    assert (
-        entries[1]["reflection"]["accuracy_with"] is None
-        and entries[1]["reflection"]["within"]["p"] is None
-    )
+    assert (r["n_with"], r["accuracy_with"]) == (3, 1 / 3)
+    assert (r["n_without"], r["accuracy_without"]) == (5, 1 / 5)
+    within = {"questions": 1, "difference": 1.0, "p": sign_flip([1.0])}
+    assert r["within"] == within, "only question 0 has both kinds"
+    other = entries[1]["reflection"]
+    assert other["accuracy_with"] is None and other["within"]["p"] is None
 
 
 @pytest.mark.parametrize(
@@ -117,15 +92,11 @@ def test_nothing_but_prompts_that_do_not_fit():
 
 
 def test_the_table_the_json_and_the_figure(tmp_path, capsys, entries):
-    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    append_jsonl(tmp_path / "responses.jsonl", ROWS)
     analyze(str(tmp_path / "responses.jsonl"), "")
     shown = capsys.readouterr().out
-    assert (
-        "qwen_math, 1" in shown
-        and "none, 0.2" in shown
-        and "recheck 2" in shown
-        and "75.0" in shown
-    )
+    for text in ("qwen_math, 1", "none, 0.2", "recheck 2", "75.0"):
+        assert text in shown
     assert json.loads((tmp_path / "analysis.json").read_text())["evaluations"] == entries
     assert (tmp_path / "analysis.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -141,11 +112,9 @@ def test_the_figure_shows_the_numbers(entries):
         "qwen_math, pass@2": [0.5],
         "none, pass@1": [1.0],
     }
-    plt.close(figure)
 
 
 def test_a_missing_value_has_no_bar():
-    figure, axis = plt.subplots()
-    bars(axis, ["a"], {"x": [None]})
-    assert axis.patches[0].get_height() == 0
-    plt.close(figure)
+    axes = Figure().subplots()
+    bars(axes, ["a"], {"x": [None]})
+    assert axes.patches[0].get_height() == 0

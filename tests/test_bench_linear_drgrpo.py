@@ -1,7 +1,7 @@
-"""The benchmark measures what it says: same gradients from every contender, nothing timed that is
-wrong, skips that show.
+"""The benchmark of the head: the same gradients from every contender, nothing timed that is wrong,
+skips that show.
 
-pytest tests/test_bench_linear_drgrpo.py
+    pytest tests/test_bench_linear_drgrpo.py
 """
 
 import json
@@ -24,13 +24,11 @@ ON_CPU = [OURS, "torch, fp32 upcast", "torch, cross_entropy", "F.linear_cross_en
 def test_every_contender_computes_the_same_gradient(name):
     """The equal terms of the comparison: Dr. GRPO on-policy with advantage 1 has the gradient of
     the mean cross-entropy."""
-    if name == "F.linear_cross_entropy" and not hasattr(
-        torch.nn.functional, "linear_cross_entropy"
-    ):
-        pytest.skip("this torch has none")
+    if name.startswith("F.") and not hasattr(torch.nn.functional, name.removeprefix("F.")):
+        pytest.skip(f"torch {torch.__version__} has no {name}")
     case = bench.make_case(64, 16, 300, "cpu")
-    found = bench.errors(bench.CONTENDERS[name], case, bench.exact(case))
-    assert max(found.values()) <= 1e-5
+    errors = bench.errors(bench.CONTENDERS[name], case, bench.exact(case))
+    assert max(errors.values()) <= 1e-5
 
 
 def test_a_row_per_contender_with_numbers_or_a_reason(monkeypatch):
@@ -41,27 +39,23 @@ def test_a_row_per_contender_with_numbers_or_a_reason(monkeypatch):
     assert list(rows) == names
     ours, floor = rows[OURS], rows["3 bare GEMMs"]
     assert ours["step_ms"]["p20"] <= ours["step_ms"]["p50"] <= ours["step_ms"]["p80"]
-    assert (
-        ours["step_ratio"] == ours["step_ms"]["p50"] / floor["step_ms"]["p50"]
-        and floor["logprob_ratio"] == 1
-    )
-    assert (
-        ours["errors"]["dweight"] <= 1e-5 and ours["host_syncs"] is None and ours["peak_bytes"] > 0
-    )
+    assert ours["step_ratio"] == ours["step_ms"]["p50"] / floor["step_ms"]["p50"]
+    assert floor["logprob_ratio"] == 1
+    assert ours["errors"]["dweight"] <= 1e-5
+    assert ours["host_syncs"] is None
+    assert ours["peak_bytes"] > 0
     assert rows["CCE"]["skipped"] == "needs CUDA"
-    assert (
-        "ZeroDivisionError" in rows["broken"]["skipped"]
-        and "no_such_package" in rows["absent"]["skipped"]
-    )
+    assert "ZeroDivisionError" in rows["broken"]["skipped"]
+    assert "no_such_package" in rows["absent"]["skipped"]
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     right = bench.head.linear_drgrpo_loss
-    monkeypatch.setattr(
-        bench.head,
-        "linear_drgrpo_loss",
-        lambda *args, **how: right(*args, **how | {"temperature": 1.001}),
-    )
+
+    def wrong(*args, **options):
+        return right(*args, **options, temperature=1.001)
+
+    monkeypatch.setattr(bench.head, "linear_drgrpo_loss", wrong)
     with pytest.raises(SystemExit, match="not timing a wrong kernel: dhidden"):
         bench.measure("tiny", 64, "cpu", ["3 bare GEMMs", OURS], repeats=1)
 
@@ -72,15 +66,14 @@ def test_a_failure_of_the_fused_head_is_not_a_skip(monkeypatch):
         bench.measure("tiny", 64, "cpu", ["3 bare GEMMs", OURS], repeats=1)
 
 
+@pytest.mark.slow
 def test_fused_memory_is_the_chunk_and_the_gradients():
     """On the CPU too, the logits of all tokens never exist at once; the naive program keeps several
     copies of them."""
     T, (D, V) = 1024, bench.MODELS["small"]
-    rows = {
-        r["contender"]: r
-        for r in bench.measure("small", T, "cpu", ["3 bare GEMMs", OURS, "torch, fp32 upcast"], 1)
-    }
-    chunk = bench.head._chunk(T, V, torch.device("cpu"))
+    names = ["3 bare GEMMs", OURS, "torch, fp32 upcast"]
+    rows = {row["contender"]: row for row in bench.measure("small", T, "cpu", names, 1)}
+    chunk = bench.head.default_chunk_tokens(T, V, torch.device("cpu"))
     buffers = 4 * (2 * chunk * V + V * D + T * D)  # logits and their exponentials, dW, dX
     assert rows[OURS]["peak_bytes"] <= 1.2 * buffers + 2**20
     assert rows[OURS]["peak_bytes"] < rows["torch, fp32 upcast"]["peak_bytes"] / 4
@@ -90,34 +83,31 @@ def test_the_sweep_times_what_it_names_and_takes_the_fastest(monkeypatch):
     """Made-up times: (128, 4) is the fastest program, 256 tokens the fastest chunk, and only with
     that program."""
     monkeypatch.setitem(bench.PROGRAMS, "cpu", [(64, 2), (128, 4)])
-    used, sizes_now = [], bench.head._sizes
-    monkeypatch.setattr(
-        bench.head,
-        "linear_drgrpo_loss",
-        lambda *_, **__: (used.append(bench.head._sizes(None)), {}),
-    )
-    monkeypatch.setattr(bench.Case, "backward", lambda self, loss: None)
+    used, sizes_on = [], bench.head.sizes_on
 
-    def fake(runs, device, repeats):
+    def loss(*_, **__):
+        used.append(bench.head.sizes_on(None))
+        return None, {}
+
+    def fake_times(runs, device, repeats):
         times = {}
         for key, run in runs.items():
             run()
-            assert used[-1] == key[0], "it timed other sizes than it says"
-            times[key] = [
-                10.0 - 4 * (used[-1][:2] == (128, 4)) - (used[-1].chunk_logits == 256 * 8192)
-            ]
+            sizes = used[-1]
+            assert sizes == key[0], "it timed other sizes than it names"
+            gain = 4 * (sizes[:2] == (128, 4)) + (sizes.chunk_logits == 256 * 8192)
+            times[key] = [10.0 - gain]
         return times
 
-    monkeypatch.setattr(bench, "interleaved", fake)
-    found = bench.sweep(["tiny", "small"], 64, "cpu", repeats=1)
-    assert (
-        found["best"] == {"block_v": 128, "num_warps": 4, "chunk_logits": 256 * 8192}
-        and found["gain"] == 0.5
-    )
-    assert {row["model"] for row in found["rows"]} == {"tiny", "small"} and len(
-        found["rows"]
-    ) == 2 * (3 + 4)
-    assert bench.head._sizes is sizes_now
+    monkeypatch.setattr(bench.head, "linear_drgrpo_loss", loss)
+    monkeypatch.setattr(bench.Case, "backward", lambda self, loss: None)
+    monkeypatch.setattr(bench, "interleaved", fake_times)
+    result = bench.sweep(["tiny", "small"], 64, "cpu", repeats=1)
+    assert result["best"] == {"block_v": 128, "num_warps": 4, "chunk_logits": 256 * 8192}
+    assert result["gain"] == 0.5
+    assert {row["model"] for row in result["rows"]} == {"tiny", "small"}
+    assert len(result["rows"]) == 2 * (3 + 4)
+    assert bench.head.sizes_on is sizes_on
 
 
 def test_sizes_tuned_for_a_card_are_used_on_that_card_only(monkeypatch):
@@ -126,9 +116,9 @@ def test_sizes_tuned_for_a_card_are_used_on_that_card_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, chunk in (((9, 0), 8192), ((8, 0), 4096)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert (bench.head._sizes(cuda) == tuned) == (capability == (9, 0))
-        assert bench.head._chunk(8192, 151_936, cuda) == chunk
-    assert bench.head._sizes(torch.device("cpu")) != tuned
+        assert (bench.head.sizes_on(cuda) == tuned) == (capability == (9, 0))
+        assert bench.head.default_chunk_tokens(8192, 151_936, cuda) == chunk
+    assert bench.head.sizes_on(torch.device("cpu")) != tuned
 
 
 def test_targets_are_samples_of_the_softmax():
@@ -149,43 +139,24 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 def test_contenders_take_turns():
     order = []
-    times = harness.interleaved(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", 3
-    )
-    assert order == list("ababab") and [len(t) for t in times.values()] == [3, 3]
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = harness.interleaved(runs, "cpu", 3)
+    assert order == list("ababab")
+    assert [len(t) for t in times.values()] == [3, 3]
 
 
 def test_quantiles_and_table():
     assert harness.quantiles([5.0]) == {"p20": 5.0, "p50": 5.0, "p80": 5.0}
     assert harness.quantiles(list(range(11))) == pytest.approx({"p20": 2, "p50": 5, "p80": 8})
-    assert (
-        harness.table([{"x": 1}, {"x": 22}], {"n": lambda r: "r", "x": lambda r: str(r["x"])})
-        == "n   x\nr   1\nr  22"
-    )
+    columns = {"n": lambda r: "r", "x": lambda r: str(r["x"])}
+    assert harness.table([{"x": 1}, {"x": 22}], columns) == "n   x\nr   1\nr  22"
 
 
+@pytest.mark.slow
 def test_command_writes_json_and_picture(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "bench.bench_linear_drgrpo",
-        "--device",
-        "cpu",
-        "--models",
-        "tiny",
-        "--tokens",
-        "128",
-    ]
-    command += [
-        "--repeats",
-        "2",
-        "--only",
-        OURS,
-        "CCE",
-        "--sweep",
-        "--out",
-        str(tmp_path / "result"),
-    ]
+    options = "--device cpu --models tiny --tokens 128 --repeats 2 --sweep --out"
+    command = [sys.executable, "-m", "bench.bench_linear_drgrpo", *options.split()]
+    command += [str(tmp_path / "result"), "--only", OURS, "CCE"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -193,7 +164,6 @@ def test_command_writes_json_and_picture(tmp_path):
     assert [row["contender"] for row in result["rows"]] == ["3 bare GEMMs", OURS, "CCE"]
     assert {"device", "torch", "triton", "commit", "date"} <= set(result["where"])
     assert "skipped CCE: needs CUDA" in done.stdout
-    assert result["sweep"]["tuned"] is None and "the default stays" in done.stdout, (
-        "what a CPU finds is no advice for a card"
-    )
+    assert result["sweep"]["tuned"] is None, "what a CPU finds is no advice for a card"
+    assert "the default stays" in done.stdout
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,4 @@
-"""Differences: a made-up run next to the paper's rows, and two made-up runs against each other,
-with known answers."""
+"""Differences with known answers: a made-up run next to the paper's rows, and two made-up runs."""
 
 import json
 
@@ -14,56 +13,37 @@ from drgrpo.evaluation.compare import (
     paired,
     with_paper,
 )
-from drgrpo.evaluation.published import PUBLISHED, N
+from drgrpo.evaluation.published import PROTOCOL, PUBLISHED, N
 from drgrpo.evaluation.scores import mcnemar, sign_flip, two_proportions
+from drgrpo.run.files import append_jsonl
 from drgrpo.types import UserError
+from rows import response_row
 
-OAT_ZERO_7B = dict(
-    zip(BENCHMARKS, (13, 52, 400, 82, 277), strict=True)
-)  # problems solved, of 30, 83, 500, 272, 675
-PAPER = {
-    "model": "sail/Qwen2.5-Math-7B-Oat-Zero",
-    "samples": 1,
-    "max_new_tokens": 3000,
-    "grader": "paper",
-}
+# problems solved, of 30, 83, 500, 272, 675
+OAT_ZERO_7B = dict(zip(BENCHMARKS, (13, 52, 400, 82, 277), strict=True))
+PAPER = {"model": "sail/Qwen2.5-Math-7B-Oat-Zero"} | PROTOCOL
 
 
-def benchmark(name: str, scores: list, template="qwen_math", temperature=0.0) -> list[dict]:
-    """A list of scores, one per problem; of lists, one per sample."""
-    groups = [s if isinstance(s, list) else [s] for s in scores]
-    return [
-        {
-            "benchmark": name,
-            "template": template,
-            "temperature": temperature,
-            "id": id,
-            "sample": k,
-            "problem": f"{name} {id}",
-            "answer": "1",
-            "response": "r",
-            "score": float(s),
-            "parsed": True,
-            "vote": 0,
-            "tokens": 5,
-            "finished": True,
-        }
-        for id, group in enumerate(groups)
-        for k, s in enumerate(group)
-    ]
+def benchmark(name: str, scores: list, template: str = "qwen_math") -> list[dict]:
+    """Responses with these scores, one per problem. A score may be a list, one per sample."""
+    rows = []
+    for id, group in enumerate(scores):
+        for k, score in enumerate(group if isinstance(group, list) else [group]):
+            tag = {"benchmark": name, "template": template, "temperature": 0.0, "id": id}
+            tag |= {"sample": k, "problem": f"{name} {id}", "score": float(score)}
+            rows.append(response_row(**tag))
+    return rows
 
 
 def solved(counts: dict[str, int]) -> dict[str, list[dict]]:
-    return {
-        name: benchmark(name, [i < count for i in range(N[name])]) for name, count in counts.items()
-    }
+    scores = {name: [1] * count + [0] * (N[name] - count) for name, count in counts.items()}
+    return {name: benchmark(name, scores[name]) for name in counts}
 
 
 def write(folder, sets: dict[str, list[dict]], settings: dict | None = None) -> str:
     folder.mkdir()
-    (folder / "responses.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for rows in sets.values() for r in rows)
-    )
+    for rows in sets.values():
+        append_jsonl(folder / "responses.jsonl", rows)
     if settings:
         (folder / "eval.json").write_text(json.dumps({"settings": settings}))
     return str(folder)
@@ -235,15 +215,10 @@ def test_which_evaluations_are_paired():
 
 
 def test_runs_are_paired_by_template_and_temperature(tmp_path):
-    sets = lambda up: {t: benchmark("m", [1, up], template=t) for t in ("none", "r1")}  # noqa: E731
-    result, tables = paired(write(tmp_path / "a", sets(0)), write(tmp_path / "b", sets(1)))
+    runs = []
+    for name, up in (("a", 0), ("b", 1)):
+        sets = {t: benchmark("m", [1, up], template=t) for t in ("none", "r1")}
+        runs.append(write(tmp_path / name, sets))
+    result, tables = paired(*runs)
     assert [e["a"][1] for e in result["evaluations"]] == ["none", "r1"] and len(tables) == 2
     assert all(e["average"]["difference"] == 0.5 for e in result["evaluations"])
-
-
-@pytest.mark.parametrize(
-    "runs", [["paper"], ["paper", "paper"], ["x"], ["x", "y", "z"]], ids=" ".join
-)
-def test_a_comparison_takes_two(runs):
-    with pytest.raises(UserError, match="must name two"):
-        compare(runs, "")

@@ -4,15 +4,17 @@ import socket
 
 import pytest
 
-from drgrpo.distributed import gather, share
+from drgrpo.distributed import gather, shard
 from runs import assert_close_run, finish, launch, small
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(base, warm_model, tmp_path):
     finish(launch(small(warm_model, tmp_path / "two"), processes=2))
     assert_close_run(base[0], tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_two_nodes_of_two_processes_with_a_copy_each_equal_one(base, warm_model, tmp_path):
     """A real rendezvous between two torchruns on this machine, FSDP2 inside a node and replication
     across (HSDP), and the paper's recomputed log-probs: more collectives, in the same order
@@ -21,25 +23,18 @@ def test_two_nodes_of_two_processes_with_a_copy_each_equal_one(base, warm_model,
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     config = small(warm_model, tmp_path / "nodes", dp_replicate=2)
+    rendezvous = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=test")
+    rendezvous += (f"--rdzv-endpoint=localhost:{port}",)
     nodes = [
-        launch(
-            config,
-            processes=2,
-            torchrun=(
-                "--nnodes=2",
-                f"--node-rank={n}",
-                "--rdzv-backend=c10d",
-                "--rdzv-id=test",
-                f"--rdzv-endpoint=localhost:{port}",
-            ),
-        )
-        for n in (0, 1)
+        launch(config, processes=2, torchrun=(*rendezvous, f"--node-rank={rank}"))
+        for rank in (0, 1)
     ]
     shown = [finish(node) for node in nodes]
     assert sum("runs on: 4 x cpu" in text for text in shown) == 1
     assert_close_run(base[0], tmp_path / "nodes")
 
 
+@pytest.mark.slow
 def test_one_process_that_is_told_to_stop_stops_all(warm_model, tmp_path):
     prelude = """
 import os, signal
@@ -67,5 +62,5 @@ def test_processes_that_do_not_divide_are_refused(warm_model, tmp_path, flags):
         train.main(small(warm_model, tmp_path / "run", dtype="bfloat16", **flags))
 
 
-def test_share_and_gather_are_inverse(group_of_one):
-    assert gather(share(list("abcde"))) == list("abcde")
+def test_shard_and_gather_are_inverse(group_of_one):
+    assert gather(shard(list("abcde"))) == list("abcde")

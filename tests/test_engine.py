@@ -1,23 +1,31 @@
 """The PyTorch sampler: what it reports is what the model computes, and a sample depends on its own
-seed alone."""
+seed alone. Then the order in which vLLM is called, on an imitation of it."""
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from drgrpo.engine import resolve_engine, stop_token_ids
-from drgrpo.engine_torch import TorchEngine, draw, uniforms
-from drgrpo.types import Request, Sampling
+from drgrpo.config import RECIPES
+from drgrpo.engine import make_engine, resolve_engine, stop_token_ids
+from drgrpo.engine_torch import sample_token, uniforms
+from drgrpo.types import Request, Sampling, UserError
 
 CPU = torch.device("cpu")
 
 
+def build(path: str, tokenizer, name: str = "torch", max_tokens=1024, sleep=False):
+    config = replace(RECIPES["tiny"](), engine=name, sampler_batch=16)
+    return make_engine(config, path, tokenizer, CPU, max_tokens, sleep=sleep)
+
+
 @pytest.fixture(scope="module")
 def engine(random_model, tokenizer):
-    return TorchEngine(
-        random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=1024
-    )
+    return build(random_model, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +48,27 @@ def forward_logprobs(
     model, prompt: list[int], response: list[int], temperature: float
 ) -> torch.Tensor:
     with torch.no_grad():
-        logits = (
-            model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
-        )
-    return torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    logprob_LV = torch.log_softmax(logits / temperature, -1)
+    return logprob_LV.gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_a_plain_forward_pass(engine, model, temperature):
-    asked = requests(24)  # two batches, padded prompts, rows that stop early
-    for request, completion in zip(
-        asked, engine.generate(asked, sampling(temperature=temperature)), strict=True
-    ):
+    batch = requests(24)  # two batches, padded prompts, rows that stop early
+    completions = engine.generate(batch, sampling(temperature=temperature))
+    for request, completion in zip(batch, completions, strict=True):
         expected = forward_logprobs(model, request.prompt_ids, completion.token_ids, temperature)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
 
 
 def test_a_sample_does_not_depend_on_the_batch(engine):
-    asked = requests(24)[::5] + requests(24)[1::2]  # samples of a prompt need not stand together
-    together = engine.generate(asked, sampling())
-    alone = [engine.generate([r], sampling())[0].token_ids for r in asked[::5]]
-    assert alone == [c.token_ids for c in together[::5]]
-    assert together == engine.generate(asked, sampling())
+    every_fifth = requests(24)[::5]
+    batch = every_fifth + requests(24)[1::2]  # samples of a prompt need not stand together
+    together = engine.generate(batch, sampling())
+    alone = [engine.generate([r], sampling())[0].token_ids for r in every_fifth]
+    assert alone == [c.token_ids for c in together[: len(every_fifth)]]
+    assert together == engine.generate(batch, sampling())
     samples = engine.generate(requests(3), sampling())
     assert len({tuple(c.token_ids) for c in samples}) == 3, "samples of one prompt must differ"
 
@@ -77,16 +84,13 @@ def test_greedy_takes_the_likeliest_token(engine, model):
 
 
 def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine):
-    completions = engine.generate(
-        requests(48), sampling(stop_token_ids=tuple(range(0, 256, 8)), max_new_tokens=20)
-    )
-    stopped = [c for c in completions if c.finished]
-    assert 0 < len(stopped) < 48
+    stops = tuple(range(0, 256, 8))
+    completions = engine.generate(requests(48), sampling(stop_token_ids=stops, max_new_tokens=20))
+    assert 0 < sum(c.finished for c in completions) < 48
     for c in completions:
         assert len(c.token_ids) == len(c.logprobs)
-        assert [t % 8 == 0 and t < 256 for t in c.token_ids] == [False] * (len(c.token_ids) - 1) + [
-            c.finished
-        ]
+        *earlier, last = [token in stops for token in c.token_ids]
+        assert not any(earlier) and last == c.finished
         assert c.finished or len(c.token_ids) == 20
 
 
@@ -100,23 +104,17 @@ def test_a_stop_string_ends_a_response_and_stays_in_it(engine, tokenizer):
 
 
 def test_prompt_and_response_together_end_at_max_tokens(random_model, engine, tokenizer):
-    short = TorchEngine(
-        random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=45
-    )
-    asked = requests(9)  # prompts of 3, 11 and 40 tokens
-    completions = zip(
-        asked, engine.generate(asked, sampling()), short.generate(asked, sampling()), strict=True
-    )
-    for request, free, cut in completions:
+    short = build(random_model, tokenizer, max_tokens=45)
+    batch = requests(9)  # prompts of 3, 11 and 40 tokens
+    pairs = zip(engine.generate(batch, sampling()), short.generate(batch, sampling()), strict=True)
+    for request, (free, cut) in zip(batch, pairs, strict=True):
         room = 45 - len(request.prompt_ids)
         assert cut.token_ids == free.token_ids[:room]
         assert cut.finished == (free.finished and len(free.token_ids) <= room)
 
 
 def test_sync_takes_over_every_weight_and_notices_a_missing_one(random_model, engine, tokenizer):
-    fresh = TorchEngine(
-        random_model, tokenizer, dtype=torch.float32, device=CPU, batch=16, max_tokens=1024
-    )
+    fresh = build(random_model, tokenizer)
     changed = {name: weight + 0.01 for name, weight in engine.lm.state_dict().items()}
     fresh.sync(changed.items())
     assert all(torch.equal(weight, changed[name]) for name, weight in fresh.lm.state_dict().items())
@@ -125,11 +123,11 @@ def test_sync_takes_over_every_weight_and_notices_a_missing_one(random_model, en
         fresh.sync(changed.items())
 
 
-def test_draw_follows_the_distribution():
+def test_sampled_tokens_follow_the_distribution():
     logits_BV = torch.tensor([[0.0, 1.0, 2.0, -1e9]]).repeat(20000, 1)
     uniform_B = torch.from_numpy(uniforms(list(range(20000)), 1))[:, 0]
     for temperature in (1.0, 0.5):
-        token_B, logprob_B = draw(logits_BV, uniform_B, temperature)
+        token_B, logprob_B = sample_token(logits_BV, uniform_B, temperature)
         expected = torch.softmax(logits_BV[0] / temperature, -1)
         counts = torch.bincount(token_B, minlength=4) / 20000
         assert (counts - expected).abs().max() < 0.015  # four standard deviations
@@ -148,10 +146,9 @@ def test_uniforms_are_stateless_uniform_and_uncorrelated():
     assert np.array_equal(u[7:9], uniforms([7, 8], 250))
     assert np.array_equal(u[:, :10], uniforms(list(range(400)), 10))
     assert abs(u.mean() - 0.5) < 0.005 and abs(u.var() - 1 / 12) < 0.002
-    assert abs(np.corrcoef(u[:-1].ravel(), u[1:].ravel())[0, 1]) < 0.02  # neighbouring seeds
-    assert (
-        abs(np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())[0, 1]) < 0.02
-    )  # neighbouring positions
+    neighbouring_seeds = np.corrcoef(u[:-1].ravel(), u[1:].ravel())
+    neighbouring_positions = np.corrcoef(u[:, :-1].ravel(), u[:, 1:].ravel())
+    assert abs(neighbouring_seeds[0, 1]) < 0.02 and abs(neighbouring_positions[0, 1]) < 0.02
 
 
 def test_no_request_gives_no_completion(engine):
@@ -166,3 +163,71 @@ def test_auto_is_torch_without_a_gpu_and_vllm_with_one():
 
 def test_stop_tokens_are_the_models_own(random_model, tokenizer):
     assert stop_token_ids(random_model, tokenizer) == (256,)
+
+
+# ---- the calls of vLLM, in order: what a GPU would need, on an imitation that records them
+
+
+class RecordingLLM:
+    """Imitates `vllm.LLM`: notes what is called, with what."""
+
+    def __init__(self, **settings):
+        self.settings, self.calls = settings, []
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def collective_rpc(self, method, args: tuple) -> None:
+        self.calls.append("load " + " ".join(name for name, _ in args[0]))
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset")
+        return True
+
+
+@pytest.fixture
+def imitation(monkeypatch):
+    """Builds a `VLLMEngine` on a `RecordingLLM`."""
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=RecordingLLM))
+    monkeypatch.setattr("drgrpo.engine_vllm.prepare_environment", lambda on_gpu: None)
+    return lambda **changes: build("model", None, "vllm", **changes)
+
+
+WEIGHTS = [("a", torch.ones(1)), ("b", torch.ones(1))]
+
+
+def test_sync_wakes_the_weights_loads_wakes_the_cache_and_resets_it(imitation, monkeypatch):
+    engine = imitation(sleep=True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: engine.llm.calls.append("empty cache"))
+    engine.sync(WEIGHTS)
+    engine.sleep()
+    engine.sync(WEIGHTS)
+    engine.sync(WEIGHTS)
+    awake = ["load a b", "reset"]
+    asleep = ["empty cache", "wake weights", "load a b", "wake kv_cache", "reset"]
+    assert engine.llm.calls == [*awake, "sleep 2", *asleep, *awake]
+
+
+def test_an_engine_that_must_stay_awake_is_not_put_to_sleep(imitation):
+    engine = imitation(sleep=False)
+    assert engine.llm.settings["enable_sleep_mode"] is False
+    engine.sleep()
+    engine.sync(WEIGHTS)
+    assert engine.llm.calls == ["load a b", "reset"]
+
+
+def test_a_missing_weight_is_an_error_before_the_engine_samples(imitation):
+    engine = imitation(sleep=True)
+    engine.sync(WEIGHTS)
+    with pytest.raises(RuntimeError, match=r"other names than at first: \['b'\]"):
+        engine.sync(WEIGHTS[:1])
+
+
+def test_vllm_that_is_not_installed_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr("drgrpo.engine_vllm.prepare_environment", lambda on_gpu: None)
+    with pytest.raises(UserError, match="or use --engine torch"):
+        build("model", None, "vllm")

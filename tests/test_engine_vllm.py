@@ -2,20 +2,22 @@
 breaks that is noticed."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from drgrpo.config import RECIPES
 from drgrpo.engine import make_engine
 from drgrpo.types import Request, Sampling
 from runs import assert_close_run, finish, launch, metrics, small
 
+missing = importlib.util.find_spec("vllm") is None
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make env"
-    ),
+    pytest.mark.slow,
+    pytest.mark.skipif(missing, reason="vLLM is not installed: make env"),
 ]
 
 MAX_GAP = 1e-4  # nats, float32; measured: 1e-6 at this size
@@ -36,53 +38,43 @@ def group():
 
 
 def build(path: str, tokenizer):
-    return make_engine(
-        "vllm",
-        path,
-        tokenizer,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        batch=64,
-        max_tokens=256,
-        kv_cache_gb=0.05,
-    )
+    config = replace(RECIPES["tiny"](), engine="vllm", sampler_batch=64)
+    return make_engine(config, path, tokenizer, torch.device("cpu"), 256, kv_cache_gb=0.05)
+
+
+def with_its_model(path: str, tokenizer):
+    """(engine, model) of one folder."""
+    return build(path, tokenizer), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def tied(group, random_model, tokenizer):
-    """(engine, model): Qwen2 with tied embeddings, as the 0.5B and 1.5B models have."""
-    yield (
-        build(random_model, tokenizer),
-        AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.float32),
-    )
+    """Qwen2 with tied embeddings, as the 0.5B and 1.5B models have."""
+    return with_its_model(random_model, tokenizer)
 
 
 @pytest.fixture(scope="module")
 def untied(group, tokenizer, tmp_path_factory):
-    """(engine, model): Llama with an LM head of its own."""
+    """Llama with an LM head of its own."""
     path = tmp_path_factory.mktemp("models") / "llama"
     torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=260,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=False,
-            initializer_range=0.08,
-            max_position_embeddings=512,
-            eos_token_id=256,
-            bos_token_id=None,
-            pad_token_id=257,
-        )
-    ).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    yield (
-        build(str(path), tokenizer),
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        max_position_embeddings=512,
+        eos_token_id=256,
+        bos_token_id=None,
+        pad_token_id=257,
     )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return with_its_model(str(path), tokenizer)
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -93,9 +85,8 @@ def pair(request):
 def requests(count: int = 12) -> list[Request]:
     """Prompts of 40 to 70 tokens: more than one block of the prefix cache. Four samples of each."""
     generator = torch.Generator().manual_seed(0)
-    prompts = [
-        torch.randint(256, (40 + 10 * i,), generator=generator).tolist() for i in range(count // 4)
-    ]
+    lengths = [40 + 10 * i for i in range(count // 4)]
+    prompts = [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
     return [Request(prompts[i // 4], seed=77 + i) for i in range(count)]
 
 
@@ -103,21 +94,17 @@ def sampling(**changes) -> Sampling:
     return Sampling(**{"max_new_tokens": 16, "stop_token_ids": (256,)} | changes)
 
 
+@torch.no_grad()
 def gap(engine, model, temperature: float = 1.0) -> float:
     """Largest |sampler's log-prob - model's log-prob| over fresh samples."""
-    largest = 0.0
-    asked = requests()
-    for request, completion in zip(
-        asked, engine.generate(asked, sampling(temperature=temperature)), strict=True
-    ):
+    largest, batch = 0.0, requests()
+    completions = engine.generate(batch, sampling(temperature=temperature))
+    for request, completion in zip(batch, completions, strict=True):
         prompt, response = request.prompt_ids, completion.token_ids
-        with torch.no_grad():
-            logits = (
-                model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-                / temperature
-            )
-        own = torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
-        largest = max(largest, (own - torch.tensor(completion.logprobs)).abs().max().item())
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        logprob_LV = torch.log_softmax(logits / temperature, -1)
+        expected = logprob_LV.gather(1, torch.tensor(response)[:, None])[:, 0]
+        largest = max(largest, (expected - torch.tensor(completion.logprobs)).abs().max().item())
     return largest
 
 
@@ -178,20 +165,18 @@ def test_a_weight_that_is_left_out_is_an_error(pair):
 def test_a_sample_depends_on_its_seed_alone(tied):
     engine, model = tied
     engine.sync(model.state_dict().items())
-    together = engine.generate(requests(), sampling())
-    assert [c.token_ids for c in together] == [
-        engine.generate([r], sampling())[0].token_ids for r in requests()
-    ]
-    assert len({tuple(c.token_ids) for c in together[:4]}) == 4, "samples of one prompt must differ"
+    together = [c.token_ids for c in engine.generate(requests(), sampling())]
+    assert together == [engine.generate([r], sampling())[0].token_ids for r in requests()]
+    assert len(set(map(tuple, together[:4]))) == 4, "samples of one prompt must differ"
 
 
 def test_responses_end_with_a_stop_token_a_stop_string_or_at_the_limit(tied, tokenizer):
     engine, _ = tied
     stops = tuple(range(0, 256, 8))
     for c in engine.generate(requests(), sampling(stop_token_ids=stops)):
-        assert [t in stops for t in c.token_ids] == [False] * (len(c.token_ids) - 1) + [
-            c.finished
-        ] or c.token_ids[-1] == 256
+        *earlier, last = [token in stops for token in c.token_ids]
+        assert not any(earlier)
+        assert last == c.finished or c.token_ids[-1] == 256
         assert c.finished or len(c.token_ids) == 16
     (free,) = engine.generate(requests()[:1], sampling())
     text = tokenizer.decode(free.token_ids)
@@ -202,13 +187,14 @@ def test_responses_end_with_a_stop_token_a_stop_string_or_at_the_limit(tied, tok
 
 def test_completions_are_handed_out_as_they_finish(tied):
     engine, _ = tied
-    finished, stops = [], tuple(range(0, 256, 4))
+    finished = []
     completions = engine.generate(
-        requests(), sampling(stop_token_ids=stops), lambda i, c: finished.append((i, c))
+        requests(),
+        sampling(stop_token_ids=tuple(range(0, 256, 4))),
+        lambda i, completion: finished.append((i, completion)),
     )
-    assert sorted(i for i, _ in finished) == list(range(12)) and all(
-        completions[i] == c for i, c in finished
-    )
+    assert sorted(i for i, _ in finished) == list(range(12))
+    assert all(completions[i] == c for i, c in finished)
     lengths = [len(c.token_ids) for _, c in finished]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1], "all were held back to the end"
 
@@ -216,9 +202,12 @@ def test_completions_are_handed_out_as_they_finish(tied):
 def test_the_trainers_torch_compile_is_left_alone(tied):
     tied[0].generate(requests(4), sampling())
     graphs = []
-    torch.compile(
-        lambda x: x * 2 + 1, backend=lambda graph, _: graphs.append(graph) or graph.forward
-    )(torch.ones(3))
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: x * 2 + 1, backend=backend)(torch.ones(3))
     assert graphs, "vLLM's presence switched torch.compile off"
 
 
@@ -230,22 +219,18 @@ def test_the_trainers_random_numbers_are_left_alone(group, random_model, tokeniz
     assert torch.equal(torch.rand(3), expected)
 
 
-# ---- the parity gate, in training: a sampler that is wrong in one thing stops the run before it
-# trains on its samples
-
+# ---- the parity gate, in training: a sampler that is wrong in one thing stops the run before the
+# run trains on its samples
 
 PREPARE = "from drgrpo.engine_vllm import prepare_environment; prepare_environment(on_gpu=False)"
+LEAVE_OUT = """
+from drgrpo.model import Policy
+send = Policy.named_weights
+Policy.named_weights = lambda self, dtype: (p for p in send(self, dtype) if {!r} not in p[0])
+"""
 MISTAKES = {
-    "lm_head": """
-from drgrpo.model import Policy
-send = Policy.named_weights
-Policy.named_weights = lambda self, dtype: (p for p in send(self, dtype) if p[0] != "lm_head.weight")
-""",
-    "one layer": """
-from drgrpo.model import Policy
-send = Policy.named_weights
-Policy.named_weights = lambda self, dtype: (p for p in send(self, dtype) if "layers.1.self_attn.q_proj" not in p[0])
-""",
+    "lm_head": LEAVE_OUT.format("lm_head.weight"),
+    "one layer": LEAVE_OUT.format("layers.1.self_attn.q_proj"),
     "no cache reset": """
 import vllm
 vllm.LLM.reset_prefix_cache = lambda self: True
@@ -305,9 +290,5 @@ def test_training_samples_from_vllm(group, warm_model, tokenizer, tmp_path):
         assert_close_run(tmp_path / "one", tmp_path / name)
     assert max(row["reward_mean"] for row in metrics(tmp_path / "one")) > 0
 
-    written = tmp_path / "one" / "hf"
-    engine, model = (
-        build(str(written), tokenizer),
-        AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32),
-    )
+    engine, model = with_its_model(str(tmp_path / "one" / "hf"), tokenizer)
     assert gap(engine, model) < MAX_GAP, "vLLM reads the written folder otherwise than transformers"

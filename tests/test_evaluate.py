@@ -1,11 +1,23 @@
-"""Scores are means over what was asked, dropped problems included; equal answers to a problem are
-one vote, whatever the truth is."""
+"""Scores are means over all problems, dropped ones included. Equal answers to a problem are one
+vote, whatever the truth is."""
 
 import pytest
 
-from drgrpo.evaluation.evaluate import Scored, answer, counters, evaluate, judges, summarize, vote
+from drgrpo.evaluation.evaluate import (
+    Scored,
+    answer,
+    counters,
+    evaluate,
+    evaluate_sets,
+    group_equal_answers,
+    make_graders,
+    summarize,
+)
 from drgrpo.grade import Grade, Grader
+from drgrpo.rollout import Sampler
 from drgrpo.types import Completion, Problem, Request, Rollout, Sampling
+
+SAMPLING = Sampling(max_new_tokens=4, stop_token_ids=())
 
 
 def scored(
@@ -16,15 +28,8 @@ def scored(
 
 
 def test_columns():
-    row = summarize(
-        [
-            scored(0, 1, 4),
-            scored(1, 0, 10),
-            scored(2, 0, 20, finished=False, parsed=False),
-            scored(3, 1, 8),
-        ]
-    )
-    assert row == {
+    cut_off = scored(2, 0, 20, finished=False, parsed=False)
+    assert summarize([scored(0, 1, 4), scored(1, 0, 10), cut_off, scored(3, 1, 8)]) == {
         "accuracy": 0.5,
         "n": 4,
         "dropped": 0,
@@ -47,92 +52,108 @@ def test_lengths_without_answers_are_none():
 
 
 class Oracle:
-    """Knows the answer to every second problem."""
+    """An engine that solves every second problem and finishes the last request first."""
+
+    name = "oracle"
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer, self.calls = tokenizer, 0
 
     def generate(self, requests: list[Request], sampling: Sampling, on_finish):
-        answers = [b"#%d" % (r.prompt_ids[0] - 15 if r.prompt_ids[0] % 2 else 0) for r in requests]
-        from drgrpo.tiny.tokenizer import byte_tokenizer
+        self.calls += 1
+        for i, request in reversed(list(enumerate(requests))):
+            first = request.prompt_ids[0]
+            ids = self.tokenizer(f"#{first - 15 if first % 2 else 0}").input_ids
+            on_finish(i, Completion(ids, [0.0] * len(ids), True))
 
-        ids = [byte_tokenizer()(a.decode()).input_ids for a in answers]
-        completions = [Completion(i, [0.0] * len(i), True) for i in ids]
-        for i in reversed(range(len(completions))):  # a sampler finishes in any order
-            on_finish(i, completions[i])
-        return completions
+
+@pytest.fixture
+def sampler(group_of_one, tokenizer):
+    return Sampler(Oracle(tokenizer), tokenizer, seed=0)
+
+
+@pytest.fixture
+def problems(tokenizer) -> list[Problem]:
+    encoded = {digit: tokenizer(str(digit)).input_ids for digit in range(1, 9)}
+    return [Problem(d, str(d), str(ids[0] - 15), ids) for d, ids in encoded.items()]
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_every_problem_is_answered_graded_and_returned_in_order(group_of_one, tokenizer, samples):
-    digits = {str(d): tokenizer(str(d)).input_ids for d in range(1, 9)}
-    problems = [Problem(int(d), d, str(ids[0] - 15), ids) for d, ids in digits.items()]
+def test_every_problem_is_answered_graded_and_returned_in_order(sampler, problems, samples):
     with Grader("hash") as grader:
-        result = evaluate(
-            Oracle(),
-            tokenizer,
+        result = evaluate(sampler, grader, problems, samples, SAMPLING)
+    expected = [p for p in problems for _ in range(samples)]
+    assert [s.rollout.problem for s in result] == expected
+    for s in result:
+        assert s.grade.score == s.rollout.problem.prompt_ids[0] % 2
+    assert summarize(result)["accuracy"] == 0.5 and summarize(result)["n"] == 8
+
+
+def test_a_process_without_problems_has_no_results(sampler):
+    with Grader("hash") as grader:
+        assert evaluate(sampler, grader, [], 1, SAMPLING) == []
+
+
+def test_training_gets_one_row_per_set_from_one_call_of_the_sampler(sampler, problems):
+    right = [p for p in problems if p.prompt_ids[0] % 2]
+    with Grader("hash") as grader:
+        rows = evaluate_sets(
+            sampler,
             grader,
-            problems,
-            samples,
-            Sampling(max_new_tokens=4, stop_token_ids=()),
-            0,
+            {"all": problems, "right": right},
+            {"all": 2, "right": 0},
+            2,
+            SAMPLING,
+            7,
         )
-    assert [s.rollout.problem.id for s in result] == [
-        p.id for p in problems for _ in range(samples)
-    ]
-    assert [s.grade.score for s in result] == [
-        p.prompt_ids[0] % 2 for p in problems for _ in range(samples)
-    ]
-    assert summarize(result)["accuracy"] == 0.5
-    assert summarize(result)["n"] == 8
+    assert sampler.engine.calls == 1
+    columns = "accuracy n dropped len_correct len_incorrect truncated_frac unparsed_frac"
+    settings = "samples temperature max_new_tokens"
+    assert list(rows[0]) == ["step", "benchmark", *columns.split(), *settings.split()]
+    shown = [(r["step"], r["benchmark"], r["accuracy"], r["n"], r["dropped"]) for r in rows]
+    assert shown == [(7, "all", 0.4, 10, 2), (7, "right", 1.0, 4, 0)]
+    assert [(r["samples"], r["temperature"], r["max_new_tokens"]) for r in rows] == [
+        (2, 1.0, 4)
+    ] * 2
 
 
-def test_a_process_without_problems_has_nothing_to_say(group_of_one, tokenizer):
-    with Grader("hash") as grader:
-        assert (
-            evaluate(
-                Oracle(), tokenizer, grader, [], 1, Sampling(max_new_tokens=4, stop_token_ids=()), 0
-            )
-            == []
-        )
+def test_the_step_is_part_of_the_seeds(sampler, problems):
+    seeds = []
+    sampler.engine.generate = lambda requests, *_: seeds.append([r.seed for r in requests])
+    for step in (1, 1, 2):
+        with Grader("hash") as grader, pytest.raises(KeyError):
+            evaluate_sets(sampler, grader, {"a": problems}, {"a": 0}, 1, SAMPLING, step)
+    assert seeds[0] == seeds[1] != seeds[2]
 
 
-def test_a_prompt_that_does_not_fit_has_rows_without_a_response(group_of_one, tokenizer):
-    asked, unasked = Problem(3, "2", "2", tokenizer("2").input_ids), Problem(1, "long", "5")
-    with judges({"hash"}, "correct") as judge:
-        sampling = Sampling(max_new_tokens=4, stop_token_ids=())
-        rows = answer(Oracle(), tokenizer, judge["hash"], [unasked, asked], 2, sampling, 0)
-    assert [(r["id"], r["sample"], r["response"]) for r in rows] == [
-        (1, 0, None),
-        (1, 1, None),
-        (3, 0, "#2"),
-        (3, 1, "#2"),
-    ]
+def test_a_prompt_that_does_not_fit_has_rows_without_a_response(sampler, tokenizer):
+    fitting, unfit = Problem(3, "2", "2", tokenizer("2").input_ids), Problem(1, "long", "5")
+    with make_graders({"hash"}, "correct") as graders:
+        rows = answer(sampler, graders["hash"], [unfit, fitting], 2, SAMPLING)
+    shown = [(r["id"], r["sample"], r["response"]) for r in rows]
+    assert shown == [(1, 0, None), (1, 1, None), (3, 0, "#2"), (3, 1, "#2")]
     assert rows[0]["score"] == 0 and rows[2]["vote"] == rows[3]["vote"] == 0
 
 
 def test_answers_equal_as_mathematics_are_one_vote():
-    boxed = [
-        r"\boxed{\frac12}",
-        r"so \boxed{0.5}",
-        "no answer",
-        r"\boxed{3}",
-        r"\boxed{1/2}",
-        r"\boxed{}",
-        r"\boxed{3.0}",
-    ]
-    with Grader("boxed") as ballot:
-        assert vote(ballot, [boxed, [r"\boxed{3}"], []]) == [[0, 0, None, 3, 0, None, 3], [0], []]
+    boxed = [r"\boxed{\frac12}", r"so \boxed{0.5}", "no answer", r"\boxed{3}"]
+    boxed += [r"\boxed{1/2}", r"\boxed{}", r"\boxed{3.0}"]
+    with Grader("boxed") as grader:
+        votes = group_equal_answers(grader, [boxed, [r"\boxed{3}"], []])
+    assert votes == [[0, 0, None, 3, 0, None, 3], [0], []]
 
 
 def test_answers_too_long_to_compare_stand_for_themselves():
     long = r"\boxed{" + "1" * 2000 + "}"
-    with Grader("boxed") as ballot:
-        assert vote(ballot, [[long, long, r"\boxed{2}", r"\boxed{2}"]]) == [[0, 1, 2, 2]]
+    with Grader("boxed") as grader:
+        votes = group_equal_answers(grader, [[long, long, r"\boxed{2}", r"\boxed{2}"]])
+    assert votes == [[0, 1, 2, 2]]
 
 
 def test_an_answer_that_hangs_the_comparison_is_cut_off_and_counted():
-    texts = [r"\boxed{\int_0^{10} \sin(x^{9999})^{9999} dx}", r"\boxed{2x}"]
-    with judges({"boxed"}, "correct") as judge:
-        assert vote(judge["boxed"].ballot, [texts, [r"\boxed{2x}", r"\boxed{x + x}"]]) == [
-            [0, 1],
-            [0, 0],
-        ]
-        assert counters(judge) == {"grader_timeouts": 0, "grader_errors": 0, "votes_cut_off": 1}
+    hanging = [r"\boxed{\int_0^{10} \sin(x^{9999})^{9999} dx}", r"\boxed{2x}"]
+    with make_graders({"boxed"}, "correct") as graders:
+        texts = [hanging, [r"\boxed{2x}", r"\boxed{x + x}"]]
+        assert group_equal_answers(graders["boxed"].peers, texts) == [[0, 1], [0, 0]]
+        count = {"grader_timeouts": 0, "grader_errors": 0, "votes_cut_off": 1}
+        assert counters(graders) == count

@@ -1,4 +1,4 @@
-"""Orders to stop are noticed, and a hang is named and ended."""
+"""Orders to stop are noticed, a hang is named and ended, non-finite gradients are counted."""
 
 import os
 import signal
@@ -6,51 +6,50 @@ import threading
 import time
 
 import pytest
+import torch
 
-from drgrpo.run.guard import Stopper, Watchdog
+from drgrpo.pack import pack
+from drgrpo.run.guard import NonFinite, Stopper, Watchdog
 
 
 @pytest.fixture(autouse=True)
-def handlers():
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def default_handlers(restored_handlers):
+    """The tests send this process signals."""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 def test_a_signal_is_noticed_once_and_then_acts_as_usual(number):
     stopper = Stopper()
-    assert stopper.asked() is None
+    assert stopper.reason is None
     os.kill(os.getpid(), number)
-    assert stopper.asked() == number.name
+    assert stopper.reason == number.name
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_the_time_limit():
     stopper = Stopper(max_hours=0.02 / 3600)
-    assert stopper.asked() is None
+    assert stopper.reason is None
     time.sleep(0.03)
-    assert "--max-hours" in stopper.asked()
-    assert Stopper(max_hours=0).asked() is None
+    assert "--max-hours" in stopper.reason
+    assert Stopper(max_hours=0).reason is None
 
 
 def test_a_hang_is_named_by_rank_and_phase_and_ended(capfd):
-    ended = threading.Event()
-    watchdog = Watchdog(
-        rank=3,
-        minutes=0.2 / 60,
-        exit=lambda status: ended.set() or setattr(watchdog, "status", status),
-    )
+    ended, statuses = threading.Event(), []
+
+    def exit(status):
+        statuses.append(status)
+        ended.set()
+
+    watchdog = Watchdog(rank=3, minutes=0.2 / 60, exit=exit)
     watchdog.enter("sync")
-    assert ended.wait(5)
+    assert ended.wait(5) and statuses == [70]
     shown = capfd.readouterr().err
     assert "rank 3 has been in phase 'sync'" in shown and "--watchdog-minutes" in shown
     assert "test_guard.py" in shown, "the stacks of all threads must follow"
-    assert watchdog.status == 70
 
 
-def test_a_new_phase_starts_the_clock_anew():
+def test_a_new_phase_starts_the_clock_again():
     ended = threading.Event()
     watchdog = Watchdog(rank=0, minutes=0.4 / 60, exit=lambda status: ended.set())
     for phase in ("rollout", "train", "sync"):
@@ -63,3 +62,14 @@ def test_zero_minutes_is_never():
     before = threading.active_count()
     Watchdog(rank=0, minutes=0)
     assert threading.active_count() == before
+
+
+def test_skipped_steps_keep_their_batches_and_three_in_a_row_end_the_run(tmp_path):
+    guard, batches = NonFinite(tmp_path, rank=1), [pack([])]
+    for step, applied in enumerate((False, False, True, False, False)):
+        guard.check(applied, batches, step, 0)
+    with pytest.raises(FloatingPointError, match=r"3 optimizer steps in a row.*lower --lr"):
+        guard.check(False, batches, 5, 2)
+    kept = sorted(p.name for p in tmp_path.iterdir())
+    assert len(kept) == 5 and kept[-1] == "nonfinite-step-000005-update-2-rank-1.pt"
+    assert torch.load(tmp_path / kept[0], weights_only=False)[0].max_seqlen == 1

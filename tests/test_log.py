@@ -1,14 +1,14 @@
-"""Step lines, tables and records say what was measured."""
+"""Step lines and records show what was measured."""
 
 import importlib.util
-import json
 import sys
 import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from drgrpo.run.log import Log, Stopwatch, read_jsonl
+from drgrpo.run.files import read_jsonl
+from drgrpo.run.log import Log, Stopwatch
 from drgrpo.types import UserError
 
 ROW = {
@@ -39,16 +39,8 @@ def test_the_stopwatch_adds_up_phases_and_total():
     assert 0.02 <= seconds["rollout"] <= seconds["total"]
 
 
-def test_records_are_json_lines_and_refuse_nan(tmp_path):
-    log = Log(tmp_path, active=True)
-    log.record("metrics", {"a": 1}, {"a": None})
-    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"a": 1}, {"a": None}]
-    with pytest.raises(ValueError, match="JSON"):
-        log.record("metrics", {"a": float("nan")})
-
-
-def test_a_step_line_shows_phases_and_budget(tmp_path, capsys):
-    Log(tmp_path, active=True).step(ROW, steps=100, budget_hours=27.0)
+def test_a_step_line_shows_what_was_measured_and_records_it(tmp_path, capsys):
+    Log(tmp_path, active=True).step(ROW, [{"response": "#4"}], steps=100)
     line = capsys.readouterr().out
     for part in (
         "step    7/100",
@@ -56,24 +48,21 @@ def test_a_step_line_shows_phases_and_budget(tmp_path, capsys):
         "right - wrong 21.0 cut 50%",
         "2.50 s (rollout 1.25)",
         "12,346 tok/s",
-        "mfu 45.1%  61.0 GB",
+        "mfu 45.1%  61.0 GB  0.500 h  eta 0.06 h",
     ):
         assert part in line
-    assert line.endswith("0.500 of 27 h\n")
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [ROW]
+    assert read_jsonl(tmp_path / "samples.jsonl") == [{"response": "#4"}]
 
 
 def test_trackers_get_the_numbers_flat(tmp_path):
     log, seen = Log(tmp_path, active=True), []
-    log.trackers.append(lambda row, step: seen.append((step, row)))
-    log.step(ROW, steps=100, budget_hours=27.0)
-    ((step, row),) = seen
-    assert (
-        step == 7
-        and row["seconds/rollout"] == 1.25
-        and row["gb/train"] == 61.04
-        and row["reward_mean"] == 0.25
-    )
-    assert "clip_frac" not in row and "seconds" not in row
+    log.trackers.append(lambda numbers, step: seen.append((step, numbers)))
+    log.step(ROW, [], steps=100)
+    ((step, numbers),) = seen
+    assert step == 7 and numbers["reward_mean"] == 0.25
+    assert numbers["seconds/rollout"] == 1.25 and numbers["gb/train"] == 61.04
+    assert "clip_frac" not in numbers and "seconds" not in numbers
 
 
 class FakeWriter:
@@ -94,15 +83,17 @@ def test_tensorboard_and_wandb_get_every_step(tmp_path, monkeypatch):
     board = ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = lambda folder: writers.append(FakeWriter(folder)) or writers[-1]
     client = ModuleType("wandb")
-    client.init = lambda **kwargs: SimpleNamespace(
-        log=lambda row, step: logged.append((kwargs["project"], step, row))
-    )
+
+    def init(**kwargs):
+        return SimpleNamespace(log=lambda row, step: logged.append((kwargs["project"], step, row)))
+
+    client.init = init
     for name, module in (("torch.utils.tensorboard", board), ("wandb", client)):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     log = Log(tmp_path, active=True)
     log.track(tensorboard=True, wandb="math", config={"lr": 1})
-    log.step(ROW, steps=100, budget_hours=27.0)
+    log.step(ROW, [], steps=100)
     assert (
         writers[0].folder == tmp_path / "tensorboard"
         and ("reward_mean", 0.25, 7) in writers[0].scalars
@@ -128,38 +119,21 @@ def test_the_stopwatch_names_the_phase_before_it_begins_and_measures_memory():
     assert 0.01 < watch.gb["train"] < 100
 
 
+def test_an_evaluation_line_says_how_it_sampled(tmp_path, capsys):
+    row = {"step": 20, "benchmark": "held_out", "accuracy": 0.5, "len_correct": 18.0}
+    row |= {"len_incorrect": None, "truncated_frac": 0.0, "samples": 3}
+    log = Log(tmp_path, active=True)
+    for temperature in (0.0, 1.0):
+        log.evaluation(row | {"temperature": temperature})
+    greedy, sampled = capsys.readouterr().out.splitlines()
+    assert "held_out greedy: accuracy 0.500  len right 18.0 wrong -" in greedy
+    assert "held_out T=1 x3: accuracy 0.500" in sampled
+    assert len(read_jsonl(tmp_path / "eval.jsonl")) == 2
+
+
 def test_other_ranks_are_silent(tmp_path, capsys):
     log = Log(tmp_path, active=False)
     log.say("hello")
-    log.record("metrics", {"a": 1})
-    with log.steps(1, 2) as steps:
-        assert list(steps) == [1, 2]
+    log.step(ROW, [{}], steps=1)
+    log.evaluation({})
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
-
-
-def test_without_a_terminal_there_are_plain_lines_only(tmp_path, capsys):
-    log = Log(tmp_path, active=True)
-    with log.steps(3, 5) as steps:
-        for step in steps:
-            log.say(f"step {step}")
-    assert capsys.readouterr().out == "step 3\nstep 4\nstep 5\n"
-
-
-def test_the_table_shows_first_and_last_evaluation(tmp_path, capsys):
-    rows = [
-        {
-            "step": s,
-            "benchmark": "held_out",
-            "temperature": 0.0,
-            "samples": 1,
-            "accuracy": a,
-            "len_correct": 18.0,
-            "len_incorrect": None,
-            "truncated_frac": 0.0,
-        }
-        for s, a in ((0, 0.25), (10, 0.5), (20, 0.75))
-    ]
-    Log(tmp_path, active=True).table(rows, "run")
-    shown = capsys.readouterr().out
-    assert "0.250" in shown and "0.750" in shown and "0.500" not in shown and "step 20" in shown
-    json.dumps(rows)

@@ -1,45 +1,33 @@
 """The ledger adds up, and decides as one would by hand for the paper's models and cards."""
 
-import pytest
-from transformers import Qwen2Config
+from dataclasses import replace
 
-from drgrpo.run.memory import GIB, make_ledger
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from drgrpo.config import Config
+from drgrpo.run.memory import GIB, Ledger, ledger_of, make_ledger
 from drgrpo.types import UserError
 
-QWEN_7B = Qwen2Config(
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    tie_word_embeddings=False,
-)
-QWEN_1_5B = Qwen2Config(
-    vocab_size=151936,
-    hidden_size=1536,
-    intermediate_size=8960,
-    num_hidden_layers=28,
-    num_attention_heads=12,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
+
+def qwen2(vocab, width, inner, heads, kv_heads, tied):
+    sizes = {"vocab_size": vocab, "hidden_size": width, "intermediate_size": inner}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return Qwen2Config(**sizes, num_hidden_layers=28, tie_word_embeddings=tied)
 
 
-def ledger(lm=QWEN_7B, parameters=7.615e9, gb=80, **changes):
-    settings = {
-        "shards": 8,
-        "bytes_each": 2,
-        "checkpointing": "full",
-        "microbatch": 16384,
-        "max_tokens": 4024,
-        "sequences": 128,
-        "tp": 1,
-        "kv_cache_gb": 0.0,
-        "sleep": "auto",
-        "gpu_bytes": gb * GIB if gb else None,
-    }
-    return make_ledger(lm, parameters, **settings | changes)
+MODELS = {
+    "7B": (qwen2(152064, 3584, 18944, 28, 4, tied=False), 7.615e9),
+    "1.5B": (qwen2(151936, 1536, 8960, 12, 2, tied=True), 1.54e9),
+}
+CONFIG = Config(recipe="the paper's", sampler_batch=128)
+
+
+def ledger(model: str = "7B", gb: int | None = 80, shards: int = 8, **changes) -> Ledger:
+    """The paper's 7B run on 8 cards of 80 GiB, unless told otherwise. gb=None: no GPU."""
+    gpu_bytes = gb * GIB if gb else None
+    return make_ledger(replace(CONFIG, **changes), *MODELS[model], 1024, shards, gpu_bytes)
 
 
 def test_shards_of_the_7b_model():
@@ -47,10 +35,21 @@ def test_shards_of_the_7b_model():
     assert kept["master weights"] * GIB == pytest.approx(4 * 7.615e9 / 8)
     assert kept["Adam"] * GIB == pytest.approx(8 * 7.615e9 / 8)
     assert ledger().sampling["vLLM weights"] * GIB == pytest.approx(15.23e9)
+    assert ledger(tp=2).sampling["vLLM weights"] * GIB == pytest.approx(15.23e9 / 2)
+
+
+def test_two_copies_of_the_model_are_sharded_over_half_of_the_processes():
+    assert ledger(shards=8, dp_replicate=2) == ledger(shards=4)
 
 
 def test_a_reference_model_is_kept_too():
-    assert ledger(reference=True).kept["reference"] == ledger().kept["master weights"]
+    assert ledger(kl_coef=0.1).kept["reference"] == ledger().kept["master weights"]
+
+
+def test_float32_takes_twice_the_bytes_of_bfloat16():
+    half, single = ledger(gb=640), ledger(gb=640, dtype="float32")
+    assert single.training["activations"] == 2 * half.training["activations"]
+    assert single.sampling == {name: 2 * size for name, size in half.sampling.items()}
 
 
 def test_the_cache_it_wants_holds_all_sequences():
@@ -61,16 +60,17 @@ def test_the_cache_it_wants_holds_all_sequences():
 def test_vllm_stays_where_there_is_room_and_sleeps_where_there_is_none():
     assert not ledger(gb=141).sleep
     assert ledger(shards=2, gb=80).sleep
-    assert not ledger(QWEN_1_5B, 1.54e9, gb=80).sleep
+    assert not ledger("1.5B", gb=80).sleep
     assert ledger(gb=80, sleep="on").sleep and not ledger(shards=2, gb=80, sleep="off").sleep
 
 
 @pytest.mark.parametrize("gb", [40, 80, 141])
-@pytest.mark.parametrize("model", [(QWEN_7B, 7.615e9), (QWEN_1_5B, 1.54e9)], ids=["7B", "1.5B"])
+@pytest.mark.parametrize("model", MODELS)
 def test_what_it_decides_fits(model, gb):
-    result = ledger(*model, gb=gb)
+    result = ledger(model, gb=gb)
+    while_sampling = sum(result.kept.values()) + sum(result.sampling.values())
     beside = 0 if result.sleep else sum(result.training.values())
-    assert sum(result.kept.values()) + sum(result.sampling.values()) + beside <= 0.93 * gb
+    assert while_sampling + beside <= 0.93 * gb
 
 
 @pytest.mark.parametrize("changes", [{"shards": 1}, {"gb": 24}, {"checkpointing": "none"}], ids=str)
@@ -80,10 +80,8 @@ def test_what_cannot_fit_is_refused_with_the_way_out(changes):
 
 
 def test_checkpointing_orders_the_activations():
-    sizes = [
-        ledger(checkpointing=c, gb=None).training["activations"]
-        for c in ("full", "selective", "none")
-    ]
+    ledgers = [ledger(checkpointing=c, gb=None) for c in ("full", "selective", "none")]
+    sizes = [result.training["activations"] for result in ledgers]
     assert sizes == sorted(sizes) and sizes[0] < sizes[2] / 5
 
 
@@ -95,3 +93,9 @@ def test_without_a_gpu_nothing_is_decided():
 
 def test_a_cache_that_the_user_names_is_used():
     assert ledger(kv_cache_gb=5.0).kv_cache == 5.0
+
+
+def test_a_run_asks_for_its_own_model_and_device(random_model):
+    lm = AutoModelForCausalLM.from_pretrained(random_model)
+    result = ledger_of(CONFIG, lm, 100, 2, torch.device("cpu"))
+    assert result == make_ledger(CONFIG, lm.config, lm.num_parameters(), 100, 2, None)

@@ -1,53 +1,54 @@
 """Columns of metrics.jsonl against counts by hand."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from drgrpo.run.metrics import sample_rows, step_row
+from drgrpo.config import RECIPES
+from drgrpo.pack import Sequence, pack
+from drgrpo.run.checkpoint import Progress
+from drgrpo.run.metrics import SAMPLES_LOGGED, Tally, Update, sample_rows, step_row
 from drgrpo.types import Completion, Problem, Rollout
 
-SECONDS = {"rollout": 0.5, "train": 0.5, "total": 1.0}
 REWARD_PG = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
 ADVANTAGE_PG = torch.tensor([[0.5, -0.5], [0.0, 0.0]])
+UPDATE = Update(
+    tokens=3,
+    gap_sum=0.3,
+    gap_max=0.2,
+    clipped=1,
+    ratio_max=1.3,
+    kl_sum=0.6,
+    loss=0.5,
+    grad_norm=2.0,
+    applied=True,
+    lr=1e-3,
+)
 
 
-def rollouts():
-    lengths = (2, 4, 6, 8)
-    return [
-        Rollout(
-            Problem(i // 2, f"q{i // 2}", "1", [1]),
-            Completion([5] * n, [-0.5] * n, finished=n != 8),
-            f"text {i}",
-        )
-        for i, n in enumerate(lengths)
-    ]
+def rollouts(prompts=2):
+    made = []
+    for i, n in enumerate((2, 4, 6, 8) * (prompts // 2)):
+        problem = Problem(i // 2, f"q{i // 2}", "1", [1])
+        made.append(Rollout(problem, Completion([5] * n, [-0.5] * n, n != 8), f"text {i}"))
+    return made
 
 
-def update(**changes):
-    return {
-        "tokens": 3,
-        "gap_sum": 0.3,
-        "gap_max": 0.2,
-        "clipped": 1,
-        "ratio_max": 1.3,
-        "kl_sum": 0.6,
-        "loss": 0.5,
-        "grad_norm": 2.0,
-        "applied": True,
-        "lr": 1e-3,
-    } | changes
+def row_of(updates, reward_PG=REWARD_PG, advantage_PG=ADVANTAGE_PG):
+    seconds = {"rollout": 2.0, "train": 0.5, "total": 4.0}
+    timer = SimpleNamespace(read=lambda: seconds, gb={"train": 1.23456})
+    grader = SimpleNamespace(timeouts=1, errors=2)
+    config = replace(RECIPES["tiny"](), algo="rloo")
+    now = Progress(3, 0.25)
+    return step_row(config, now, rollouts(), reward_PG, advantage_PG, updates, timer, grader)
 
 
 def test_columns():
-    updates = [
-        update(),
-        update(tokens=1, clipped=0, grad_norm=4.0, ratio_max=1.1, gap_sum=9, lr=2e-3),
-    ]
-    seconds = {"rollout": 2.0, "train": 0.5, "total": 4.0}
-    row = step_row(3, "drgrpo", rollouts(), REWARD_PG, ADVANTAGE_PG, updates, seconds)
+    second = UPDATE._replace(tokens=1, clipped=0, grad_norm=4.0, ratio_max=1.1, gap_sum=9, lr=2e-3)
     expected = {
         "step": 3,
-        "algo": "drgrpo",
         "reward_mean": 0.25,
         "response_len_mean": 5,
         "response_len_correct": 2,
@@ -69,27 +70,51 @@ def test_columns():
         "tokens_per_s": 5.0,
         "rollout_tokens_per_s": 10.0,
         "train_tokens_per_s": 8.0,
+        "grader_timeout": 1,
+        "grader_error": 2,
+        "hours_used": 0.25,
     }
+    row = row_of([UPDATE, second])
     assert {k: row[k] for k in expected} == pytest.approx(expected)
+    assert row["algo"] == "rloo" and row["gb"] == {"train": 1.235}
 
 
 def test_a_step_without_gradient_or_without_a_right_answer_has_no_made_up_numbers():
-    nothing = update(tokens=0, gap_sum=0, gap_max=0, ratio_max=0, grad_norm=0.0)
-    row = step_row(
-        1, "drgrpo", rollouts(), torch.zeros(2, 2), torch.zeros(2, 2), [nothing], SECONDS
-    )
+    nothing = UPDATE._replace(tokens=0, gap_sum=0, gap_max=0, ratio_max=0, grad_norm=0.0)
+    row = row_of([nothing], torch.zeros(2, 2), torch.zeros(2, 2))
     for column in ("response_len_correct", "ratio_max", "kl", "parity_mean", "parity_max"):
         assert row[column] is None, column
-    skipped = step_row(
-        1, "drgrpo", rollouts(), REWARD_PG, ADVANTAGE_PG, [update(applied=False)], SECONDS
-    )
+    skipped = row_of([UPDATE._replace(applied=False)])
     assert skipped["skipped_updates"] == 1 and skipped["grad_norm"] is None
 
 
-def test_samples_are_the_first_of_each_prompt():
-    rows = sample_rows(3, rollouts(), REWARD_PG, count=5)
-    assert [(r["problem"], r["response"], r["reward"]) for r in rows] == [
-        ("q0", "text 0", 1.0),
-        ("q1", "text 2", 0.0),
-    ]
-    assert len(sample_rows(3, rollouts(), REWARD_PG, count=1)) == 1
+def test_a_tally_adds_up_micro_batches_and_takes_the_largest(group_of_one):
+    tally = Tally()
+    for logprobs, clipped in (([-1.0, -2.0], [1, 0]), ([-1.0], [-1]), ([], [])):
+        n = len(logprobs)
+        batch = pack([Sequence([1], [2] * n, [-1.5] * n, 1.0)] if n else [])
+        stats = {
+            "logprob": torch.tensor(logprobs),
+            "clipped": torch.tensor(clipped, dtype=torch.int8),
+            "log_ratio": torch.tensor(logprobs),
+            "kl": torch.ones(n),
+        }
+        tally.add(batch, torch.tensor(0.25), stats)
+    assert tally.reduce() == pytest.approx(
+        {
+            "tokens": 3,
+            "gap_sum": 1.5,
+            "clipped": 2,
+            "loss": 0.75,
+            "kl_sum": 3,
+            "gap_max": 0.5,
+            "ratio_max": 0.36787944,
+        }
+    )
+
+
+def test_samples_are_the_first_of_each_of_the_first_prompts():
+    rows = sample_rows(3, rollouts(), REWARD_PG)
+    shown = [(r["problem"], r["response"], r["reward"]) for r in rows]
+    assert shown == [("q0", "text 0", 1.0), ("q1", "text 2", 0.0)]
+    assert len(sample_rows(3, rollouts(prompts=10), torch.zeros(10, 2))) == SAMPLES_LOGGED

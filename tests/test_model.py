@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from drgrpo.model import (
     EXPENSIVE,
     Objective,
+    Policy,
     load_policy,
     max_positions,
     resolve_attention,
@@ -23,13 +25,31 @@ from drgrpo.types import UserError
 CPU = torch.device("cpu")
 
 
-def sequences(count=7, vocab=260, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(vocab, (n,), generator=generator).tolist()  # noqa: E731
-    return [
-        (draw(3 + i), response := draw(1 + 5 * i % 17), [-1.0] * len(response), 0.5 - i % 2)
-        for i in range(count)
-    ]
+def load(path: str, objective: Objective | None = None, **changes) -> Policy:
+    """The policy at `path`: float32 on the CPU unless `changes` say otherwise."""
+    options = {"dtype": torch.float32, "device": CPU} | changes
+    return load_policy(path, objective or Objective(), **options)
+
+
+def sequences(count: int = 7) -> list[tuple[list[int], list[int], list[float], float]]:
+    """(prompt, response, sampler's log-probs, advantage), all of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(260, (n,), generator=generator).tolist()
+
+    result = []
+    for i in range(count):
+        prompt, response = tokens(3 + i), tokens(1 + 5 * i % 17)
+        result.append((prompt, response, [-1.0] * len(response), 0.5 - i % 2))
+    return result
+
+
+def flat_gradient(policy: Policy) -> Tensor:
+    """All gradients end to end, unsharded, on the CPU."""
+    grads = [p.grad for p in policy.parameters()]
+    whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in grads]
+    return torch.cat([g.flatten() for g in whole]).cpu()
 
 
 @pytest.fixture(params=["qwen2 tied", "llama untied"])
@@ -37,45 +57,47 @@ def model_dir(request, random_model, tmp_path):
     if request.param == "qwen2 tied":
         return random_model
     torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=260,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=False,
-            initializer_range=0.1,
-            max_position_embeddings=128,
-            eos_token_id=256,
-            bos_token_id=None,
-        )
-    ).save_pretrained(tmp_path)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        max_position_embeddings=128,
+        eos_token_id=256,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
     return str(tmp_path)
 
 
-def separate(model_dir):
-    """log-probs, and gradients of the plain policy-gradient loss, one sequence at a time through
-    transformers."""
+def separate(model_dir: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs, and gradients of the plain policy-gradient loss by name, of one sequence at a time
+    through transformers."""
     lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     logprobs = []
     for prompt, response, _, advantage in sequences():
         logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        logprobs.append(
-            torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
-        )
+        target = torch.tensor(response)[:, None]
+        logprobs.append(torch.log_softmax(logits, -1).gather(1, target)[:, 0])
         (-0.25 * advantage * logprobs[-1].sum()).backward()
     return torch.cat(logprobs).detach(), {name: p.grad for name, p in lm.named_parameters()}
+
+
+def flat_in_order(grads: dict[str, Tensor], policy: Policy) -> Tensor:
+    """Gradients by name in the order of `flat_gradient`."""
+    return torch.cat([grads[name].flatten() for name, _ in policy.lm.named_parameters()])
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_packed_equals_one_sequence_at_a_time(model_dir, checkpointing):
     logprob_N, grads = separate(model_dir)
-    policy = load_policy(model_dir, dtype=torch.float32, device=CPU, checkpointing=checkpointing)
-    loss, stats = policy(
-        pack(sequences()), Objective(), scale=0.25
-    )  # on-policy: the gradient is that of -A logp
+    policy = load(model_dir, checkpointing=checkpointing)
+    # on-policy: the gradient is that of -advantage * logprob
+    loss, stats = policy.loss(pack(sequences()), scale=0.25)
     loss.backward()
     torch.testing.assert_close(stats["logprob"], logprob_N, atol=1e-5, rtol=0)
     for name, p in policy.lm.named_parameters():
@@ -91,11 +113,9 @@ def test_activation_checkpointing_computes_again_what_it_says(random_model):
 
     flops = {}
     for checkpointing in ("none", "selective", "full"):
-        policy = load_policy(
-            random_model, dtype=torch.float32, device=CPU, checkpointing=checkpointing
-        )
+        policy = load(random_model, checkpointing=checkpointing)
         with FlopCounterMode(display=False) as counter:
-            policy(pack(sequences()), Objective(), scale=1.0)[0].backward()
+            policy.loss(pack(sequences()), scale=1.0)[0].backward()
         counts = counter.get_flop_counts()["Global"]
         flops[checkpointing] = sum(n for op, n in counts.items() if "attention" not in str(op))
     assert flops["none"] == flops["selective"] < 0.85 * flops["full"]
@@ -105,72 +125,74 @@ def test_every_attention_of_this_torch_counts_as_expensive():
     """A name that no op has would be recomputed without a word."""
     import torch.nn.attention.varlen
 
-    found = set()
+    existing = set()
     for name in EXPENSIVE:
         namespace, op, overload = name.split(".")
         packet = getattr(getattr(torch.ops, namespace), op, None)
-        found |= {str(getattr(packet, overload))} if packet else set()
-    assert EXPENSIVE - found <= {"flash_attn._flash_attn_varlen_forward.default"}, (
-        "only the package that CI lacks"
-    )
+        existing |= {str(getattr(packet, overload))} if packet else set()
+    only_missing = {"flash_attn._flash_attn_varlen_forward.default"}
+    assert EXPENSIVE - existing <= only_missing, "only the package that CI lacks"
 
 
+@pytest.mark.slow
 def test_compiled_blocks_compute_the_same(random_model):
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler on the CPU")
     results = []
     for compile in (False, True):
-        policy = load_policy(random_model, dtype=torch.float32, device=CPU, compile=compile)
-        loss, stats = policy(pack(sequences()), Objective(), scale=0.25)
+        policy = load(random_model, compile=compile)
+        loss, stats = policy.loss(pack(sequences()), scale=0.25)
         loss.backward()
-        results.append(
-            (stats["logprob"], torch.cat([p.grad.flatten() for p in policy.parameters()]))
-        )
+        results.append((stats["logprob"], flat_gradient(policy)))
     torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
 
 
 def test_a_kl_penalty_pulls_towards_the_reference(random_model):
-    """The gradient of the k3 estimator, by autograd on its formula."""
-    policy = load_policy(random_model, dtype=torch.float32, device=CPU)
+    """The gradient of the k3 estimator is that of a policy gradient whose advantage is minus the
+    estimator's slope."""
     batch = pack([(prompt, response, old, 0.0) for prompt, response, old, _ in sequences()])
     ref_N = torch.linspace(-6, -5, len(batch.target_N))
-    loss, stats = policy(batch, Objective(kl_coef=0.3), batch.sampler_logprob_N, ref_N, scale=0.5)
+    policy = load(random_model, Objective(kl_coef=0.3))
+    batch.old_logprob_N, batch.ref_logprob_N = batch.sampler_logprob_N, ref_N
+    loss, stats = policy.loss(batch, 0.5)
     loss.backward()
-    got = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    policy.zero_grad()
-    logprob_N = stats["logprob"]
-    k3_N = (ref_N - logprob_N).exp() - 1 - (ref_N - logprob_N)
+    penalty_gradient = flat_gradient(policy)
+
+    gap_N = ref_N - stats["logprob"]
+    k3_N = gap_N.exp() - 1 - gap_N
     torch.testing.assert_close(stats["kl"], k3_N)
     torch.testing.assert_close(loss.detach(), 0.5 * 0.3 * k3_N.sum())
-    slope_N = 1 - (ref_N - logprob_N).exp()  # of k3 with respect to the log-prob
-    weighted = pack([(p, r, o, 0.0) for p, r, o, _ in sequences()])
-    weighted = replace(weighted, advantage_N=-0.3 * slope_N)
-    policy(weighted, Objective(), scale=0.5)[
-        0
-    ].backward()  # on-policy: the gradient of -advantage * logp
-    torch.testing.assert_close(
-        got, torch.cat([p.grad.flatten() for p in policy.parameters()]), atol=1e-5, rtol=1e-4
-    )
+    slope_N = 1 - gap_N.exp()  # of k3 with respect to the log-prob
+    policy.zero_grad()
+    plain = pack(sequences())
+    plain.advantage_N = -0.3 * slope_N
+    policy.loss(plain, scale=0.5)[0].backward()
+    torch.testing.assert_close(penalty_gradient, flat_gradient(policy), atol=1e-5, rtol=1e-4)
+
+
+def test_every_number_of_the_objective_reaches_the_loss(random_model):
+    batch = pack(sequences())
+    plain, default = load(random_model), Objective()
+    logprob_N = plain.logprob(batch)
+    batch.old_logprob_N = logprob_N + torch.linspace(-0.5, 0.5, len(logprob_N))
+    loss, _ = plain.loss(batch, 1.0)
+    changes = {"clip_low": 0.01, "clip_high": 0.01, "tis_cap": 1.5, "temperature": 0.7}
+    for name, value in changes.items():
+        policy = load(random_model, replace(default, **{name: value}))
+        assert (policy.loss(batch, 1.0)[0] - loss).abs() > 1e-3, name
+        assert torch.equal(policy.logprob(batch), logprob_N) == (name != "temperature")
 
 
 def test_both_kernel_backends_train_the_same(random_model):
     """Triton in its interpreter where there is no GPU."""
-    results = []
+    results, batch = [], pack(sequences(3))
+    batch.old_logprob_N = batch.sampler_logprob_N
     for kernel in ("torch", "triton"):
-        policy = load_policy(random_model, dtype=torch.float32, device=CPU, kernel=kernel)
-        batch = pack(sequences(3))
-        loss, stats = policy(batch, Objective(), batch.sampler_logprob_N, scale=0.25)
+        policy = load(random_model, kernel=kernel)
+        loss, stats = policy.loss(batch, 0.25)
         loss.backward()
-        grads = torch.cat([p.grad.flatten() for p in policy.parameters()])
-        results.append(
-            (
-                loss.detach(),
-                stats["logprob"],
-                stats["entropy"],
-                policy(batch, Objective())[0],
-                grads,
-            )
-        )
+        values = loss.detach(), stats["logprob"], stats["entropy"], policy.logprob(batch)
+        results.append((*values, flat_gradient(policy)))
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 
 
@@ -179,57 +201,67 @@ def test_bfloat16_compute_keeps_master_weights_and_token_numbers_in_float32(
 ):
     """FSDP2 would cast a batch's advantages and log-probs to bfloat16 on the way in: a ratio off by
     a percent."""
-    results = []
+    results, batch = [], pack(sequences())
     for dtype in (torch.float32, torch.bfloat16):
-        policy = load_policy(random_model, dtype=dtype, device=CPU)
-        batch = pack(sequences())
-        logprob_N, _ = policy(batch, Objective())
-        loss, stats = policy(batch, Objective(), logprob_N - 0.001, scale=0.25)
+        policy = load(random_model, dtype=dtype)
+        batch.old_logprob_N = policy.logprob(batch) - 0.001
+        loss, stats = policy.loss(batch, 0.25)
         loss.backward()
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())
-        grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in policy.parameters()]
-        results.append((stats["log_ratio"], torch.cat([g.flatten() for g in grads])))
-    (_, exact), (log_ratio_N, grads) = results
+        results.append((stats["log_ratio"], flat_gradient(policy)))
+    (_, exact), (log_ratio_N, gradient) = results
     torch.testing.assert_close(log_ratio_N, torch.full_like(log_ratio_N, 0.001), atol=1e-5, rtol=0)
-    assert (grads - exact).norm() <= 0.03 * exact.norm()
+    assert (gradient - exact).norm() <= 0.03 * exact.norm()
+
+
+def test_loss_and_logprob_each_gather_the_weights_that_fsdp_has_sharded(random_model, group_of_one):
+    """Each on a policy of its own: the first pass leaves the root's weights gathered."""
+    batch = pack(sequences())
+    logprob_N = load(random_model, dtype=torch.bfloat16).logprob(batch)
+    _, stats = load(random_model, dtype=torch.bfloat16).loss(batch, scale=0.25)
+    torch.testing.assert_close(logprob_N, stats["logprob"], atol=0.05, rtol=0)
+
+
+def test_logprob_keeps_nothing_for_a_backward_pass(random_model):
+    policy, hidden = load(random_model), []
+    policy.lm.base_model.register_forward_hook(lambda *args: hidden.append(args[-1][0]))
+    assert not policy.logprob(pack(sequences())).requires_grad
+    assert not hidden[0].requires_grad
 
 
 def test_packed_sequences_do_not_see_each_other(random_model):
-    policy = load_policy(random_model, dtype=torch.float32, device=CPU)
-    one, *others = sequences()
-    alone, _ = policy(pack([one]), Objective())
+    policy = load(random_model)
+    first, *others = sequences()
+    alone_N = policy.logprob(pack([first]))
     for neighbours in (others, others[::-1]):
-        together, _ = policy(pack([one, *neighbours]), Objective())
-        torch.testing.assert_close(together[: len(alone)], alone, atol=1e-5, rtol=0)
+        together_N = policy.logprob(pack([first, *neighbours]))
+        torch.testing.assert_close(together_N[: len(alone_N)], alone_N, atol=1e-5, rtol=0)
 
 
 def test_gradients_do_not_depend_on_the_split_into_micro_batches(random_model):
-    grads = []
-    for parts in (
-        [sequences()],
-        [[s] for s in sequences()],
-        [sequences()[:3], [], sequences()[3:]],
-    ):
-        policy = load_policy(random_model, dtype=torch.float32, device=CPU)
-        for part in parts:
-            batch = pack(part)
-            policy(batch, Objective(), batch.sampler_logprob_N, scale=1 / 100)[0].backward()
-        grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
-    for other in grads[1:]:
-        torch.testing.assert_close(other, grads[0], atol=1e-6, rtol=1e-5)
+    all_at_once, one_by_one = [sequences()], [[s] for s in sequences()]
+    with_an_empty_one = [sequences()[:3], [], sequences()[3:]]
+    gradients = []
+    for parts in (all_at_once, one_by_one, with_an_empty_one):
+        policy = load(random_model)
+        for batch in map(pack, parts):
+            batch.old_logprob_N = batch.sampler_logprob_N
+            policy.loss(batch, 1 / 100)[0].backward()
+        gradients.append(flat_gradient(policy))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], atol=1e-6, rtol=1e-5)
 
 
 def test_an_empty_batch_has_exactly_zero_gradient_everywhere(random_model):
-    policy = load_policy(random_model, dtype=torch.float32, device=CPU)
-    loss, _ = policy(pack([]), Objective(), scale=1.0)
+    policy = load(random_model)
+    loss, _ = policy.loss(pack([]), scale=1.0)
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in policy.parameters())
 
 
 def test_weights_are_sent_under_their_own_names_the_tied_head_too(random_model):
-    policy = load_policy(random_model, dtype=torch.float32, device=CPU)
-    weights = dict(policy.named_weights(torch.bfloat16))
+    weights = dict(load(random_model).named_weights(torch.bfloat16))
     assert torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
     assert all(w.dtype == torch.bfloat16 and not w.requires_grad for w in weights.values())
     assert set(weights) == set(AutoModelForCausalLM.from_pretrained(random_model).state_dict())
@@ -255,17 +287,14 @@ GPU = torch.device("cuda", 0)
 
 
 def attention_of_each_sequence(query_THd, key_TKd, value_TKd, lengths):
-    """One sequence after the other."""
+    """One sequence after the other, [T, H, d]."""
     out = []
     for q, k, v in zip(*(x.split(lengths) for x in (query_THd, key_TKd, value_TKd)), strict=True):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         score_Hqk = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
         future_qk = torch.ones_like(score_Hqk[0], dtype=torch.bool).triu(1)
-        out.append(
-            torch.einsum(
-                "hqk,khd->qhd", score_Hqk.masked_fill(future_qk, -torch.inf).softmax(-1), v
-            )
-        )
+        weight_Hqk = score_Hqk.masked_fill(future_qk, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weight_Hqk, v))
     return torch.cat(out)
 
 
@@ -280,26 +309,26 @@ def test_gpu_packed_attention_is_that_of_each_sequence(backend, dtype, heads, sh
     if (backend, dtype) == ("varlen", torch.float32):
         pytest.skip("varlen_attn is for 16 bits")
     lengths, generator = [1, 300, 7, 64, 129, 2], torch.Generator(GPU).manual_seed(0)
-    draw = lambda n: torch.randn(sum(lengths), n, width, generator=generator, device=GPU).to(dtype)  # noqa: E731
-    inputs, upstream = [draw(n).requires_grad_() for n in (heads, shared, shared)], draw(heads)
-    wide = [x.detach().double().requires_grad_() for x in inputs]
-    cu_seqlens = torch.tensor([0, *lengths], device=GPU).cumsum(0, dtype=torch.int32)
+
+    def random(n: int) -> Tensor:  # [T, n, width]
+        shape = sum(lengths), n, width
+        return torch.randn(shape, generator=generator, device=GPU).to(dtype)
+
+    inputs, upstream = [random(n).requires_grad_() for n in (heads, shared, shared)], random(heads)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
     function = {"varlen": varlen_attention, "sdpa": sdpa_attention}[backend]
-    packing = {"cu_seq_lens_q": cu_seqlens, "max_length_q": max(lengths), "scaling": width**-0.5}
-    out = function(None, *(x.transpose(0, 1)[None] for x in inputs), None, **packing)[0][0]
-    want = attention_of_each_sequence(*wide, lengths)
-    got = [out, *torch.autograd.grad(out, inputs, upstream)]
-    exact = [want, *torch.autograd.grad(want, wide, upstream.double())]
-    for x, y in zip(got, exact, strict=True):
-        assert (
-            x.shape == y.shape
-            and (x - y).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * y.norm()
-        )
-
-
-def flat_gradient(policy):
-    grads = [getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for p in policy.parameters()]
-    return torch.cat([g.flatten() for g in grads]).cpu()
+    options = {
+        "cu_seq_lens_q": torch.tensor([0, *lengths], device=GPU).cumsum(0, dtype=torch.int32),
+        "max_length_q": max(lengths),
+        "scaling": width**-0.5,
+    }
+    out = function(None, *(x.transpose(0, 1)[None] for x in inputs), None, **options)[0][0]
+    expected = attention_of_each_sequence(*doubles, lengths)
+    results = [out, *torch.autograd.grad(out, inputs, upstream)]
+    exact = [expected, *torch.autograd.grad(expected, doubles, upstream.double())]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for x, y in zip(results, exact, strict=True):
+        assert x.shape == y.shape and (x - y).norm() <= tolerance * y.norm()
 
 
 @pytest.mark.gpu
@@ -313,34 +342,23 @@ def test_gpu_bfloat16_policy_under_fsdp_is_the_model_on_each_sequence(
     if attention == "flash_attn":
         pytest.importorskip("flash_attn", reason="the package flash-attn is not installed")
     logprob_N, grads = separate(model_dir)
-    policy = load_policy(
-        model_dir,
-        dtype=torch.bfloat16,
-        device=GPU,
-        attention=attention,
-        checkpointing=checkpointing,
-    )
-    loss, stats = policy(pack(sequences(), GPU), Objective(), scale=0.25)
+    options = {"attention": attention, "checkpointing": checkpointing}
+    policy = load(model_dir, dtype=torch.bfloat16, device=GPU, **options)
+    loss, stats = policy.loss(pack(sequences(), GPU), scale=0.25)
     loss.backward()
-    assert all(
-        isinstance(p, DTensor) and p.dtype == p.grad.dtype == torch.float32
-        for p in policy.parameters()
-    )
+    for p in policy.parameters():
+        assert isinstance(p, DTensor) and p.dtype == p.grad.dtype == torch.float32
     assert (stats["logprob"].cpu() - logprob_N).abs().mean() < 0.03
-    exact = torch.cat([grads[name].flatten() for name, _ in policy.lm.named_parameters()])
+    exact = flat_in_order(grads, policy)
     assert (flat_gradient(policy) - exact).norm() <= 0.05 * exact.norm()
+
     before = [p.full_tensor().clone() for p in policy.parameters()]
     torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True).step()
-    moved = [
-        (p.full_tensor() - x).abs().max().item()
-        for p, x in zip(policy.parameters(), before, strict=True)
-    ]
-    assert all(0 < most < 2e-6 for most in moved)
-    sent = dict(policy.named_weights(torch.bfloat16))
-    assert all(
-        w.device.type == "cuda" and w.dtype == torch.bfloat16 and not isinstance(w, DTensor)
-        for w in sent.values()
-    )
+    for p, old in zip(policy.parameters(), before, strict=True):
+        assert 0 < (p.full_tensor() - old).abs().max().item() < 2e-6
+    for weight in dict(policy.named_weights(torch.bfloat16)).values():
+        assert weight.device.type == "cuda" and weight.dtype == torch.bfloat16
+        assert not isinstance(weight, DTensor)
 
 
 @pytest.mark.gpu
@@ -348,9 +366,9 @@ def test_gpu_bfloat16_policy_under_fsdp_is_the_model_on_each_sequence(
 def test_gpu_float32_is_float32(model_dir, kernel):
     """As exact as on a CPU: no tf32 in any matrix product."""
     logprob_N, grads = separate(model_dir)
-    policy = load_policy(model_dir, dtype=torch.float32, device=GPU, kernel=kernel)
-    loss, stats = policy(pack(sequences(), GPU), Objective(), scale=0.25)
+    policy = load(model_dir, device=GPU, kernel=kernel)
+    loss, stats = policy.loss(pack(sequences(), GPU), scale=0.25)
     loss.backward()
     torch.testing.assert_close(stats["logprob"].cpu(), logprob_N, atol=2e-5, rtol=0)
-    exact = torch.cat([grads[name].flatten() for name, _ in policy.lm.named_parameters()])
+    exact = flat_in_order(grads, policy)
     assert (flat_gradient(policy) - exact).norm() <= 1e-4 * exact.norm()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drgrpo.pack import balance, fill, microbatches, minibatches, pack
+from drgrpo.pack import Sequence, balance, fill, microbatches, minibatches, pack, shard
 
 
 def test_minibatches_partition_the_step_and_follow_the_seed():
@@ -57,18 +57,10 @@ def test_the_budget_is_a_limit_to_the_token():
 
 
 def test_rows_and_targets_of_a_packed_batch():
-    batch = pack(
-        [([1, 2, 3], [4, 5], [-0.1, -0.2], 0.5), ([6], [7, 8, 9], [-0.3, -0.4, -0.5], -1.0)]
-    )
-    assert batch.token_T.tolist() == [
-        1,
-        2,
-        3,
-        4,
-        6,
-        7,
-        8,
-    ]  # the last response token predicts nothing
+    first = Sequence([1, 2, 3], [4, 5], [-0.1, -0.2], 0.5)
+    second = Sequence([6], [7, 8, 9], [-0.3, -0.4, -0.5], -1.0)
+    batch = pack([first, second])
+    assert batch.token_T.tolist() == [1, 2, 3, 4, 6, 7, 8], "the last token predicts nothing"
     assert batch.position_T.tolist() == [0, 1, 2, 3, 0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 4, 7]
     assert batch.max_seqlen == 4
@@ -82,3 +74,11 @@ def test_an_empty_batch_has_one_token_and_no_row():
     batch = pack([])
     assert batch.token_T.tolist() == [0]
     assert batch.row_N.numel() == batch.target_N.numel() == 0
+
+
+def test_the_shards_of_all_processes_hold_every_sequence_once():
+    sequences = {3 * i: Sequence([1] * i, [2, 3 + i], [-1.0] * 2, float(i)) for i in range(1, 8)}
+    shards = [shard(sequences, rank, 2, budget=9, device="cpu") for rank in (0, 1)]
+    assert len(shards[0]) == len(shards[1])
+    ends = [n for batches in shards for batch in batches for n in batch.target_N.tolist()[1::2]]
+    assert sorted(ends) == [3 + i for i in range(1, 8)]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from drgrpo.run.plot import plot
+from drgrpo.run.plot import plot, step_time
 from drgrpo.types import UserError
 
 
@@ -17,7 +17,7 @@ def write_run(path, algo="drgrpo", evaluated=True, correct=18.0):
             "reward_mean": s / 10,
             "response_len_correct": correct,
             "response_len_incorrect": 30.0 + s,
-            "seconds": {"rollout": 0.2, "train": 0.3, "total": 0.5},
+            "seconds": {"rollout": 0.2, "old": 0.1, "train": 0.3, "total": 0.6},
         }
         for s in (1, 2, 3)
     ]
@@ -49,3 +49,12 @@ def test_a_run_without_evaluation_or_right_answers(tmp_path):
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(UserError, match=r"holds no metrics.jsonl"):
         plot([tmp_path])
+
+
+def test_the_seconds_of_every_phase_are_in_the_picture(tmp_path):
+    (axis,) = step_time(write_run(tmp_path / "a")).axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "rollout",
+        "old",
+        "train",
+    ]

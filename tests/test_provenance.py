@@ -1,8 +1,13 @@
 """A result's origin: other weights, problems or tokenizers show, copies do not."""
 
 import shutil
+import subprocess
+import sys
 
-from drgrpo.run.provenance import fingerprint, problems_digest, versions
+import torch
+
+from conftest import ROOT
+from drgrpo.run.provenance import fingerprint, installed, machine, problems_digest, versions
 from drgrpo.types import Problem
 
 
@@ -36,9 +41,18 @@ def test_problems_are_told_apart_by_question_answer_and_id():
 
 
 def test_versions_of_what_grades_and_of_what_samples():
-    assert {
-        "math-verify",
-        "sympy",
-        "latex2sympy2_extended",
-    } < versions().keys() and "torch" not in versions()
+    assert {"math_verify", "sympy", "latex2sympy2_extended"} < versions().keys()
+    assert "torch" not in versions()
     assert {"torch", "transformers"} <= versions("torch").keys()
+
+
+def test_a_start_is_described_by_commit_command_and_versions():
+    about = machine()
+    assert about["torch"] == torch.__version__ and about["gpu"] is None
+    assert about["argv"] == sys.argv and "threads" in about["cpu"]
+    assert installed("no_such_package") is None
+    if (ROOT / ".git").exists():
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert head.stdout.startswith(about["commit"].removesuffix("-dirty"))

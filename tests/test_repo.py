@@ -1,117 +1,188 @@
-"""The repository keeps its own rules: what imports what, what the README lists, what a wheel
+"""The repository keeps its own rules: what imports what, which files the pages list, what a wheel
 holds."""
 
 import ast
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
 
-FOLDERS = (".", "kernels", "drgrpo", "tests", "bench")
-SOURCES = sorted(p for folder in FOLDERS for p in (ROOT / folder).glob("*.py"))
+LIBRARY = sorted(p for p in (ROOT / "drgrpo").rglob("*.py") if "kernels" not in p.parts)
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+ALGORITHM = [path for path in LIBRARY if path.parent.name == "drgrpo" and path.stem != "config"]
+PLAIN = {"types", "templates", "data", "answers", "grade", "advantage", "pack"}
 
 
-def imports(path) -> set[str]:
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node under `node` that can run: what only a type checker reads is left out."""
+    yield node
+    children = node.orelse if is_type_checking(node) else ast.iter_child_nodes(node)
+    for child in children:
+        yield from walk(child)
+
+
+def imports(path: Path) -> set[str]:
     """Modules that a file imports, at its top or inside functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    names = set()
+    for node in walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            assert not node.level, f"{name(path)} has a relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def top(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+# ---- who may import what
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=name)
 def test_kernels_know_tensors_only(path):
     assert top(imports(path)) - set(sys.stdlib_module_names) <= {"torch", "triton"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "drgrpo").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
 def test_the_library_imports_neither_scripts_nor_tests_nor_benchmarks(path):
     assert not top(imports(path)) & {"train", "eval", "tests", "bench", "kernels"}
 
 
-@pytest.mark.parametrize(
-    "name", ["types", "arithmetic", "tokenizer", "templates", "data", "grade", "advantage", "pack"]
-)
-def test_plain_modules_need_no_model_engine_or_config(name):
-    allowed = {"drgrpo", "drgrpo.types", "drgrpo.tiny.arithmetic"}
-    ours = {i for i in imports(ROOT / "drgrpo" / f"{name}.py") if i.split(".")[0] == "drgrpo"}
-    assert {".".join(i.split(".")[:2]) for i in ours} <= allowed
+@pytest.mark.parametrize("path", ALGORITHM, ids=name)
+def test_the_algorithm_takes_plain_arguments(path):
+    """Neither the config nor the machinery of a run or an evaluation: a signature is the list of
+    what a function depends on."""
+    machinery = ("drgrpo.config", "drgrpo.run", "drgrpo.evaluation")
+    assert not [module for module in imports(path) if module.startswith(machinery)]
 
 
-def test_only_the_trainer_and_the_run_folder_read_the_config():
-    readers = {p.stem for p in (ROOT / "drgrpo").glob("*.py") if "drgrpo.config" in imports(p)}
-    assert readers <= {"checkpoint"}, (
-        "everything else takes plain arguments: a signature is the list of what it depends on"
-    )
+@pytest.mark.parametrize("path", [p for p in ALGORITHM if p.stem in PLAIN], ids=name)
+def test_plain_modules_need_no_model(path):
+    allowed = {"drgrpo", "drgrpo.types", "drgrpo.answers", "drgrpo.tiny"}
+    ours = {".".join(n.split(".")[:2]) for n in imports(path) if n.split(".")[0] == "drgrpo"}
+    assert ours <= allowed
 
 
-def test_the_readme_tree_lists_exactly_the_files_that_exist():
-    folder, names = None, set()
-    for line in (
-        (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1].splitlines()
-    ):
-        if match := re.match(r"(\w+)/\s", line):
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module of drgrpo -> the modules of drgrpo that it imports, inside functions too."""
+    modules = {module_of(path): path for path in LIBRARY}
+    return {module: imports(path) & modules.keys() - {module} for module, path in modules.items()}
+
+
+def test_the_library_has_no_import_circle():
+    """A circle that is hidden inside functions is one too."""
+    graph = import_graph()
+    assert graph["drgrpo.run.metrics"] >= {"drgrpo.types"}  # the graph has edges at all
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("circle: " + " -> ".join(reversed(error.args[1])))
+
+
+# ---- what the pages list
+
+
+def test_the_librarys_page_lists_exactly_the_files_that_exist():
+    folder, listed = "", set()
+    for line in (ROOT / "drgrpo" / "README.md").read_text().split("```")[1].splitlines():
+        if match := re.match(r"([\w/]+)/\s", line):
             folder = match[1]
-        elif match := re.match(r"(\s*)([\w.]+\.py)\b", line):
-            names.add(f"{folder}/{match[2]}" if match[1] else match[2])
-    assert names == {str(p.relative_to(ROOT)) for p in SOURCES}
+        elif match := re.match(r"  ([\w.]+\.py)\b", line):
+            listed.add(f"{folder}/{match[1]}")
+    assert listed == {name(path) for path in [*LIBRARY, *KERNELS]}
+
+
+def test_the_benchmarks_page_names_exactly_the_files_that_exist():
+    """As `python -m bench.module` or `make target` if it is a command, otherwise as `module.py`."""
+    text = (ROOT / "bench" / "README.md").read_text()
+    recipes = re.findall(
+        r"^([\w-]+):.*\n\t.*-m (bench[\w.]+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE
+    )
+    files = [p for p in (ROOT / "bench").rglob("*.py") if p.name != "__init__.py"]
+    modules = {module_of(path): path for path in files}
+    commands = set(re.findall(r"python -m (bench[\w.]+)", text))
+    commands |= {module for target, module in recipes if f"`make {target}`" in text}
+    mentioned = commands | {m for m, p in modules.items() if m in text or f"{p.name}`" in text}
+    assert mentioned == modules.keys()
+    runnable = {m for m, path in modules.items() if '__name__ == "__main__"' in path.read_text()}
+    assert commands == runnable
 
 
 def test_the_two_deletions_are_one_grep_away():
-    text = "".join(p.read_text() for p in (ROOT / "train.py", *(ROOT / "drgrpo").glob("*.py")))
+    text = "".join(path.read_text() for path in (ROOT / "train.py", *LIBRARY))
     assert len(re.findall(r"# Dr\. GRPO \(1/2\): no division by the group's std", text)) == 1
-    assert (
-        len(re.findall(r"# Dr\. GRPO \(2/2\): constant normalizer, not response length", text)) >= 1
-    )
+    second = r"# Dr\. GRPO \(2/2\): constant normalizer, not response length"
+    assert len(re.findall(second, text)) >= 1
 
 
+def test_the_commit_hooks_run_the_pinned_ruff():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = [pin for pin in project["optional-dependencies"]["dev"] if pin.startswith("ruff")]
+    hooks = re.findall(r'"(ruff==[\d.]+)"', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert len(hooks) == 2 and set(hooks) == set(pins)
+
+
+# ---- the name `kernels`, and what is installed
+
+
+def python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
 def test_hugging_faces_kernels_package_is_not_shadowed():
     """Our folder kernels/ has no __init__.py: with one, `import transformers` from the repository
     root breaks."""
     pytest.importorskip("kernels", reason="Hugging Face's kernels package is not installed")
-    code = "import kernels, transformers; from transformers import Qwen2ForCausalLM; print(kernels.get_kernel.__module__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("kernels"), done.stderr
+    code = (
+        "import kernels, transformers\n"
+        "from transformers import Qwen2ForCausalLM\n"
+        "print(kernels.get_kernel.__module__)"
+    )
+    process = python(code)
+    assert process.returncode == 0 and process.stdout.startswith("kernels"), process.stderr
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_without_that_package_everything_imports_too():
     code = (
         "import sys; sys.modules['kernels'] = None\n"  # import kernels now raises ImportError
         "import train; from drgrpo.kernels import linear_drgrpo; print(linear_drgrpo.__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "drgrpo.kernels.linear_drgrpo", (
-        done.stderr
-    )
+    process = python(code)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "drgrpo.kernels.linear_drgrpo"
 
 
 def test_a_wheel_holds_the_kernels_under_our_own_name(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        ROOT,
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", tmp_path, ROOT], check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "drgrpo/kernels/linear_drgrpo.py" in names and "drgrpo/advantage.py" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"drgrpo"}
+    library = {n for n in names if n.startswith("drgrpo/") and "kernels" not in n}
+    assert library == {name(path) for path in LIBRARY}

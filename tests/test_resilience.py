@@ -1,6 +1,6 @@
-"""Never lose a run: killed, interrupted, damaged or crashed, it goes on as if nothing had happened,
-or says what did."""
+"""A run that is killed, interrupted, damaged or crashed resumes as if nothing had happened."""
 
+import json
 import os
 import random
 import signal
@@ -10,10 +10,12 @@ import torch
 
 import train
 from drgrpo.engine_torch import TorchEngine
-from drgrpo.run import checkpoint
+from drgrpo.run.folder import list_checkpoints
 from runs import assert_close_run, assert_same_run, finish, launch, metrics, run, small
 
 SETTINGS = {"save_every": 1, "eval_every": 2, "steps": 4, "keep": 3}
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +27,8 @@ def straight(warm_model, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def handlers():
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def default_handlers(restored_handlers):
+    """The tests send this process signals."""
 
 
 @pytest.mark.parametrize("old_logprob", ["recompute", "sampler"])
@@ -52,7 +51,7 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(
 
 KILL = """
 import os, signal, torch
-from drgrpo.run import checkpoint
+from drgrpo.run.folder import list_checkpoints
 from drgrpo.engine_torch import TorchEngine
 
 def kill_at(owner, name, count):
@@ -79,7 +78,7 @@ kill_at({owner}, {name!r}, {count})
             "commit",
             3,
         ),  # it is whole, and the records are written, but it has no name yet
-        ("checkpoint", "point", 5),  # it has its name, `latest` does not yet say so
+        ("checkpoint", "replace_symlink", 5),  # it has its name, `latest` does not yet say so
     ],
     ids=["rollout", "update", "save", "before commit", "in commit"],
 )
@@ -115,9 +114,7 @@ def test_asked_to_stop_it_saves_and_ends_in_good_order(
         patch.setattr(TorchEngine, "sync", signal_in_second_step)
         run(small(warm_model, tmp_path / "asked", **settings))
     assert f"stopping after step 2: {number.name}" in capsys.readouterr().out
-    assert [p.name for p in checkpoint.found(small(warm_model, tmp_path / "asked"))] == [
-        "step-000002"
-    ]
+    assert [p.name for p in list_checkpoints(tmp_path / "asked")] == ["step-000002"]
     run(small(warm_model, tmp_path / "asked", **settings))
     assert_same_run(straight, tmp_path / "asked")
 
@@ -153,34 +150,31 @@ def test_resuming_on_another_number_of_processes(warm_model, straight, tmp_path)
     assert_close_run(straight, tmp_path / "two")
 
 
-def crash(monkeypatch, calls_that_crash: set[int]):
-    original, calls = TorchEngine.generate, []
+CRASH_ONCE = """
+from pathlib import Path
+from drgrpo.engine_torch import TorchEngine
+original, calls, crashed = TorchEngine.generate, [], Path({marker!r})
+def generate(self, *args):
+    calls.append(1)
+    if len(calls) == 5 and not crashed.exists():  # two evaluations, steps 1 and 2
+        crashed.touch()
+        raise RuntimeError("illegal memory access")
+    return original(self, *args)
+TorchEngine.generate = generate
+"""
 
-    def generate(self, *args):
-        calls.append(1)
-        if len(calls) in calls_that_crash:
-            raise RuntimeError("illegal memory access")
-        return original(self, *args)
 
-    monkeypatch.setattr(TorchEngine, "generate", generate)
-
-
-def test_a_crashed_sampler_is_rebuilt_from_the_current_weights(
-    base, warm_model, tmp_path, monkeypatch, capsys
+def test_a_crashed_sampler_ends_the_run_and_torchrun_starts_it_again(
+    warm_model, straight, tmp_path
 ):
-    crash(monkeypatch, {4})  # two evaluations, step 1, step 2
-    run(small(warm_model, tmp_path / "crashed"))
-    assert (
-        "WARNING: a sampler crashed (RuntimeError('illegal memory access')"
-        in capsys.readouterr().out
-    )
-    assert_same_run(base[0], tmp_path / "crashed")
-
-
-def test_a_sampler_that_crashes_again_ends_the_run(warm_model, tmp_path, monkeypatch):
-    crash(monkeypatch, {3, 5})
-    with pytest.raises(RuntimeError, match="crashed again"):
-        run(small(warm_model, tmp_path / "crashed"))
+    prelude = CRASH_ONCE.format(marker=str(tmp_path / "crashed.marker"))
+    config = small(warm_model, tmp_path / "crashed", **SETTINGS)
+    restart = ("--standalone", "--max-restarts=1")
+    shown = finish(launch(config, prelude=prelude, torchrun=restart))
+    assert "RuntimeError: illegal memory access" in shown and "after step 2" in shown
+    assert_same_run(straight, tmp_path / "crashed")
+    starts = json.loads((tmp_path / "crashed" / "run.json").read_text())
+    assert [start["resumed_step"] for start in starts] == [0, 2]
 
 
 def test_non_finite_gradients_are_skipped_counted_kept_and_stop_the_run(
@@ -211,26 +205,6 @@ def test_a_single_bad_step_is_skipped_and_training_goes_on(warm_model, tmp_path,
     assert [r["skipped_updates"] for r in rows] == [1, 0] and rows[1]["grad_norm"] > 0
 
 
-def test_a_replayed_run_is_the_run_that_was_dumped(warm_model, tmp_path, monkeypatch):
-    run(small(warm_model, tmp_path / "dumped", dump_rollouts=True, eval_data=""))
-    sampled = []
-    monkeypatch.setattr(
-        train,
-        "rollout",
-        lambda *args, original=train.rollout: sampled.append(args[6]) or original(*args),
-    )
-    run(
-        small(
-            warm_model,
-            tmp_path / "replayed",
-            replay=str(tmp_path / "dumped" / "rollouts"),
-            eval_data="",
-        )
-    )
-    assert sampled == [-1], "only the last parity probe samples"
-    assert_same_run(tmp_path / "dumped", tmp_path / "replayed")
-
-
 def test_a_dry_run_measures_and_leaves_no_trace(warm_model, tmp_path, capsys):
     train.main(
         small(
@@ -244,9 +218,3 @@ def test_a_dry_run_measures_and_leaves_no_trace(warm_model, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "memory ledger" in shown and "dry run: a micro-batch of 2 x 1024 tokens takes" in shown
     assert not (tmp_path / "dry").exists()
-
-
-def test_the_resolved_config_can_be_shown(capsys):
-    train.cli(["--recipe", "oat_zero_7b", "--print-config", "--seed", "7"])
-    shown = capsys.readouterr().out
-    assert '"seed": 7' in shown and '"lr": 1e-06' in shown and "1024 rollouts/step" in shown

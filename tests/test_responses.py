@@ -1,23 +1,21 @@
-"""responses.jsonl: what is whole is kept, what is torn is cut off, and responses to other settings
-are nobody's."""
-
-import json
+"""responses.jsonl: complete problems are kept, a torn end is cut off, and responses to other
+settings are not continued."""
 
 import pytest
 
 from drgrpo.evaluation.responses import (
-    claim,
     evaluations,
     groups,
     key,
     read,
     recorded,
+    resume_rows,
     too_long,
-    write_json,
 )
+from drgrpo.run.files import append_jsonl, write_json
 from drgrpo.types import Problem, UserError
 
-ASKED = {"settings": {"model": "m", "samples": 2, "out": "a"}, "versions": {"torch": "2"}}
+REPORT = {"settings": {"model": "m", "samples": 2, "out": "a"}, "versions": {"torch": "2"}}
 
 
 def rows_of(ids, samples: int = 2) -> list[dict]:
@@ -26,29 +24,28 @@ def rows_of(ids, samples: int = 2) -> list[dict]:
 
 
 def write(out, rows: list[dict]) -> bytes:
-    text = "".join(json.dumps(r) + "\n" for r in rows).encode()
-    (out / "responses.jsonl").write_bytes(text)
-    write_json(out / "eval.json", ASKED | {"counters": {"grader_timeouts": 3}})
-    return text
+    append_jsonl(out / "responses.jsonl", rows)
+    write_json(out / "eval.json", REPORT | {"counters": {"grader_timeouts": 3}})
+    return (out / "responses.jsonl").read_bytes()
 
 
 def test_an_empty_folder_has_nothing(tmp_path):
-    assert claim(tmp_path, ASKED, set()) == ([], {})
+    assert resume_rows(tmp_path, REPORT, set()) == ([], {})
 
 
-def test_what_is_there_is_claimed_with_its_report(tmp_path):
+def test_rows_are_resumed_with_their_report(tmp_path):
     text = write(tmp_path, rows_of(range(3)))
-    rows, before = claim(tmp_path, ASKED, set())
-    assert rows == rows_of(range(3)) and before["counters"] == {"grader_timeouts": 3}
+    rows, saved = resume_rows(tmp_path, REPORT, set())
+    assert rows == rows_of(range(3)) and saved["counters"] == {"grader_timeouts": 3}
     assert (tmp_path / "responses.jsonl").read_bytes() == text
 
 
-def test_wherever_the_file_was_cut_whole_problems_remain(tmp_path):
+def test_wherever_the_file_was_cut_complete_problems_remain(tmp_path):
     text = write(tmp_path, rows_of(range(3)))
     problem = len(text) // 3
     for cut in range(1, len(text), 7):
         (tmp_path / "responses.jsonl").write_bytes(text[:cut])
-        rows, _ = claim(tmp_path, ASKED, set())
+        rows, _ = resume_rows(tmp_path, REPORT, set())
         assert rows == rows_of(range(cut // problem))
         assert (tmp_path / "responses.jsonl").read_bytes() == text[: cut // problem * problem]
 
@@ -59,7 +56,7 @@ def test_other_settings_are_named(tmp_path):
     with pytest.raises(
         UserError, match='model is "m" there and "n" now; torch is "2" there and "3" now'
     ) as error:
-        claim(tmp_path, other, free={"out"})
+        resume_rows(tmp_path, other, may_change={"out"})
     assert "out is" not in str(error.value) and "another --out" in str(error.value)
     assert read(tmp_path) == rows_of([0]), "and nothing is lost"
 
@@ -68,7 +65,7 @@ def test_responses_of_unknown_origin_are_not_continued(tmp_path):
     write(tmp_path, rows_of([0]))
     (tmp_path / "eval.json").unlink()
     with pytest.raises(UserError, match=r"without the eval\.json"):
-        claim(tmp_path, ASKED, set())
+        resume_rows(tmp_path, REPORT, set())
 
 
 def test_a_file_or_its_folder_can_be_read(tmp_path):
@@ -77,7 +74,7 @@ def test_a_file_or_its_folder_can_be_read(tmp_path):
     assert (
         recorded(tmp_path)["settings"]
         == recorded(tmp_path / "responses.jsonl")["settings"]
-        == ASKED["settings"]
+        == REPORT["settings"]
     )
 
 
@@ -103,23 +100,17 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_grouping():
-    rows = (
-        rows_of([0, 1])
-        + [r | {"template": "r1"} for r in rows_of([0])]
-        + [r | {"benchmark": "c"} for r in rows_of([0])]
-    )
+    rows = rows_of([0, 1])
+    rows += [r | {"template": "r1"} for r in rows_of([0])]
+    rows += [r | {"benchmark": "c"} for r in rows_of([0])]
     assert [(k, list(sets)) for k, sets in evaluations(rows).items()] == [
         (("none", 1.0), ["b", "c"]),
         (("r1", 1.0), ["b"]),
     ]
-    assert [[key(r) for r in g] for g in groups(rows)] == [
-        [k] * 2
-        for k in dict.fromkeys(
-            [
-                ("none", 1.0, "b", 0),
-                ("none", 1.0, "b", 1),
-                ("none", 1.0, "c", 0),
-                ("r1", 1.0, "b", 0),
-            ]
-        )
+    by_problem = [list(map(key, group)) for group in groups(rows)]
+    assert by_problem == [
+        [("none", 1.0, "b", 0)] * 2,
+        [("none", 1.0, "b", 1)] * 2,
+        [("none", 1.0, "c", 0)] * 2,
+        [("r1", 1.0, "b", 0)] * 2,
     ]

@@ -1,10 +1,12 @@
 """Problems become groups of rollouts; a sample's seed is its own."""
 
+from itertools import pairwise
+
 import pytest
 
-from drgrpo.rollout import rollout, sample_seed, tokenize
+from drgrpo.rollout import Sampler, sample_seed, tokenize, tokenize_sets
 from drgrpo.templates import get_template
-from drgrpo.types import Completion, Problem, Sampling, UserError
+from drgrpo.types import Completion, Problem, Rollout, Sampling, UserError
 
 
 class Echo:
@@ -21,26 +23,47 @@ class Echo:
         return completions
 
 
-def test_groups_are_contiguous_and_texts_have_no_special_tokens(tokenizer):
-    problems, dropped = tokenize(
-        [Problem(0, "ab", "1"), Problem(1, "cde", "2")], get_template("none"), tokenizer, 10
-    )
-    finished = []
-    rollouts = rollout(
-        Echo(),
-        tokenizer,
-        problems,
-        3,
-        Sampling(max_new_tokens=9, stop_token_ids=(256,)),
-        seed=0,
-        step=1,
-        on_finish=lambda i, r: finished.append((i, r.text)),
-    )
-    assert finished == [(5, "edc"), (4, "edc"), (3, "edc"), (2, "ba"), (1, "ba"), (0, "ba")]
+class Graders:
+    """Notes the order in which texts come."""
+
+    def __init__(self):
+        self.texts = []
+
+    def submit(self, text, answer):
+        self.texts.append(text)
+        return f"{text}={answer}"
+
+
+def test_groups_are_contiguous_and_each_response_meets_its_grade(tokenizer, group_of_one):
+    problems = [Problem(0, "ab", "1"), Problem(1, "cde", "2")]
+    problems, dropped = tokenize(problems, get_template("none"), tokenizer, 10)
+    sampler, grader = Sampler(Echo(), tokenizer, seed=0), Graders()
+    sampling = Sampling(max_new_tokens=9, stop_token_ids=(256,))
+    rollouts, grades = sampler.rollout(problems, 3, sampling, 1, grader)
+    assert grader.texts == ["edc"] * 3 + ["ba"] * 3, "graded as they finish, the last one first"
+    assert grades == ["ba=1"] * 3 + ["edc=2"] * 3
     assert [r.problem.id for r in rollouts] == [0, 0, 0, 1, 1, 1]
-    assert [r.text for r in rollouts] == ["ba"] * 3 + ["edc"] * 3
+    assert [r.text for r in rollouts] == ["ba"] * 3 + ["edc"] * 3, "without special tokens"
     assert [r.length for r in rollouts] == [3] * 3 + [4] * 3
     assert dropped == 0
+
+
+def test_rewards_are_gathered_in_groups(tokenizer, group_of_one):
+    rollouts = [Rollout(Problem(i, "", ""), Completion([1], [0.0], True), "") for i in range(6)]
+    sampler = Sampler(Echo(), tokenizer, seed=0)
+    gathered, reward_PG = sampler.gather(rollouts, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], group_size=3)
+    assert gathered == rollouts and reward_PG.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_sets_are_tokenized_and_overlap_is_logged(tokenizer):
+    problems, logged = [Problem(0, "a b", "1"), Problem(1, "a" * 9, "1")], []
+    sets = {"held_out": [Problem(0, "A b", "1"), Problem(1, "c", "1"), Problem(2, "b" * 9, "1")]}
+    template = get_template("none")
+    kept, sets, dropped = tokenize_sets(problems, sets, template, tokenizer, 5, logged.append)
+    assert [p.id for p in kept] == [0] and [p.id for p in sets["held_out"]] == [0, 1]
+    assert dropped == {"held_out": 1}
+    assert "1 training problems, 1 dropped for a prompt of more than 5 tokens" in logged[0]
+    assert "2 problems, 1 too long" in logged[1] and "1 of them among the training" in logged[1]
 
 
 def test_overlong_prompts_are_dropped_and_counted(tokenizer):
@@ -66,6 +89,5 @@ def test_sample_seeds_are_distinct_stable_and_fit_a_signed_64_bit_integer():
     assert len(set(seeds)) == len(keys)
     assert all(0 <= s < 2**63 for s in seeds)
     assert seeds == [sample_seed(*key) for key in keys]
-    assert (
-        min(abs(a - b) for a, b in zip(sorted(seeds), sorted(seeds)[1:], strict=False)) > 8
-    )  # vLLM's samples use seed + i
+    gaps = [b - a for a, b in pairwise(sorted(seeds))]
+    assert min(gaps) > 8, "a sampler that derives seeds as seed + i must not reach the next one"

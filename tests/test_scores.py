@@ -7,6 +7,7 @@ from statistics import fmean, pvariance
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from drgrpo.evaluation import scores
 from drgrpo.evaluation.scores import (
@@ -23,28 +24,11 @@ from drgrpo.evaluation.scores import (
     sign_flip,
     two_proportions,
 )
+from rows import response_row
 
 
-def row(
-    id: int,
-    score: float,
-    sample: int = 0,
-    tokens: int = 10,
-    finished=True,
-    parsed=True,
-    vote=0,
-    response="r",
-) -> dict:
-    return {
-        "id": id,
-        "sample": sample,
-        "score": score,
-        "tokens": tokens,
-        "finished": finished,
-        "parsed": parsed,
-        "vote": vote,
-        "response": response,
-    }
+def row(id: int, score: float, sample: int = 0, **changes) -> dict:
+    return response_row(id=id, score=score, sample=sample, **changes)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -158,7 +142,8 @@ def test_problems_are_resampled_and_not_samples():
 
 
 def test_the_average_is_plain_and_its_interval_that_of_independent_benchmarks():
-    small, large = [row(p, p % 2) for p in range(30)], [row(p, p % 4 == 0) for p in range(400)]
+    small = [row(p, p % 2) for p in range(30)]
+    large = [row(p, p % 4 == 0) for p in range(400)]
     result = average({"small": small, "large": large})
     assert result["average"] == pytest.approx((0.5 + 0.25) / 2)
     expected = math.sqrt(0.25 / 30 + 0.1875 / 400) / 2
@@ -190,10 +175,8 @@ def test_mcnemar_of_many():
     ids=str,
 )
 def test_the_permutation_test_counts_all_signs(differences):
-    sums = [
-        sum(s * d for s, d in zip(signs, differences, strict=True))
-        for signs in itertools.product((-1, 1), repeat=len(differences))
-    ]
+    signs = list(itertools.product((-1, 1), repeat=len(differences)))
+    sums = np.asarray(signs) @ differences
     exact = fmean(abs(s) >= abs(sum(differences)) - 1e-9 for s in sums)
     assert sign_flip(differences) == pytest.approx(exact, abs=5 * math.sqrt(0.25 / scores.DRAWS))
 
@@ -237,3 +220,35 @@ def test_two_proportions_errs_as_rarely_as_it_says():
         for a, b in rng.binomial(83, 0.6, size=(2000, 2))
     ]
     assert 0.03 < fmean(called) < 0.065
+
+
+# ---- beside scipy
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 5), (3, 11), (14, 5), (7, 7), (10, 90)])
+def test_mcnemar_is_scipys_binomial_test(a, b):
+    assert mcnemar(a, b) == pytest.approx(stats.binomtest(a, a + b).pvalue, rel=1e-9)
+
+
+def test_the_permutation_test_is_scipys():
+    differences = [0.5, -0.25, 1, 0.75, 0.25, 0.5, -0.1, -0.5, 0.3, 0.3, -0.2, 0.1]
+    exact = stats.permutation_test(
+        (differences,), np.sum, permutation_type="samples", n_resamples=np.inf
+    )
+    error = math.sqrt(exact.pvalue * (1 - exact.pvalue) / scores.DRAWS)
+    assert sign_flip(differences) == pytest.approx(exact.pvalue, abs=5 * error)
+
+
+def test_the_bootstrap_interval_is_scipys():
+    """Both are Monte Carlo. Their ends agree to a fifth of a standard error of the mean."""
+    values = np.random.default_rng(5).binomial(4, 0.3, size=200) / 4
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", random_state=6)
+    tolerance = 0.2 * values.std() / math.sqrt(len(values))
+    interval_of_scipy = list(theirs.confidence_interval)
+    assert interval(bootstrap(values)) == pytest.approx(interval_of_scipy, abs=tolerance)
+
+
+@pytest.mark.parametrize(("a", "n", "b", "m"), [(13, 30, 8, 30), (52, 83, 9, 40), (1, 500, 4, 500)])
+def test_two_proportions_is_scipys_chi_square_test(a, n, b, m):
+    theirs = stats.chi2_contingency([[a, n - a], [b, m - b]], correction=False)
+    assert two_proportions([(a / n, n, b / m, m)]) == pytest.approx(theirs.pvalue, rel=1e-9)

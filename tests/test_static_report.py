@@ -50,6 +50,7 @@ def report(tmp_path_factory):
     return done, result
 
 
+@pytest.mark.slow
 def test_every_variant_compiles_and_breaks_no_rule(report):
     done, result = report
     assert done.returncode == 0 and result["broken"] == []
@@ -57,6 +58,7 @@ def test_every_variant_compiles_and_breaks_no_rule(report):
     assert seen == {(variant, arch) for variant in VARIANTS for arch in (80, 90, 100)}
 
 
+@pytest.mark.slow
 def test_the_sweeps_are_seen(report):
     """A report that finds no loop would break no rule. One sweep reads; with a gradient a second
     one writes, and a third writes zeros. The unrolled loop's remainder counts as a loop."""
@@ -86,21 +88,26 @@ kernel = head._drgrpo_row_kernel
 run = kernel.run
 kernel.run = lambda *args, grid, warmup, **how: run(*args, grid=grid, warmup=True, **how)
 
-def launch(T, V, logits, gradient, skip=0, **tokens):
+def launch(T, V, logits, gradient, skip=0, names=()):
     z = torch.empty(T, -(-V // 16) * 16, dtype=logits)
-    given = [torch.empty(T + skip)[skip:] if tokens.get(name) else None for name in ("advantage", "old", "sampler", "ref")]
-    stat, clipped = torch.empty(6, T + skip)[:, skip:], torch.empty(T + skip, dtype=torch.int8)[skip:]
-    head._rows_triton(z, V, torch.empty(T, dtype=torch.int64), given, head._Objective(), stat, clipped, gradient)
+    inputs = {name: torch.empty(T + skip)[skip:] for name in names}
+    per_token = head._PerToken(**inputs) if names else None
+    stat = torch.empty(6, T + skip)[:, skip:]
+    clipped = torch.empty(T + skip, dtype=torch.int8)[skip:]
+    target = torch.empty(T, dtype=torch.int64)
+    head._rows_triton(z, V, target, per_token, head._Objective(), stat, clipped, gradient)
     print(len(kernel.device_caches[0][0]), end=" ")
 
 bf16, fp32 = torch.bfloat16, torch.float32
-for T, skip in ((128, 0), (1, 0), (7, 3), (100, 1)): launch(T, 151936, bf16, bf16, skip, advantage=True, old=True)
-launch(4, 151936, fp32, bf16, advantage=True, old=True, sampler=True, ref=True)
-launch(4, 50257, bf16, None, advantage=True)
+for T, skip in ((128, 0), (1, 0), (7, 3), (100, 1)):
+    launch(T, 151936, bf16, bf16, skip, names=("advantage", "old"))
+launch(4, 151936, fp32, bf16, names=("advantage", "old", "sampler", "ref"))
+launch(4, 50257, bf16, None, names=("advantage",))
 launch(4, 50257, fp32, None)
 """
 
 
+@pytest.mark.slow
 def test_the_launch_compiles_and_token_counts_do_not_compile_again():
     """Through Triton's own launch path up to the launch: four token counts and misaligned per-token
     tensors are one binary, each of the three other calls is another."""
@@ -112,64 +119,61 @@ def test_the_launch_compiles_and_token_counts_do_not_compile_again():
     assert done.stdout.split() == ["1", "1", "1", "1", "2", "3", "4"]
 
 
+@pytest.mark.slow
 def test_predictions_are_within_the_targets(report):
     """Predictions from assumed rates, so a guard against a change of the kernel, not a
     measurement."""
+    limits = {
+        ("A100", "7B"): 1.10,
+        ("A100", "1.5B"): 1.15,
+        ("H200", "7B"): 1.12,
+        ("H200", "1.5B"): 1.20,
+    }
     for p in report[1]["predictions"]:
-        limit = {
-            ("A100", "7B"): 1.10,
-            ("A100", "1.5B"): 1.15,
-            ("H200", "7B"): 1.12,
-            ("H200", "1.5B"): 1.20,
-        }
-        assert 1 < p["best_ratio"] <= limit[p["device"], p["model"]]
+        assert 1 < p["best_ratio"] <= limits[p["device"], p["model"]]
         assert p["best_ms"] < p["worst_ms"]
 
 
 def test_memory_is_within_the_targets():
-    for T, model, limit in [
-        (16_384, "7B", 3.6e9),
-        (65_536, "7B", 4.0e9),
-        (16_384, "1.5B", 2.3e9),
-        (65_536, "1.5B", 2.5e9),
-    ]:
-        assert cost(T, *SHAPES[model], 4096)["peak_memory"] <= limit
-        assert (
-            cost(T, *SHAPES[model], 4096)["naive_memory"]
-            >= 4 * cost(T, *SHAPES[model], 4096)["peak_memory"]
-        )
+    limits = {
+        (16_384, "7B"): 3.6e9,
+        (65_536, "7B"): 4.0e9,
+        (16_384, "1.5B"): 2.3e9,
+        (65_536, "1.5B"): 2.5e9,
+    }
+    for (T, model), limit in limits.items():
+        memory = cost(T, *SHAPES[model], 4096)
+        assert memory["peak_memory"] <= limit
+        assert memory["naive_memory"] >= 4 * memory["peak_memory"]
 
 
 def test_costs_by_hand():
     c = cost(T=8, D=4, V=100, chunk=4)
     assert c["flops"] == 3 * 2 * 8 * 4 * 100
     assert c["logits_bytes_best"] == 8 * 100 * 4 and c["logits_bytes_worst"] == 8 * 100 * 6
-    assert (
-        c["dweight_bytes"] == 8 * 400 + 6 * 400
-    )  # one read-modify-write, one first write, one cast
+    # One read-modify-write, one first write, one cast.
+    assert c["dweight_bytes"] == 8 * 400 + 6 * 400
     p = predict(DEVICES[0], 8, 4, 100, 4, (0, 0))
-    assert p["best_ms"] == pytest.approx(
-        p["three_gemms_ms"] + 1e3 * (8 * 100 * 4 + 14 * 400 + 4 * 32) / 1.7e12
-    )
+    transfers = 1e3 * (8 * 100 * 4 + 14 * 400 + 4 * 32) / 1.7e12
+    assert p["best_ms"] == pytest.approx(p["three_gemms_ms"] + transfers)
 
 
 def test_bad_binaries_are_noticed():
-    good = Compiled("on-policy", 90, 50, 0, 0, (Sweep("read", 16, 13.0, 1.0, 128, 0, 0),))
+    sweep = Sweep("read", 16, 13.0, 1.0, 128, 0, 0)
+    good = Compiled("on-policy", 90, 50, 0, 0, (sweep,))
     assert good.broken_rules(32) == []
-    for bad in (
+    no_barrier = replace(sweep, kind="read+write")
+    bad_binaries = (
         replace(good, spill_bytes=8),
         replace(good, registers=65),
         replace(good, sweeps=()),
-        replace(good, sweeps=(replace(good.sweeps[0], load_bits=64),)),
-        replace(good, sweeps=(replace(good.sweeps[0], kind="read+write", store_bits=16),)),
-        replace(good, sweeps=(replace(good.sweeps[0], ex2_per_element=1.125),)),
-        replace(good, sweeps=(replace(good.sweeps[0], barriers=1),)),
-        replace(
-            good,
-            sweeps=(replace(good.sweeps[0], kind="read+write"),),
-            variant="fp32 logits, bf16 gradient",
-        ),
-    ):
+        replace(good, sweeps=(replace(sweep, load_bits=64),)),
+        replace(good, sweeps=(replace(sweep, kind="read+write", store_bits=16),)),
+        replace(good, sweeps=(replace(sweep, ex2_per_element=1.125),)),
+        replace(good, sweeps=(replace(sweep, barriers=1),)),
+        replace(good, sweeps=(no_barrier,), variant="fp32 logits, bf16 gradient"),
+    )
+    for bad in bad_binaries:
         assert len(bad.broken_rules(32)) == 1
 
 
@@ -197,7 +201,7 @@ SASS = """
 def test_reading_sass():
     """Loops end in a backward branch; an outer loop is not a sweep; a forward branch is no loop."""
     assert [len(loop) for loop in loops(SASS)] == [2, 3]
-    store, load = sweeps(SASS, (16, 16))
+    store, load = sweeps(SASS, 16, 16)
     assert (store.kind, store.elements, store.store_bits) == ("write", 1, 16)
     assert (load.kind, load.elements, load.load_bits, load.ex2_per_element) == (
         "read",

@@ -1,8 +1,10 @@
 """The loop as a whole: it learns, and what should change time only changes time only."""
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -13,71 +15,42 @@ import train
 from conftest import ROOT, SHARED_DATA
 from drgrpo import pack, parity
 from drgrpo.config import RECIPES
+from drgrpo.engine_torch import TorchEngine
+from drgrpo.grade import Grade
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss_ref
 from drgrpo.model import Objective, load_policy
-from drgrpo.run.log import read_jsonl
+from drgrpo.pack import Sequence
+from drgrpo.rollout import Sampler
+from drgrpo.run.files import append_jsonl, read_jsonl
 from drgrpo.types import UserError
-from runs import assert_close_run, assert_same_run, run, small
+from runs import assert_close_run, assert_same_run, metrics, run, small
 
 
 def test_every_step_writes_the_documented_columns(base):
     out, rows = base
     assert [r["step"] for r in rows] == [1, 2]
-    columns = {
-        "step",
-        "algo",
-        "reward_mean",
-        "response_len_mean",
-        "response_len_correct",
-        "response_len_incorrect",
-        "truncated_frac",
-        "zero_adv_frac",
-        "entropy",
-        "clip_frac",
-        "ratio_max",
-        "grad_norm",
-        "lr",
-        "parity_mean",
-        "parity_max",
-        "tokens",
-        "tokens_per_s",
-        "seconds",
-        "hours_used",
-    }
+    documented = """step algo reward_mean response_len_mean response_len_correct
+        response_len_incorrect truncated_frac zero_adv_frac entropy clip_frac ratio_max grad_norm lr
+        parity_mean parity_max tokens tokens_per_s seconds hours_used tflops mfu"""
+    phases = {"rollout", "grade", "pack", "old", "train", "sync", "eval", "save"}
     for row in rows:
-        assert columns <= row.keys()
-        assert {"rollout", "grade", "pack", "train", "sync", "eval", "save", "total"} <= row[
-            "seconds"
-        ].keys()
-        assert (
-            sum(v for k, v in row["seconds"].items() if k != "total")
-            <= row["seconds"]["total"] + 1e-3
-        )
+        assert set(documented.split()) <= row.keys()
+        seconds = dict(row["seconds"])
+        total = seconds.pop("total")
+        assert seconds.keys() == phases and sum(seconds.values()) <= total + 1e-3
         assert row["parity_max"] < 1e-4, "sampler and trainer disagree"
         assert 0 < row["reward_mean"] < 1 and row["entropy"] > 0 and row["grad_norm"] > 0
-    assert any(r["tokens_trained"] < r["tokens"] for r in rows), (
-        "no group was all right or all wrong: the test proves little"
-    )
+    assert any(r["tokens_trained"] < r["tokens"] for r in rows), "no group had a single reward"
     samples = read_jsonl(out / "samples.jsonl")
-    assert (
-        len(samples) == 6
-        and {"step", "problem", "answer", "response", "reward"} <= samples[0].keys()
-    )
+    assert len(samples) == 8
+    assert {"step", "problem", "answer", "response", "reward"} <= samples[0].keys()
     evals = read_jsonl(out / "eval.jsonl")
-    assert [(r["step"], r["temperature"]) for r in evals] == [
-        (0, 0.0),
-        (0, 1.0),
-        (2, 0.0),
-        (2, 1.0),
-    ]
-    assert {
-        "benchmark",
-        "accuracy",
-        "n",
-        "len_correct",
-        "len_incorrect",
-        "truncated_frac",
-    } <= evals[0].keys()
+    expected = [(0, 0.0), (0, 1.0), (2, 0.0), (2, 1.0)]
+    assert [(r["step"], r["temperature"]) for r in evals] == expected
+    columns = {"benchmark", "accuracy", "n", "len_correct", "len_incorrect", "truncated_frac"}
+    assert columns <= evals[0].keys() and evals[0]["template"] == "arithmetic"
+    (start,) = json.loads((out / "run.json").read_text())
+    assert start["resumed_step"] == 0 and start["torch"] == torch.__version__
     for figure in ("curves.png", "time.png"):
         assert (out / "plots" / figure).read_bytes().startswith(b"\x89PNG")
 
@@ -113,31 +86,28 @@ def test_systems_knobs_change_time_and_memory_only(base, warm_model, tmp_path, c
 
 
 def test_evaluation_sets_are_asked_in_one_call_and_scored_apart(base, warm_model, tmp_path):
-    (tmp_path / "wrong.jsonl").write_text(
-        '{"problem": "4+6+x=14", "answer": "0"}\n{"problem": "2+8+x=18", "answer": "0"}\n'
-    )
+    rows = [{"problem": "4+6+x=14", "answer": "0"}, {"problem": "2+8+x=18", "answer": "0"}]
+    append_jsonl(tmp_path / "wrong.jsonl", rows)
     sets = f"arithmetic_heldout,{tmp_path}/wrong.jsonl"
     run(small(warm_model, tmp_path / "two", eval_data=sets, eval_samples=2, steps=1))
     evals = [r for r in read_jsonl(tmp_path / "two" / "eval.jsonl") if r["step"] == 0]
-    assert evals[0] == read_jsonl(base[0] / "eval.jsonl")[0], (
-        "the answers to one set do not depend on the other"
-    )
+    alone = read_jsonl(base[0] / "eval.jsonl")[0]
+    assert evals[0] == alone, "the answers to one set do not depend on the other"
     assert [(r["n"], r["accuracy"]) for r in evals[1::2]] == [(2, 0.0), (2, 0.0)]
     assert [r["n"] for r in evals[::2]] == [128, 128], "greedily, and with two samples each"
 
 
 def test_a_complete_run_is_left_as_it_is(base, warm_model, capsys):
     before = (base[0] / "metrics.jsonl").read_text()
-    train.main(small(warm_model, base[0], samples_logged=3))
+    train.main(small(warm_model, base[0]))
     assert "is complete at step 2" in capsys.readouterr().out
     assert (base[0] / "metrics.jsonl").read_text() == before
 
 
 def test_another_config_does_not_touch_the_run(base, warm_model):
     before = (base[0] / "metrics.jsonl").read_text()
-    with pytest.raises(
-        UserError, match=r"another config \(algo='drgrpo' there, 'grpo' now\).*--out .*base-grpo"
-    ):
+    message = r"another config \(algo='drgrpo' there, 'grpo' now\).*--out .*base-grpo"
+    with pytest.raises(UserError, match=message):
         train.main(small(warm_model, base[0], algo="grpo"))
     assert (base[0] / "metrics.jsonl").read_text() == before
 
@@ -164,50 +134,44 @@ def test_a_kl_penalty_trains_every_response_and_holds_the_policy_back(base, warm
 def test_truncated_importance_sampling_weighs_every_token(warm_model, tmp_path):
     """Sampler and trainer agree here, so that a cap of one half halves the gradient."""
     settings = {"old_logprob": "recompute", "minibatches": 1, "steps": 1}
-    norms = [
-        run(small(warm_model, tmp_path / f"cap{c}", tis_cap=c, **settings))[0]["grad_norm"]
-        for c in (0.0, 0.5, 2.0)
-    ]
-    assert norms[1] == pytest.approx(norms[0] / 2, rel=1e-3) and norms[2] == pytest.approx(
-        norms[0], rel=1e-3
-    )
+    norms = {}
+    for cap in (0.0, 0.5, 2.0):
+        (row,) = run(small(warm_model, tmp_path / f"cap{cap}", tis_cap=cap, **settings))
+        norms[cap] = row["grad_norm"]
+    assert norms[0.5] == pytest.approx(norms[0.0] / 2, rel=1e-3)
+    assert norms[2.0] == pytest.approx(norms[0.0], rel=1e-3)
 
 
 def test_each_side_of_the_clip_is_its_own(warm_model, tmp_path):
-    clipped = {
-        (low, high): run(
-            small(warm_model, tmp_path / f"{low}-{high}", clip_low=low, clip_high=high, steps=1)
-        )[0]["clip_frac"]
-        for low, high in ((1e-4, 1e-4), (1e-4, 0.99), (0.99, 1e-4), (0.99, 99.0))
-    }
-    both, low, high, none = clipped.values()
+    clipped = []
+    for low, high in ((1e-4, 1e-4), (1e-4, 0.99), (0.99, 1e-4), (0.99, 99.0)):
+        clip = {"clip_low": low, "clip_high": high}
+        (row,) = run(small(warm_model, tmp_path / f"{low}-{high}", steps=1, **clip))
+        clipped.append(row["clip_frac"])
+    both, low, high, none = clipped
     assert none == 0 < min(low, high) and both == pytest.approx(low + high)
 
 
 def test_strictly_on_policy_is_the_sampler_ratio_with_one_update(warm_model, tmp_path):
     """With one update per rollout the old policy is the new one: three ways to say so, one
     gradient."""
-    norms = [
-        run(small(warm_model, tmp_path / old, old_logprob=old, minibatches=1, steps=1))[0][
-            "grad_norm"
-        ]
-        for old in ("none", "sampler", "recompute")
-    ]
+    norms = []
+    for old in ("none", "sampler", "recompute"):
+        config = small(warm_model, tmp_path / old, old_logprob=old, minibatches=1, steps=1)
+        norms.append(run(config)[0]["grad_norm"])
     assert norms[1:] == pytest.approx(norms[:2], rel=1e-4)
 
 
 def test_truncated_responses_earn_nothing_whatever_they_say(warm_model, tmp_path, monkeypatch):
-    original = train.rollout
+    original, right = Sampler.rollout, Future()
+    right.set_result(Grade(1.0, parsed=True))
 
-    def cut(*args):
-        return [
-            replace(
-                r, completion=replace(r.completion, finished=False), text="#" + r.problem.answer
-            )
-            for r in original(*args)
-        ]
+    def truncated(self, *args, **kwargs):
+        rollouts, _ = original(self, *args, **kwargs)
+        cut = [replace(r, completion=replace(r.completion, finished=False)) for r in rollouts]
+        return cut, [right] * len(cut)
 
-    monkeypatch.setattr(train, "rollout", cut)
+    monkeypatch.setattr(Sampler, "rollout", truncated)
     (row,) = run(small(warm_model, tmp_path / "cut", steps=1))
     assert row["truncated_frac"] == 1 and row["reward_mean"] == 0
     assert row["zero_adv_frac"] == 1 and row["tokens_trained"] == 0
@@ -216,8 +180,6 @@ def test_truncated_responses_earn_nothing_whatever_they_say(warm_model, tmp_path
 
 
 def test_a_sampler_that_missed_a_sync_stops_the_run(warm_model, tmp_path, monkeypatch):
-    from drgrpo.engine_torch import TorchEngine
-
     original, synced = TorchEngine.sync, []
 
     def only_once(self, named_weights):
@@ -227,28 +189,36 @@ def test_a_sampler_that_missed_a_sync_stops_the_run(warm_model, tmp_path, monkey
     monkeypatch.setattr(TorchEngine, "sync", only_once)
     with pytest.raises(parity.ParityError, match="disagree on fresh samples"):
         run(small(warm_model, tmp_path / "stale"))
-    assert len(read_jsonl(tmp_path / "stale" / "metrics.jsonl")) == 1, (
-        "the step on stale samples was trained on"
-    )
+    assert len(metrics(tmp_path / "stale")) == 1, "the step on stale samples was trained on"
 
 
+def test_the_last_sync_is_checked_too(warm_model, tmp_path, monkeypatch):
+    original, synced = TorchEngine.sync, []
+
+    def all_but_the_last(self, named_weights):
+        synced.append(1)
+        if len(synced) < 3:  # at the start, after step 1
+            original(self, named_weights)
+
+    monkeypatch.setattr(TorchEngine, "sync", all_but_the_last)
+    with pytest.raises(parity.ParityError, match="disagree on fresh samples"):
+        run(small(warm_model, tmp_path / "stale"))
+    assert len(metrics(tmp_path / "stale")) == 2
+
+
+def test_a_run_may_go_on_beside_a_sampler_that_disagrees(warm_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(parity.LIMITS, torch.float32, (0.0, 0.0))
+    rows = run(small(warm_model, tmp_path / "warn", parity="warn"))
+    assert len(rows) == 2 and "WARNING: trainer and sampler disagree" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_reward_rises(warm_model, tmp_path):
     """The first steps of the recipe: held-out accuracy, sampled, goes up by half and more."""
-    run(
-        small(
-            warm_model,
-            tmp_path / "learn",
-            prompts_per_step=32,
-            minibatches=4,
-            steps=15,
-            eval_samples=3,
-        )
-    )
-    before, after = [
-        r["accuracy"]
-        for r in read_jsonl(tmp_path / "learn" / "eval.jsonl")
-        if r["temperature"] == 1
-    ]
+    recipe = {"prompts_per_step": 32, "minibatches": 4, "steps": 15, "eval_samples": 3}
+    run(small(warm_model, tmp_path / "learn", **recipe))
+    rows = read_jsonl(tmp_path / "learn" / "eval.jsonl")
+    before, after = [r["accuracy"] for r in rows if r["temperature"] == 1]
     assert after > 1.5 * before, (before, after)
 
 
@@ -269,46 +239,36 @@ def test_gpu_an_optimizer_step_is_that_of_the_reference_head(
 ):
     """train.py's own step on the Triton kernel, on its torch backend, and on the formula in plain
     torch with whole logits."""
-    device, generator, half = (
-        torch.device("cuda", 0),
-        torch.Generator().manual_seed(0),
-        getattr(torch, dtype),
-    )
-    draw = lambda n: torch.randint(260, (n,), generator=generator).tolist()  # noqa: E731
-    parts = [
-        [(draw(20), draw(n), [-5.0] * n, 1.0 - 2 * (n % 2)) for n in range(5, 100, 7)]
-        for _ in range(2)
-    ]
-    batches = [pack.pack(part, device) for part in parts]
-    noise = [0.3 * torch.randn(len(b.target_N), generator=generator).to(device) for b in batches]
-    config, found = replace(RECIPES["tiny"](), dtype=dtype, lr=1e-3), {}
+    device, half = torch.device("cuda", 0), getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        return torch.randint(260, (n,), generator=generator).tolist()
+
+    parts = []
+    for _ in range(2):
+        lengths = range(5, 100, 7)
+        parts.append([Sequence(draw(20), draw(n), [-5.0] * n, 1.0 - 2 * (n % 2)) for n in lengths])
+    config, steps = replace(RECIPES["tiny"](), dtype=dtype, lr=1e-3), {}
     for head in ("triton", "torch", "reference"):
-        policy = load_policy(
-            random_model, dtype=half, device=device, kernel="torch" if head == "reference" else head
-        )
+        generator.manual_seed(1)
+        kernel = "torch" if head == "reference" else head
+        policy = load_policy(random_model, Objective(), dtype=half, device=device, kernel=kernel)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
-        old = [
-            train.logprob(policy, b, Objective()) + x for b, x in zip(batches, noise, strict=True)
-        ]
+        batches = [pack.pack(part, device) for part in parts]
+        for batch in batches:
+            noise_N = 0.3 * torch.randn(len(batch.target_N), generator=generator).to(device)
+            batch.old_logprob_N = policy.logprob(batch) + noise_N
         with monkeypatch.context() as patch:
             if head == "reference":
                 patch.setattr("drgrpo.model.linear_drgrpo_loss", linear_drgrpo_loss_ref)
-            found[head] = train.train_minibatch(
-                config,
-                policy,
-                optimizer,
-                [*zip(batches, old, [None] * 2, strict=True)],
-                Objective(),
-                lr=1e-3,
-                check_parity=False,
-            )
-    want = found.pop("reference")
-    assert want["clipped"] > 10 and want["grad_norm"] > 0
-    for head, got in found.items():
+            steps[head] = train.train_minibatch(config, policy, optimizer, batches, lr=1e-3)
+    expected = steps.pop("reference")
+    assert expected.clipped > 10 and expected.grad_norm > 0
+    rel = 1e-4 if dtype == "float32" else 2e-2
+    for head, step in steps.items():
         for column in ("loss", "grad_norm", "ratio_max", "clipped", "tokens"):
-            assert got[column] == pytest.approx(
-                want[column], rel=1e-4 if dtype == "float32" else 2e-2
-            ), (head, column)
+            assert getattr(step, column) == pytest.approx(getattr(expected, column), rel=rel), head
 
 
 # ---- bad input, through the command line
@@ -319,64 +279,62 @@ MATH_ROW = '{"problem": "What is 1 + 1?", "answer": "2"}\n'
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--recipe", "tinny"], "unknown recipe 'tinny'"),
-        (["--template", "qwen-math"], "qwen_math"),
-        (["--train-data", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--train-data", "math.jsonl", "--answer-field", "anwser"], "'answer'"),
-        (["--train-data", "holes.jsonl"], "no answer"),
-        (["--train-data", "math.jsonl", "--max-prompt-tokens", "3"], "no prompt fits"),
-        (["--minibatches", "5"], "--minibatches 4 or 8"),
-        (["--out", "."], "is not empty and holds no run"),
+        ("--recipe tinny", "unknown recipe 'tinny'"),
+        ("--recipee tiny", "did you mean '--recipe'"),
+        ("--template qwen-math", "qwen_math"),
+        ("--train-data nowhere.jsonl", "nowhere.jsonl"),
+        ("--eval-data nowhere", "nowhere"),
+        ("--train-data math.jsonl --answer-field anwser", "'answer'"),
+        ("--train-data holes.jsonl", "no answer"),
+        ("--minibatches 5", "--minibatches 4 or 8"),
+        ("--out .", "is not empty and holds no run"),
     ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_bad_input_is_one_clear_line_before_any_training(
-    random_model, tmp_path, monkeypatch, capsys, extra, message
-):
+def test_a_mistake_is_one_clear_line_before_torch_is_imported(tmp_path, extra, message):
     (tmp_path / "math.jsonl").write_text(MATH_ROW * 3)
-    (tmp_path / "holes.jsonl").write_text(
-        MATH_ROW + '{"problem": "What is 2 + 2?", "answer": null}\n'
+    (tmp_path / "holes.jsonl").write_text(MATH_ROW + '{"problem": "1 + 1?", "answer": null}\n')
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    command = [sys.executable, ROOT / "train.py", "--recipe", "tiny", "--out", "run"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [*command, *extra.split()], cwd=tmp_path, env=env, capture_output=True, text=True
     )
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        train.cli(["--recipe", "tiny", "--model", random_model, "--out", "run", *extra])
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and line.startswith("error: ") and message in line
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith("error: ") and message in line
+    assert not (tmp_path / "run").exists() and not done.stdout
+
+
+def test_without_a_mistake_torch_is_imported(tmp_path):
+    """Otherwise the test above could not fail."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    command = [sys.executable, ROOT / "train.py", "--recipe", "tiny", "--out", "run"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "torch was imported" in done.stderr
+
+
+def test_prompts_that_do_not_fit_are_an_error(random_model, tmp_path):
+    (tmp_path / "math.jsonl").write_text(MATH_ROW)
+    data = {"train_data": str(tmp_path / "math.jsonl"), "max_prompt_tokens": 3}
+    with pytest.raises(UserError, match="no prompt fits"):
+        train.main(small(random_model, tmp_path / "run", **data))
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_line_says_error_and_shows_no_traceback():
-    done = subprocess.run(
-        [sys.executable, "train.py", "--recipe", "tinny"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith(
-        "error: unknown recipe 'tinny'"
-    )
-
-
 def test_overlong_prompts_are_dropped_and_counted(warm_model, tmp_path, capsys):
-    rows = [{"problem": "What is 1 + 1?", "answer": "2"}] * 3 + [
-        {"problem": "x" * 2000, "answer": "2"}
-    ]
-    (tmp_path / "math.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    long = json.dumps({"problem": "x" * 2000, "answer": "2"}) + "\n"
+    (tmp_path / "math.jsonl").write_text(MATH_ROW * 3 + long)
     data = {"train_data": str(tmp_path / "math.jsonl"), "template": "qwen_math", "eval_data": ""}
     run(small(warm_model, tmp_path / "run", steps=1, **data))
-    assert (
-        "3 training problems, 1 dropped for a prompt of more than 928 tokens"
-        in capsys.readouterr().out
-    )
+    expected = "3 training problems, 1 dropped for a prompt of more than 928 tokens"
+    assert expected in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_real_math_problems_run_through(warm_model, tmp_path):
-    if not SHARED_DATA.exists():
-        pytest.skip(f"MATH-12K is not at {SHARED_DATA}")
-    rows = run(
-        small(
-            warm_model,
-            tmp_path / "math",
-            train_data=str(SHARED_DATA / "train" / "math_12k.jsonl"),
-            template="qwen_math",
-            eval_data="",
-        )
-    )
+    path = SHARED_DATA / "train" / "math_12k.jsonl"
+    if not path.exists():
+        pytest.skip(f"MATH-12K is not at {path}")
+    data = {"train_data": str(path), "template": "qwen_math", "eval_data": ""}
+    rows = run(small(warm_model, tmp_path / "math", **data))
     assert len(rows) == 2 and rows[0]["response_len_mean"] > 1

@@ -1,131 +1,113 @@
-"""What a base model does before any training (paper, Sec. 2), from responses alone: does it answer,
-does it explore, does it reflect on itself, and how long are its answers?
+"""What a base model does before any training (paper, Sec. 2), from its responses alone. Does it
+answer? Does it explore? Does it reflect on itself? How long are its answers?
 
-No second model judges here. "Answers" means that an answer can be extracted in the form its
-template asks for, which a model that solves the problem and ends in prose fails; "reflects" means
-that one of the paper's keywords occurs.
+No second model judges here. "Answers" means that an answer can be extracted in the form that the
+template asks for. A model that solves the problem and ends in prose does not answer. "Reflects"
+means that one of the paper's keywords occurs.
 """
 
+import operator
 import re
 from collections import Counter
+from collections.abc import Iterable
 from statistics import fmean
+from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from drgrpo.evaluation import responses
-from drgrpo.evaluation.report import percent
-from drgrpo.evaluation.scores import by_problem, mean, pass_at_k, powers_of_two, sign_flip
+from drgrpo.evaluation.scores import mean, mean_pass_at_k, powers_of_two, sign_flip, values
+from drgrpo.evaluation.tables import make_table, percent
+from drgrpo.run.files import write_json
 from drgrpo.run.log import Log, number
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 KEYWORDS = (
-    "recheck",
-    "rethink",
-    "reassess",
-    "reevaluate",
-    "re-evaluate",
-    "reevaluation",
-    "re-examine",
-    "reexamine",
-    "reconsider",
-    "reanalyze",
-    "double-check",
-    "check again",
-    "think again",
-    "verify again",
-    "go over the steps",
+    *("recheck", "rethink", "reassess", "reevaluate", "re-evaluate", "reevaluation", "re-examine"),
+    *("reexamine", "reconsider", "reanalyze", "double-check", "check again", "think again"),
+    *("verify again", "go over the steps"),
 )
-
-FOUND = re.compile(r"\b(?:" + "|".join(map(re.escape, KEYWORDS)) + ")", re.IGNORECASE)
-
+KEYWORD = re.compile(r"\b(?:" + "|".join(map(re.escape, KEYWORDS)) + ")", re.IGNORECASE)
 
 KINDS = ("unformatted", "correct", "incorrect")
 
 
-def keywords(text: str) -> set[str]:
-    """The self-reflection keywords in a response, whatever their case, inflected ones
-    ("rechecking") included."""
-    return {match.lower() for match in FOUND.findall(text)}
-
-
 def analyze(path: str, out: str) -> None:
-    """Print the tables; write analysis.json and analysis.png to OUT, or beside the responses."""
+    """Print the tables. Write analysis.json and analysis.png to OUT, or beside the responses."""
     entries = entries_of(responses.read(path))
-    log = Log(out or responses.folder(path), active=True)
+    log = Log(out or responses.find(path).parent, active=True)
     log.out.mkdir(parents=True, exist_ok=True)
-    for shown in tables(entries):
-        log.console.print(shown)
-    responses.write_json(log.out / "analysis.json", {"responses": path, "evaluations": entries})
-    figure = draw(entries)
-    figure.savefig(log.out / "analysis.png", dpi=130)
-    plt.close(figure)
+    for table in tables(entries):
+        log.console.print(table)
+    write_json(log.out / "analysis.json", {"responses": path, "evaluations": entries})
+    draw(entries).savefig(log.out / "analysis.png", dpi=130)
     log.say(f"wrote {log.out}/analysis.json and {log.out}/analysis.png")
 
 
 def entries_of(rows: list[dict]) -> list[dict]:
     """One object for each template and temperature, all benchmarks together."""
-    return [
-        {"template": template, "temperature": temperature}
-        | describe([r for rows in sets.values() for r in rows])
-        for (template, temperature), sets in responses.evaluations(rows).items()
-    ]
+    entries = []
+    for (template, temperature), sets in responses.evaluations(rows).items():
+        entry = describe([row for benchmark in sets.values() for row in benchmark])
+        entries.append({"template": template, "temperature": temperature, **entry})
+    return entries
 
 
 def describe(rows: list[dict]) -> dict:
     rows = [r for r in rows if r["response"] is not None]
-    questions = [
-        by
-        for name in dict.fromkeys(r["benchmark"] for r in rows)
-        for by in by_problem(r for r in rows if r["benchmark"] == name).values()
-    ]
-    parts = (
-        [r for r in rows if not r["parsed"]],
-        [r for r in rows if r["parsed"] and r["score"] > 0],
-        [r for r in rows if r["parsed"] and r["score"] <= 0],
-    )
-    kinds = dict(zip(KINDS, parts, strict=True))
+    questions = responses.groups(rows)
     samples = min(map(len, questions), default=0)
-    solved = [(len(q), sum(r["score"] > 0 for r in q)) for q in questions]
-    return {
+    kinds: dict[str, list[dict]] = {kind: [] for kind in KINDS}
+    for r in rows:
+        kind = "unformatted" if not r["parsed"] else "correct" if r["score"] > 0 else "incorrect"
+        kinds[kind].append(r)
+    entry = {
         "questions": len(questions),
         "responses": len(rows),
-        "extractable": mean(r["parsed"] for r in rows),
-        "accuracy": mean(r["score"] for r in rows),
-        "truncated": mean(not r["finished"] for r in rows),
-        "pass_at": {
-            str(k): fmean(pass_at_k(n, c, k) for n, c in solved) for k in powers_of_two(samples)
-        },
+        "extractable": mean(values(rows, "parsed")),
+        "accuracy": mean(values(rows, "score")),
+        "truncated": mean(map(operator.not_, values(rows, "finished"))),
+        "pass_at": {str(k): mean_pass_at_k(questions, k) for k in powers_of_two(samples)},
         "reflection": reflection(questions),
-        "tokens": {kind: mean(r["tokens"] for r in those) for kind, those in kinds.items()},
-        "characters": {
-            kind: mean(len(r["response"]) for r in those) for kind, those in kinds.items()
-        },
     }
+    entry["tokens"] = {k: mean(values(part, "tokens")) for k, part in kinds.items()}
+    entry["characters"] = {k: mean(map(len, values(part, "response"))) for k, part in kinds.items()}
+    return entry
 
 
 def reflection(questions: list[list[dict]]) -> dict:
-    """How often keywords occur, by question (in any of its samples) and by response; and the
-    accuracy of the responses with and without one. Hard questions draw more reflection, which alone
-    makes the first look worse. `within` holds the question fixed: over those with responses of both
-    kinds, the mean difference (with minus without) and its sign-flip p-value."""
-    marked = [[(keywords(r["response"]), r["score"]) for r in q] for q in questions]
-    split = [([s for found, s in q if found], [s for found, s in q if not found]) for q in marked]
-    hits, rest = ([score for pair in split for score in pair[side]] for side in (0, 1))
-    within = [fmean(a) - fmean(b) for a, b in split if a and b]
+    """How often keywords occur, by question (in any of its samples) and by response, and the
+    accuracy of the responses with and without one.
+
+    Hard questions draw more reflection, which alone lowers the accuracy with a keyword. `within`
+    holds the question fixed. Over the questions with responses of both kinds, it is the mean
+    difference (with minus without) and its sign-flip p-value."""
+    count: Counter[str] = Counter()
+    scores_with, scores_without, within = [], [], []
+    reflecting = 0
+    for question in questions:
+        marked, plain = [], []
+        for r in question:
+            words = keywords(r["response"])
+            count.update(sorted(words))
+            (marked if words else plain).append(r["score"])
+        reflecting += bool(marked)
+        scores_with += marked
+        scores_without += plain
+        if marked and plain:
+            within.append(fmean(marked) - fmean(plain))
+    responses_in_all = len(scores_with) + len(scores_without)
     return {
-        "questions": mean(bool(a) for a, _ in split),
-        "responses": len(hits) / len(hits + rest) if hits + rest else None,
-        "keywords": dict(
-            Counter(word for q in marked for found, _ in q for word in sorted(found)).most_common()
-        ),
-        "n_with": len(hits),
-        "accuracy_with": mean(hits),
-        "n_without": len(rest),
-        "accuracy_without": mean(rest),
+        "questions": reflecting / len(questions) if questions else None,
+        "responses": len(scores_with) / responses_in_all if questions else None,
+        "keywords": dict(count.most_common()),
+        "n_with": len(scores_with),
+        "accuracy_with": mean(scores_with),
+        "n_without": len(scores_without),
+        "accuracy_without": mean(scores_without),
         "within": {
             "questions": len(within),
             "difference": mean(within),
@@ -134,128 +116,107 @@ def reflection(questions: list[list[dict]]) -> dict:
     }
 
 
-def name(entry: dict) -> str:
-    return f"{entry['template']}, {'greedy' if entry['temperature'] == 0 else format(entry['temperature'], 'g')}"
+def keywords(text: str) -> set[str]:
+    """The self-reflection keywords in a response, in any case. Inflected ones ("rechecking") are
+    included."""
+    return {match.lower() for match in KEYWORD.findall(text)}
+
+
+# ---- tables
 
 
 def tables(entries: list[dict]) -> list[Table]:
-    answers = table(
-        "Answers and their lengths (tokens; answer: one can be extracted)",
-        "questions",
-        "responses",
-        "answer %",
-        "right %",
-        "cut %",
-        "len no answer",
-        "len right",
-        "len wrong",
-    )
-    for e in entries:
-        answers.add_row(
-            name(e),
-            str(e["questions"]),
-            str(e["responses"]),
-            percent(e["extractable"]),
-            percent(e["accuracy"]),
-            percent(e["truncated"]),
-            *(number(e["tokens"][kind]) for kind in KINDS),
-        )
-    reflects = table(
-        "Self-reflection: keyword in % of ..., % right with and without one, difference within a question",
-        "questions",
-        "responses",
-        "with",
-        "without",
-        "within",
-        "p",
-        "commonest",
-    )
-    for e in entries:
-        r = e["reflection"]
-        common = (
-            ", ".join(f"{word} {count}" for word, count in list(r["keywords"].items())[:3]) or "-"
-        )
-        reflects.add_row(
-            name(e),
-            percent(r["questions"]),
-            percent(r["responses"]),
-            percent(r["accuracy_with"]),
-            percent(r["accuracy_without"]),
-            percent(r["within"]["difference"]),
-            number(r["within"]["p"], ".2g"),
-            common,
-        )
+    answers = "questions, responses, answer %, right %, cut %, len no answer, len right, len wrong"
+    reflects = "questions, responses, with, without, within, p, commonest"
     ks = list(dict.fromkeys(k for e in entries for k in e["pass_at"]))
-    explores = table("pass@k, %", *(f"k={k}" for k in ks))
-    for e in entries:
-        explores.add_row(name(e), *(percent(e["pass_at"].get(k)) for k in ks))
-    return [answers, explores, reflects]
+    return [
+        table(
+            "Answers and their lengths (tokens; answer: one can be extracted)",
+            answers.split(", "),
+            map(answer_cells, entries),
+        ),
+        table("pass@k, %", map("k={}".format, ks), (exploration_cells(e, ks) for e in entries)),
+        table(
+            "Self-reflection: keyword in % of ..., % right with and without one, difference within "
+            "a question",
+            reflects.split(", "),
+            map(reflection_cells, entries),
+        ),
+    ]
 
 
-def table(title: str, *columns: str) -> Table:
-    made = Table(title=title, title_justify="left")
-    made.add_column("template, T")
-    for column in columns:
-        made.add_column(column, justify="right")
-    return made
+def table(title: str, columns: Iterable[str], cells: Iterable[list[str]]) -> Table:
+    return make_table(title, ["template, T", *columns], list(cells))
 
 
-def draw(entries: list[dict]) -> Figure:
-    figure, ((answers, explores), (reflects, lengths)) = plt.subplots(
-        2, 2, figsize=(12, 8), constrained_layout=True
-    )
+def name(entry: dict) -> str:
+    temperature = entry["temperature"]
+    return f"{entry['template']}, {format(temperature, 'g') if temperature else 'greedy'}"
+
+
+def answer_cells(e: dict) -> list[str]:
+    shares = [percent(e[share]) for share in ("extractable", "accuracy", "truncated")]
+    lengths = [number(e["tokens"][kind]) for kind in KINDS]
+    return [name(e), str(e["questions"]), str(e["responses"]), *shares, *lengths]
+
+
+def exploration_cells(e: dict, ks: list[str]) -> list[str]:
+    return [name(e), *(percent(e["pass_at"].get(k)) for k in ks)]
+
+
+def reflection_cells(e: dict) -> list[str]:
+    r = e["reflection"]
+    shares = [r["questions"], r["responses"], r["accuracy_with"], r["accuracy_without"]]
+    shares.append(r["within"]["difference"])
+    common = [f"{word} {count}" for word, count in list(r["keywords"].items())[:3]]
+    p = number(r["within"]["p"], ".2g")
+    return [name(e), *map(percent, shares), p, ", ".join(common) or "-"]
+
+
+# ---- figure
+
+
+def draw(entries: list[dict]) -> "Figure":
+    """Four panels: answering, exploration, self-reflection and lengths."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    (answers, explores), (reflects, lengths) = figure.subplots(2, 2)
     names = [name(e) for e in entries]
-    bars(
-        answers,
-        names,
-        {
-            "answer extracted": [e["extractable"] for e in entries],
-            "right": [e["accuracy"] for e in entries],
-        },
-    )
-    bars(
-        reflects,
-        names,
-        {
-            "keyword, of questions": [e["reflection"]["questions"] for e in entries],
-            "keyword, of responses": [e["reflection"]["responses"] for e in entries],
-            "right with": [e["reflection"]["accuracy_with"] for e in entries],
-            "right without": [e["reflection"]["accuracy_without"] for e in entries],
-        },
-    )
-    bars(lengths, names, {kind: [e["tokens"][kind] for e in entries] for kind in KINDS})
-    for template in dict.fromkeys(e["template"] for e in entries):
-        mine = sorted(
-            (e for e in entries if e["template"] == template), key=lambda e: e["temperature"]
-        )
-        for k in mine[0]["pass_at"]:
-            points = [(e["temperature"], e["pass_at"][k]) for e in mine if k in e["pass_at"]]
-            explores.plot(*zip(*points, strict=True), marker="o", label=f"{template}, pass@{k}")
-    explores.set_xlabel("temperature")
-    for axis, title in (
-        (answers, "answering"),
-        (explores, "exploration"),
-        (reflects, "self-reflection"),
-        (lengths, "tokens"),
-    ):
-        axis.set_title(title)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    for axis in (answers, explores, reflects):
-        axis.set_ylim(0, 1)
+    shown = {"answer extracted": "extractable", "right": "accuracy"}
+    bars(answers, names, {label: values(entries, k) for label, k in shown.items()})
+    shown = {"keyword, of questions": "questions", "keyword, of responses": "responses"}
+    shown |= {"right with": "accuracy_with", "right without": "accuracy_without"}
+    found = values(entries, "reflection")
+    bars(reflects, names, {label: values(found, k) for label, k in shown.items()})
+    bars(lengths, names, {kind: values(values(entries, "tokens"), kind) for kind in KINDS})
+    draw_pass_at_k(explores, entries)
+    titles = ("answering", "exploration", "self-reflection", "tokens")
+    for axes, title in zip((answers, explores, reflects, lengths), titles, strict=True):
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    for axes in (answers, explores, reflects):
+        axes.set_ylim(0, 1)
     return figure
 
 
-def bars(axis, names: list[str], series: dict[str, list[float | None]]) -> None:
-    """Grouped bars; a value that is not there is a bar of no height."""
+def draw_pass_at_k(axes: "Axes", entries: list[dict]) -> None:
+    """A line over the temperatures for each template and k."""
+    for template in dict.fromkeys(e["template"] for e in entries):
+        same = [e for e in entries if e["template"] == template]
+        same.sort(key=lambda e: e["temperature"])
+        for k in same[0]["pass_at"]:
+            points = [(e["temperature"], e["pass_at"][k]) for e in same if k in e["pass_at"]]
+            axes.plot(*zip(*points, strict=True), marker="o", label=f"{template}, pass@{k}")
+    axes.set_xlabel("temperature")
+
+
+def bars(axes: "Axes", names: list[str], series: dict[str, list[float | None]]) -> None:
+    """Grouped bars. A missing value is a bar of no height."""
     width = 0.8 / len(series)
-    for i, (label, values) in enumerate(series.items()):
-        axis.bar(
-            [x + i * width for x in range(len(names))],
-            [v or 0.0 for v in values],
-            width,
-            label=label,
-        )
-    axis.set_xticks(
-        [x + 0.4 - width / 2 for x in range(len(names))], names, rotation=20, ha="right", fontsize=8
-    )
+    for i, (label, shares) in enumerate(series.items()):
+        heights = [share or 0.0 for share in shares]
+        axes.bar([x + i * width for x in range(len(names))], heights, width, label=label)
+    middles = [x + 0.4 - width / 2 for x in range(len(names))]
+    axes.set_xticks(middles, names, rotation=20, ha="right", fontsize=8)

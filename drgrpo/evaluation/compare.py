@@ -8,15 +8,19 @@ from rich.table import Table
 
 from drgrpo.data import BENCHMARKS
 from drgrpo.evaluation import responses
-from drgrpo.evaluation.published import PROTOCOL, PUBLISHED, N, same_model
+from drgrpo.evaluation.published import PROTOCOL, PUBLISHED, N, Published, same_model
 from drgrpo.evaluation.scores import (
+    SEED,
     bootstrap,
     interval,
     mcnemar,
     problem_scores,
     sign_flip,
     two_proportions,
+    values,
 )
+from drgrpo.evaluation.tables import make_table
+from drgrpo.run.files import write_json
 from drgrpo.run.log import Log
 from drgrpo.types import UserError
 
@@ -24,127 +28,118 @@ NOISE = 0.05  # a difference with a larger p-value is within noise
 
 
 def compare(runs: list[str], out: str) -> None:
-    """Print the comparison of two runs, or of a run and the paper; with `out`, write it to
+    """Print the comparison of two runs, or of a run and "paper". With `out`, write it to
     OUT/compare.json too."""
     ours = [run for run in runs if run != "paper"]
-    if len(runs) != 2 or not ours:
-        raise UserError(
-            f"--compare {' '.join(runs)} must name two, RUN_A RUN_B or RUN paper, or one next to --model"
-        )
     result, tables = with_paper(*ours) if len(ours) == 1 else paired(*ours)
     log = Log(out or ".", active=True)
     for table in tables:
         log.console.print(table)
     if out:
         log.out.mkdir(parents=True, exist_ok=True)
-        responses.write_json(log.out / "compare.json", result)
+        write_json(log.out / "compare.json", result)
         log.say(f"wrote {log.out}/compare.json")
+
+
+# ---- a run and the paper
 
 
 def with_paper(run: str) -> tuple[dict, list[Table]]:
     """A run's evaluations next to every published row."""
     settings = responses.recorded(run).get("settings", {})
-    found = [
-        next_to_paper(sets, settings, *key)
-        for key, sets in responses.evaluations(responses.read(run)).items()
-    ]
-    return {"run": run, "evaluations": found}, [
-        paper_table(result, settings.get("model", run)) for result in found
-    ]
+    found, tables = [], []
+    for (template, temperature), sets in responses.evaluations(responses.read(run)).items():
+        found.append(next_to_paper(sets, settings, template, temperature))
+        tables.append(paper_table(found[-1], settings.get("model", run)))
+    return {"run": run, "evaluations": found}, tables
 
 
 def next_to_paper(
     benchmarks: dict[str, list[dict]], settings: dict, template: str, temperature: float
 ) -> dict:
     """By benchmark, and on average where all five were run: the published score, ours minus it, the
-    p-value of a two-proportion test, and whether that makes it noise. Rows about this very model
-    and template come first."""
-    ours = {name: problem_scores(rows) for name, rows in benchmarks.items() if name in BENCHMARKS}
-    if not ours:
+    p-value of a two-proportion test, and whether that makes it noise. Rows about this model and
+    template come first."""
+    scores = {name: problem_scores(rows) for name, rows in benchmarks.items() if name in BENCHMARKS}
+    if not scores:
         raise UserError(
             f"the paper has no scores on {', '.join(benchmarks)}; it has {', '.join(BENCHMARKS)}"
         )
-    mine, complete = (
-        {name: fmean(scores.values()) for name, scores in ours.items()},
-        len(ours) == len(BENCHMARKS),
-    )
+    counts = {name: len(by_id) for name, by_id in scores.items()}
+    ours = {name: fmean(by_id.values()) for name, by_id in scores.items()}
     rows = []
-    for row in PUBLISHED:
-        pairs = {b: (mine[b], len(ours[b]), row.score(b) / 100, row.n(b)) for b in ours}
-        cells = {b: cell([pair]) for b, pair in pairs.items()} | (
-            {"average": cell(list(pairs.values()))} if complete else {}
-        )
-        same = same_model(row, settings.get("model", ""), template)
-        rows.append({"name": row.name, "table": row.table, "same_model": same, "scores": cells})
+    for published in PUBLISHED:
+        same = same_model(published, settings.get("model", ""), template)
+        row = {"name": published.name, "table": published.table, "same_model": same}
+        rows.append(row | {"scores": cells(published, ours, counts)})
     rows.sort(key=lambda row: not row["same_model"])
-    mine |= {"average": fmean(mine.values())} if complete else {}
-    departs = departures(
-        settings | {"temperature": temperature},
-        {name: len(scores) for name, scores in ours.items()},
-    )
     return {
         "template": template,
         "temperature": temperature,
-        "ours": mine,
+        "ours": ours | ({"average": fmean(ours.values())} if is_complete(counts) else {}),
         "published": rows,
-        "departures": departs,
+        "departures": departures(settings | {"temperature": temperature}, counts),
     }
 
 
+def is_complete(counts: dict[str, int]) -> bool:
+    """Whether all five benchmarks were run, so that the average can be compared."""
+    return len(counts) == len(BENCHMARKS)
+
+
+def cells(published: Published, ours: dict[str, float], counts: dict[str, int]) -> dict[str, dict]:
+    """The comparison with one published row, by benchmark and on average."""
+    pairs = {
+        name: (score, counts[name], published.score(name) / 100, published.n(name))
+        for name, score in ours.items()
+    }
+    by_name = {name: cell([pair]) for name, pair in pairs.items()}
+    return by_name | ({"average": cell(list(pairs.values()))} if is_complete(counts) else {})
+
+
 def cell(pairs: list[tuple[float, int, float, int]]) -> dict:
+    """The mean over pairs of (our score, its problems, the published score, its problems)."""
+    published = fmean(q for _, _, q, _ in pairs)
+    difference = fmean(p - q for p, _, q, _ in pairs)
     p = two_proportions(pairs)
-    published, difference = fmean(q for _, _, q, _ in pairs), fmean(p - q for p, _, q, _ in pairs)
     return {"published": published, "difference": difference, "p": p, "within_noise": p >= NOISE}
 
 
 def departures(settings: dict, counts: dict[str, int]) -> list[str]:
     """In what this run is not the paper's protocol."""
-    found = [
-        f"{name} is {settings.get(name, 'not recorded')}, the paper's is {value}"
-        for name, value in PROTOCOL.items()
-        if settings.get(name) != value
-    ]
-    return found + [
-        f"{b} has {n} problems here, the paper's has {N[b]}" for b, n in counts.items() if n != N[b]
-    ]
+    found = []
+    for name, value in PROTOCOL.items():
+        if settings.get(name) != value:
+            found.append(f"{name} is {settings.get(name, 'not recorded')}, the paper's is {value}")
+    for name, n in counts.items():
+        if n != N[name]:
+            found.append(f"{name} has {n} problems here, the paper's has {N[name]}")
+    return found
 
 
 def paper_table(result: dict, model: str) -> Table:
-    columns = list(result["ours"])
-    table = Table(
-        title=f"{model}, {result['template']}, next to the paper's Tables 1 and 4: published %, and ours minus it",
-        title_justify="left",
-        caption=legend(result),
-        caption_justify="left",
-    )
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
-    table.add_row(
-        "ours", *(f"{100 * result['ours'][name]:.1f}      " for name in columns), end_section=True
-    )
-    matched = sum(row["same_model"] for row in result["published"])
-    for i, row in enumerate(result["published"], 1):
-        cells = [row["scores"][name] for name in columns]
-        shown = [
-            f"{100 * c['published']:.1f} {100 * c['difference']:+5.1f}{' ' if c['within_noise'] else '*'}"
-            for c in cells
-        ]
-        table.add_row(
-            ("this model: " if row["same_model"] else "") + row["name"],
-            *shown,
-            end_section=i == matched,
-        )
-    return table
-
-
-def legend(result: dict) -> str:
-    lines = [
-        f"* beyond noise: p < {NOISE} in a two-proportion test; without it, within noise. 4-shot AMC is of 40 problems."
+    names = list(result["ours"])
+    ours = ["ours", *(f"{100 * result['ours'][name]:.1f}      " for name in names)]
+    same, others = [], []
+    for row in result["published"]:
+        label = f"this model: {row['name']}" if row["same_model"] else row["name"]
+        shown = [label, *(show_cell(row["scores"][name]) for name in names)]
+        (same if row["same_model"] else others).append(shown)
+    caption = [
+        f"* beyond noise: p < {NOISE} in a two-proportion test; without it, within noise. "
+        "4-shot AMC is of 40 problems."
     ]
-    return "\n".join(
-        lines + [f"Not the paper's protocol: {text}." for text in result["departures"]]
+    caption += [f"Not the paper's protocol: {text}." for text in result["departures"]]
+    title = (
+        f"{model}, {result['template']}, next to the paper's Tables 1 and 4: published %, and ours "
+        "minus it"
     )
+    return make_table(title, ["", *names], [ours], same, others, caption="\n".join(caption))
+
+
+def show_cell(c: dict) -> str:
+    mark = " " if c["within_noise"] else "*"
+    return f"{100 * c['published']:.1f} {100 * c['difference']:+5.1f}{mark}"
 
 
 # ---- two runs
@@ -152,132 +147,120 @@ def legend(result: dict) -> str:
 
 def paired(run_a: str, run_b: str) -> tuple[dict, list[Table]]:
     """Two runs on the same problems: their evaluations of one template and temperature."""
-    a, b = (responses.evaluations(responses.read(run)) for run in (run_a, run_b))
+    a = responses.evaluations(responses.read(run_a))
+    b = responses.evaluations(responses.read(run_b))
     found, tables = [], []
     for key_a, key_b in pair_up(a, b):
         result = difference(a[key_a], b[key_b])
         found.append({"a": [run_a, *key_a], "b": [run_b, *key_b]} | result)
-        tables.append(
-            paired_table(
-                result,
-                *(
-                    f"{run}, {template}, T={t:g}"
-                    for run, template, t in ((run_a, *key_a), (run_b, *key_b))
-                ),
-            )
-        )
+        tables.append(paired_table(found[-1]))
     return {"evaluations": found}, tables
 
 
 def difference(a: dict[str, list[dict]], b: dict[str, list[dict]]) -> dict:
-    """Two evaluations on the same problems, by benchmark and on average: B minus A with its paired
-    bootstrap interval, and a p-value. One sample per problem: McNemar's exact test. Several, and
-    the average: a paired sign-flip permutation test."""
+    """Two evaluations on the same problems, by benchmark and on average: B minus A, its paired
+    bootstrap interval, and a p-value.
+
+    With one sample per problem the test is McNemar's exact test. With several, and for the average,
+    it is a paired sign-flip permutation test."""
     shared = [name for name in a if name in b]
     if not shared:
         raise UserError(f"nothing to compare: one run has {', '.join(a)}, the other {', '.join(b)}")
     rows, weighted, draws = {}, [], []
     for i, name in enumerate(shared):
-        ours, theirs = problem_scores(a[name]), problem_scores(b[name])
         check_same_problems(name, a[name], b[name])
-        differences = [theirs[id] - ours[id] for id in ours]
-        only_a, only_b = sum(d < 0 for d in differences), sum(d > 0 for d in differences)
-        single = set(ours.values()) | set(theirs.values()) <= {0.0, 1.0}
-        draws.append(bootstrap(differences, seed=(0, i)))
+        scores_a, scores_b = problem_scores(a[name]), problem_scores(b[name])
+        differences = [scores_b[id] - scores_a[id] for id in scores_a]
         weighted += [d / len(differences) / len(shared) for d in differences]
-        rows[name] = {
-            "n": len(ours),
-            "a": fmean(ours.values()),
-            "b": fmean(theirs.values()),
-            "difference": fmean(differences),
-            "interval": interval(draws[-1]),
-            "a_better": only_a,
-            "b_better": only_b,
-            "p": mcnemar(only_a, only_b) if single else sign_flip(differences),
-            "test": "McNemar" if single else "sign flip",
-        }
-    mean = {k: fmean(r[k] for r in rows.values()) for k in ("a", "b", "difference")}
-    mean |= {k: sum(r[k] for r in rows.values()) for k in ("n", "a_better", "b_better")}
-    mean |= {
-        "interval": interval(np.mean(draws, axis=0)),
-        "p": sign_flip(weighted),
-        "test": "sign flip",
-    }
+        draws.append(bootstrap(differences, seed=(SEED, i)))
+        rows[name] = benchmark_row(list(scores_a.values()), list(scores_b.values()), differences)
+        rows[name]["interval"] = interval(draws[-1])
+    benchmarks = list(rows.values())
+    average = {k: fmean(values(benchmarks, k)) for k in ("a", "b", "difference")}
+    average |= {k: sum(values(benchmarks, k)) for k in ("n", "a_better", "b_better")}
+    average["interval"] = interval(np.mean(draws, axis=0))
+    average |= {"p": sign_flip(weighted), "test": "sign flip"}
+    left_out = sorted((a.keys() | b.keys()) - set(shared))
+    return {"benchmarks": rows, "average": average, "left_out": left_out}
+
+
+def benchmark_row(a: list[float], b: list[float], differences: list[float]) -> dict:
+    """The comparison of one benchmark, without its interval."""
+    a_better = sum(d < 0 for d in differences)
+    b_better = sum(d > 0 for d in differences)
+    single = {*a, *b} <= {0.0, 1.0}
     return {
-        "benchmarks": rows,
-        "average": mean,
-        "left_out": sorted((a.keys() | b.keys()) - set(shared)),
+        "n": len(a),
+        "a": fmean(a),
+        "b": fmean(b),
+        "difference": fmean(differences),
+        "a_better": a_better,
+        "b_better": b_better,
+        "p": mcnemar(a_better, b_better) if single else sign_flip(differences),
+        "test": "McNemar" if single else "sign flip",
     }
 
 
 def check_same_problems(name: str, a: list[dict], b: list[dict]) -> None:
-    questions = [{r["id"]: r["problem"] for r in rows} for rows in (a, b)]
-    differ = [
-        id
-        for id in questions[0].keys() | questions[1].keys()
-        if questions[0].get(id) != questions[1].get(id)
-    ]
+    ours = {r["id"]: r["problem"] for r in a}
+    theirs = {r["id"]: r["problem"] for r in b}
+    differ = [id for id in ours.keys() | theirs.keys() if ours.get(id) != theirs.get(id)]
     if differ:
         raise UserError(
-            f"{name}: the two runs did not answer the same problems: {len(differ)} differ or are in one run only, the first is "
-            f"id {min(differ)}. A paired comparison needs both runs on one data set"
+            f"{name}: the two runs did not answer the same problems: {len(differ)} differ or are "
+            f"in one run only, the first is id {min(differ)}. A paired comparison needs both runs "
+            "on one data set"
         )
 
 
 def pair_up(a: dict, b: dict) -> list[tuple[tuple, tuple]]:
-    """Which evaluation of A goes with which of B: those of one template and temperature; or, where
-    each run has a single one, these, whatever they are."""
+    """Which evaluation of A goes with which of B. They have the same template and temperature,
+    unless each run has a single evaluation."""
     same = [(key, key) for key in a if key in b]
     if not same and len(a) == len(b) == 1:
         return [(next(iter(a)), next(iter(b)))]
     if not same:
-        names = [
-            ", ".join(f"{template} at T={temperature:g}" for template, temperature in run)
-            for run in (a, b)
-        ]
-        raise UserError(f"no evaluation is in both runs: one has {names[0]}, the other {names[1]}")
+        raise UserError(
+            f"no evaluation is in both runs: one has {keys_of(a)}, the other {keys_of(b)}"
+        )
     return same
 
 
-def paired_table(result: dict, a: str, b: str) -> Table:
-    table = Table(
-        title=f"A: {a}\nB: {b}",
-        title_justify="left",
-        caption=paired_caption(result),
-        caption_justify="left",
+def keys_of(run: dict) -> str:
+    return ", ".join(f"{template} at T={temperature:g}" for template, temperature in run)
+
+
+def paired_table(result: dict) -> Table:
+    rows = [paired_cells(name, r) for name, r in result["benchmarks"].items()]
+    names = []
+    for side in ("a", "b"):
+        run, template, temperature = result[side]
+        names.append(f"{side.upper()}: {run}, {template}, T={temperature:g}")
+    caption = "Paired by problem; p is of no difference, two-sided."
+    if result["left_out"]:
+        caption += f" Not in both runs: {', '.join(result['left_out'])}."
+    columns = ["benchmark", "n", "A %", "B %", "B - A", "95% interval", "A better", "B better"]
+    return make_table(
+        "\n".join(names),
+        [*columns, "p", "test"],
+        rows,
+        [paired_cells("average", result["average"])],
+        caption=caption,
+        left=("test",),
     )
-    for column in (
-        "benchmark",
-        "n",
-        "A %",
-        "B %",
-        "B - A",
-        "95% interval",
-        "A better",
-        "B better",
-        "p",
-        "test",
-    ):
-        table.add_column(column, justify="left" if column in ("benchmark", "test") else "right")
-    for name, r in (result["benchmarks"] | {"average": result["average"]}).items():
-        if name == "average":
-            table.add_section()
-        low, high = r["interval"]
-        table.add_row(
-            name,
-            str(r["n"]),
-            f"{100 * r['a']:.1f}",
-            f"{100 * r['b']:.1f}",
-            f"{100 * r['difference']:+.1f}",
-            f"{100 * low:+.1f} to {100 * high:+.1f}",
-            str(r["a_better"]),
-            str(r["b_better"]),
-            f"{r['p']:.3g}",
-            r["test"],
-        )
-    return table
 
 
-def paired_caption(result: dict) -> str:
-    left_out = f" Not in both runs: {', '.join(result['left_out'])}." if result["left_out"] else ""
-    return f"Paired by problem; p is of no difference, two-sided.{left_out}"
+def paired_cells(name: str, r: dict) -> list[str]:
+    low, high = r["interval"]
+    return [
+        name,
+        str(r["n"]),
+        f"{100 * r['a']:.1f}",
+        f"{100 * r['b']:.1f}",
+        f"{100 * r['difference']:+.1f}",
+        f"{100 * low:+.1f} to {100 * high:+.1f}",
+        str(r["a_better"]),
+        str(r["b_better"]),
+        f"{r['p']:.3g}",
+        r["test"],
+    ]

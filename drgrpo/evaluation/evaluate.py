@@ -1,26 +1,28 @@
-"""Score the weights that an engine holds on a set of problems: one code path for `train.py` and
+"""Score the weights that a sampler holds on a set of problems: one code path for `train.py` and
 `eval.py`."""
 
+from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 
-from drgrpo.distributed import gather, share
+from drgrpo.answers import MAX_CHARS, extract
+from drgrpo.distributed import gather
 from drgrpo.evaluation.responses import too_long
 from drgrpo.evaluation.scores import columns
-from drgrpo.grade import MAX_CHARS, Grade, Grader, extract
-from drgrpo.rollout import rollout
+from drgrpo.grade import Grade, Grader
+from drgrpo.rollout import Sampler
 from drgrpo.types import Problem, Rollout, Sampling
 
-GRADE_SECONDS, VOTE_SECONDS = (
-    5.0,
-    1.0,
-)  # of CPU time; what two wrong answers have in common is worth less of it
+GRADE_SECONDS = 5.0  # CPU time of comparing an answer with the truth
+VOTE_SECONDS = 1.0  # CPU time of comparing two answers for the majority vote
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A response with its grade, and the first sample of its problem that gives an equal answer
-    (None: not asked for, or no answer)."""
+    """A response with its grade. `vote` is the index of the first sample of the problem whose
+    answer is equal. It is None without an answer, and where no vote is asked for."""
 
     rollout: Rollout
     grade: Grade
@@ -28,122 +30,117 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
-    """Two graders of one rule: of answers against the truth, and of answers against each other."""
+class Graders:
+    """Two graders of one rule: `truth` compares answers with the ground truth, and `peers` compares
+    them with each other."""
 
-    grader: Grader
-    ballot: Grader
+    truth: Grader
+    peers: Grader
 
 
 @contextmanager
-def judges(rules: set[str], mode: str):
-    """A `Judge` for each rule, its workers stopped at the end."""
+def make_graders(rules: set[str], mode: str) -> Iterator[dict[str, Graders]]:
+    """Graders for each rule. Their workers stop at the end."""
     with ExitStack() as stack:
-        limits = (GRADE_SECONDS, VOTE_SECONDS)
-        yield {
-            rule: Judge(
-                *(stack.enter_context(Grader(rule, mode=mode, timeout_s=s)) for s in limits)
-            )
-            for rule in rules
-        }
+        graders = {}
+        for rule in rules:
+            truth = stack.enter_context(Grader(rule, mode, timeout_s=GRADE_SECONDS))
+            peers = stack.enter_context(Grader(rule, mode, timeout_s=VOTE_SECONDS))
+            graders[rule] = Graders(truth, peers)
+        yield graders
 
 
-def counters(judge: dict[str, Judge]) -> dict[str, int]:
+def counters(graders: dict[str, Graders]) -> dict[str, int]:
     """How often a limit of time or memory ended a grade, or a comparison of two answers, in this
     process."""
-    return {
-        "grader_timeouts": sum(j.grader.timeouts for j in judge.values()),
-        "grader_errors": sum(j.grader.errors for j in judge.values()),
-        "votes_cut_off": sum(j.ballot.timeouts + j.ballot.errors for j in judge.values()),
-    }
+    count = {"grader_timeouts": 0, "grader_errors": 0, "votes_cut_off": 0}
+    for g in graders.values():
+        count["grader_timeouts"] += g.truth.timeouts
+        count["grader_errors"] += g.truth.errors
+        count["votes_cut_off"] += g.peers.timeouts + g.peers.errors
+    return count
+
+
+def evaluate_sets(
+    sampler: Sampler,
+    grader: Grader,
+    eval_sets: dict[str, list[Problem]],
+    dropped: dict[str, int],
+    samples: int,
+    sampling: Sampling,
+    step: int,
+) -> list[dict]:
+    """The rows of `eval.jsonl` for one step of training, one per set. `dropped` counts the problems
+    of each set that do not fit.
+
+    All sets go into one call of the sampler, which then waits for the last long response once and
+    not once per set."""
+    problems = list(chain.from_iterable(eval_sets.values()))
+    scored = iter(evaluate(sampler, grader, problems, samples, sampling, step))
+    rows = []
+    for name, eval_set in eval_sets.items():
+        responses = list(islice(scored, samples * len(eval_set)))
+        row = {
+            "step": step,
+            "benchmark": name,
+            **summarize(responses, dropped[name]),
+            "samples": samples,
+            "temperature": sampling.temperature,
+            "max_new_tokens": sampling.max_new_tokens,
+        }
+        rows.append(row)
+    return rows
+
+
+def summarize(scored: list[Scored], dropped: int = 0) -> dict:
+    """The columns of `eval.jsonl`. The `dropped` problems are part of the benchmark, and so they
+    count as wrong."""
+    rows = [response_row(s, sample=0) for s in scored]
+    for i in range(dropped):
+        rows += too_long(Problem(-1 - i, "", ""), samples=1)
+    return columns(rows)
 
 
 def evaluate(
-    engine,
-    tokenizer,
+    sampler: Sampler,
     grader: Grader,
     problems: list[Problem],
     samples: int,
     sampling: Sampling,
-    seed: int,
     step: int = 0,
-    tp: int = 1,
-    ballot: Grader | None = None,
+    peers: Grader | None = None,
 ) -> list[Scored]:
     """`samples` graded responses to each problem, over all processes, in the order of the problems.
-    With a `ballot`, a second grader that compares the answers to one problem with each other, every
-    response gets its vote."""
-    order = []  # responses finish in any order, and are graded while others are sampled
-
-    def submit(i: int, r: Rollout) -> None:
-        order.append(i)
-        grader.submit(r.text, r.problem.answer)
-
-    rollouts = rollout(
-        engine, tokenizer, share(problems, tp), samples, sampling, seed, step, submit
-    )
-    graded = dict(zip(order, grader.collect(), strict=True))
-    texts = [[r.text for r in rollouts[i : i + samples]] for i in range(0, len(rollouts), samples)]
-    votes = (
-        [v for group in vote(ballot, texts) for v in group] if ballot else [None] * len(rollouts)
-    )
-    scored = [Scored(r, graded[i], v) for i, (r, v) in enumerate(zip(rollouts, votes, strict=True))]
-    whole = gather([scored[i : i + samples] for i in range(0, len(scored), samples)], tp)
-    return [s for group in whole for s in group]
-
-
-def vote(ballot: Grader, texts: list[list[str]]) -> list[list[int | None]]:
-    """For each response to a problem the index of the first one whose answer the grader finds
-    equal; None without an answer.
-
-    Round by round the first answer that is left collects its equals, in all groups at once. The
-    ground truth plays no part. An answer too long for the grader to compare stands for itself
-    alone."""
-    answers = [[extract(text, ballot.rule) for text in group] for group in texts]
-    votes = [[i if a and a.strip() else None for i, a in enumerate(group)] for group in answers]
-    left = [
-        [i for i, v in enumerate(vs) if v is not None and len(a[v]) <= MAX_CHARS]
-        for vs, a in zip(votes, answers, strict=True)
+    With `peers`, a second grader, every response gets its vote."""
+    rollouts, grades = sampler.rollout(problems, samples, sampling, step, grader)
+    starts = range(0, len(rollouts), samples)
+    votes: list[int | None] = [None] * len(rollouts)
+    if peers:
+        texts = [r.text for r in rollouts]
+        groups = group_equal_answers(peers, [texts[i : i + samples] for i in starts])
+        votes = list(chain.from_iterable(groups))
+    scored = [
+        Scored(rollout, grade.result(), vote)
+        for rollout, grade, vote in zip(rollouts, grades, votes, strict=True)
     ]
-    while any(left):
-        for g, indices in enumerate(left):
-            for i in indices[1:]:
-                ballot.submit(texts[g][i], answers[g][indices[0]])
-        grades = iter(ballot.collect())
-        for g, indices in enumerate(left):
-            equal = {i for i in indices[1:] if next(grades).score > 0}
-            for i in equal:
-                votes[g][i] = indices[0]
-            left[g] = [i for i in indices[1:] if i not in equal]
-    return votes
+    by_problem = gather([scored[i : i + samples] for i in starts], sampler.tp)
+    return list(chain.from_iterable(by_problem))
 
 
 def answer(
-    engine,
-    tokenizer,
-    judge: Judge,
-    problems: list[Problem],
-    samples: int,
-    sampling: Sampling,
-    seed: int,
-    tp: int = 1,
+    sampler: Sampler, graders: Graders, problems: list[Problem], samples: int, sampling: Sampling
 ) -> list[dict]:
     """The rows of `responses.jsonl` for these problems, in their order. A problem without
-    `prompt_ids` is too long to ask."""
-    asked = [p for p in problems if p.prompt_ids]
-    ballot = judge.ballot if samples > 1 else None
-    scored = iter(
-        evaluate(
-            engine, tokenizer, judge.grader, asked, samples, sampling, seed, tp=tp, ballot=ballot
-        )
-    )
+    `prompt_ids` is too long for the model."""
+    fitting = [p for p in problems if p.prompt_ids]
+    peers = graders.peers if samples > 1 else None
+    scored = iter(evaluate(sampler, graders.truth, fitting, samples, sampling, peers=peers))
     rows = []
     for p in problems:
-        rows += (
-            [response_row(next(scored), k) for k in range(samples)]
-            if p.prompt_ids
-            else too_long(p, samples)
-        )
+        if p.prompt_ids:
+            rows += [response_row(next(scored), k) for k in range(samples)]
+        else:
+            rows += too_long(p, samples)
     return rows
 
 
@@ -163,8 +160,45 @@ def response_row(scored: Scored, sample: int) -> dict:
     }
 
 
-def summarize(scored: list[Scored], dropped: int = 0) -> dict:
-    """The columns of `eval.jsonl`. Problems dropped for their length count as wrong: they are part
-    of the benchmark."""
-    unasked = [row for i in range(dropped) for row in too_long(Problem(-1 - i, "", ""), samples=1)]
-    return columns([response_row(s, 0) for s in scored] + unasked)
+# ---- the majority vote
+
+
+def group_equal_answers(grader: Grader, texts: list[list[str]]) -> list[list[int | None]]:
+    """For each response to each problem, the index of the first response whose answer is equal, or
+    None without an answer.
+
+    The ground truth plays no part. In each round the first answer without a group is compared with
+    the rest, for all problems at once. An answer too long for the grader is a group of its own."""
+    problems = [Votes(group, grader) for group in texts]
+    while undecided := [votes for votes in problems if votes.ungrouped]:
+        rounds = [(votes, votes.compare()) for votes in undecided]
+        for votes, comparisons in rounds:
+            votes.settle(comparisons)
+    return [votes.first_equal for votes in problems]
+
+
+class Votes:
+    """The responses to one problem, while their answers are compared."""
+
+    def __init__(self, texts: list[str], grader: Grader) -> None:
+        self.texts, self.grader = texts, grader
+        self.answers = [extract(text, grader.rule) or "" for text in texts]
+        self.first_equal = [i if a.strip() else None for i, a in enumerate(self.answers)]
+        self.ungrouped = [
+            i for i, a in enumerate(self.answers) if a.strip() and len(a) <= MAX_CHARS
+        ]
+
+    def compare(self) -> list[Future[Grade]]:
+        """Start comparing the first ungrouped answer with the other ones."""
+        first, *others = self.ungrouped
+        return [self.grader.submit(self.texts[i], self.answers[first]) for i in others]
+
+    def settle(self, comparisons: list[Future[Grade]]) -> None:
+        """Put the answers that are equal to the first one into its group."""
+        first, *others = self.ungrouped
+        self.ungrouped = []
+        for i, comparison in zip(others, comparisons, strict=True):
+            if comparison.result().score > 0:
+                self.first_equal[i] = first
+            else:
+                self.ungrouped.append(i)

@@ -1,20 +1,19 @@
-"""Statistics of graded responses: each with its formula and where it comes from. numpy, and nothing
-of the trainer.
+"""Statistics of graded responses, each with its formula and its source. They need numpy only.
 
-A row is one line of `responses.jsonl` (`drgrpo/evaluation/responses.py`). The problem is the unit
-of everything random: resampling and tests draw problems, never samples, because the samples of one
-problem are alike and would feign precision.
+A row is one line of `responses.jsonl` (`drgrpo/evaluation/responses.py`). Resampling and tests draw
+problems, never samples. The samples of one problem are alike, and drawing them would feign
+precision.
 """
 
 import math
-from collections import Counter
+import operator
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 import numpy as np
 
 LEVEL = 0.95  # of the intervals
-DRAWS = 10_000  # bootstrap resamples and random sign flips: a p-value of 0.05 is known to 0.002
+DRAWS = 10_000  # resamples and sign flips; the standard error of a p-value of 0.05 is 0.002
 SEED = 0
 
 
@@ -29,63 +28,78 @@ def by_problem(rows: Iterable[dict]) -> dict[int, list[dict]]:
     return groups
 
 
+def values(rows: Iterable[dict], column: str) -> list:
+    return [row[column] for row in rows]
+
+
 def problem_scores(rows: Iterable[dict]) -> dict[int, float]:
-    """Mean score of each problem's samples: avg@k, of one problem."""
-    return {id: fmean(r["score"] for r in group) for id, group in by_problem(rows).items()}
+    """Mean score of each problem's samples, which is avg@k of one problem."""
+    return {id: fmean(values(group, "score")) for id, group in by_problem(rows).items()}
 
 
 def columns(rows: list[dict]) -> dict:
-    """What `train.py` logs of an evaluation. A row without a response is a prompt too long for the
-    model: its score of 0 counts, as the problem is part of the benchmark; its length says nothing
-    and does not."""
-    asked = [r for r in rows if r["response"] is not None]
+    """What `train.py` logs of an evaluation.
+
+    A row without a response is a prompt too long for the model. Its score of 0 counts, since the
+    problem is part of the benchmark. Its length does not count."""
+    answered = [r for r in rows if r["response"] is not None]
+    right = [r for r in answered if r["score"] > 0]
+    wrong = [r for r in answered if r["score"] <= 0]
     scores = problem_scores(rows)
     return {
         "accuracy": fmean(scores.values()),
         "n": len(scores),
-        "dropped": len(scores) - len(by_problem(asked)),
-        "len_correct": mean(r["tokens"] for r in asked if r["score"] > 0),
-        "len_incorrect": mean(r["tokens"] for r in asked if r["score"] <= 0),
-        "truncated_frac": mean(not r["finished"] for r in asked),
-        "unparsed_frac": mean(not r["parsed"] for r in asked),
+        "dropped": len(scores) - len(by_problem(answered)),
+        "len_correct": mean(values(right, "tokens")),
+        "len_incorrect": mean(values(wrong, "tokens")),
+        "truncated_frac": mean(map(operator.not_, values(answered, "finished"))),
+        "unparsed_frac": mean(map(operator.not_, values(answered, "parsed"))),
     }
 
 
 def score(rows: list[dict]) -> dict:
     """The columns of one benchmark in `eval.json`: those of training, the interval, and pass@k and
-    maj@k if sampled."""
-    groups = by_problem(rows).values()
+    maj@k if there are several samples."""
+    groups = list(by_problem(rows).values())
     samples = min(map(len, groups))
     ks = powers_of_two(samples) if samples > 1 else []
-    solved = [(len(g), sum(r["score"] > 0 for r in g)) for g in groups]
-    return columns(rows) | {
-        "samples": samples,
-        "interval": interval(bootstrap(list(problem_scores(rows).values()))),
-        "pass_at": {str(k): fmean(pass_at_k(n, c, k) for n, c in solved) for k in ks},
-        "maj_at": {
-            str(k): fmean(
-                maj_at_k([r["vote"] for r in g], [r["score"] for r in g], k) for g in groups
-            )
-            for k in ks
-        },
-    }
+    result = columns(rows) | {"samples": samples}
+    result["interval"] = interval(bootstrap(list(problem_scores(rows).values())))
+    result["pass_at"] = {str(k): mean_pass_at_k(groups, k) for k in ks}
+    result["maj_at"] = {str(k): mean_maj_at_k(groups, k) for k in ks}
+    return result
+
+
+def count_right(rows: Iterable[dict]) -> int:
+    return sum(r["score"] > 0 for r in rows)
+
+
+def mean_pass_at_k(groups: list[list[dict]], k: int) -> float:
+    """pass@k, over the samples of each problem."""
+    return fmean(pass_at_k(len(group), count_right(group), k) for group in groups)
+
+
+def mean_maj_at_k(groups: list[list[dict]], k: int) -> float:
+    """maj@k, over the samples of each problem."""
+    return fmean(maj_at_k(values(g, "vote"), values(g, "score"), k) for g in groups)
 
 
 def average(benchmarks: dict[str, list[dict]]) -> dict:
-    """The plain mean of the benchmarks' accuracies, as in the paper, and its interval: problems are
-    resampled within each benchmark, since the benchmarks themselves are fixed."""
+    """The plain mean of the benchmarks' accuracies, as in the paper, and its interval.
+
+    Problems are resampled within each benchmark, since the benchmarks themselves are fixed."""
     scores = [list(problem_scores(rows).values()) for rows in benchmarks.values()]
-    draws = np.mean([bootstrap(values, seed=(SEED, i)) for i, values in enumerate(scores)], axis=0)
+    draws = [bootstrap(each, seed=(SEED, i)) for i, each in enumerate(scores)]
     return {
-        "average": fmean(fmean(values) for values in scores),
-        "average_interval": interval(draws),
+        "average": fmean(map(fmean, scores)),
+        "average_interval": interval(np.mean(draws, axis=0)),
     }
 
 
-def mean(values: Iterable[float]) -> float | None:
-    """None without values: JSON has no NaN."""
-    values = list(values)
-    return fmean(values) if values else None
+def mean(numbers: Iterable[float]) -> float | None:
+    """None without numbers, since JSON has no NaN."""
+    numbers = list(numbers)
+    return fmean(numbers) if numbers else None
 
 
 # ---- several samples of a problem
@@ -97,9 +111,10 @@ def powers_of_two(samples: int) -> list[int]:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that k of n samples, c of them right, drawn without replacement, hold a right
-    one: 1 - C(n-c, k) / C(n, k), the unbiased estimate of 1 - (1-p)^k (Chen et al. 2021, arXiv
-    2107.03374, Eq. 1)."""
+    """Probability that k of n samples hold a right one, if c of the n are right and the k are drawn
+    without replacement: 1 - C(n-c, k) / C(n, k).
+
+    It is the unbiased estimate of 1 - (1-p)^k (Chen et al. 2021, arXiv 2107.03374, Eq. 1)."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -107,23 +122,22 @@ def maj_at_k(votes: Sequence[int | None], scores: Sequence[float], k: int) -> fl
     """Expected score of the answer that most of k samples give (Wang et al. 2022, arXiv
     2203.11171).
 
-    `votes` names the answer of each sample, None where there is none. A tie is drawn by lot, so it
-    scores the mean of the tied answers; no vote at all scores 0. Mean over the n // k disjoint
-    blocks of k consecutive samples: independent, so unbiased, where all the subsets of k would need
-    sampling."""
-    return fmean(
-        majority(votes[i : i + k], scores[i : i + k]) for i in range(0, len(votes) - k + 1, k)
-    )
+    `votes` names the answer of each sample, None where there is none. The result is the mean over
+    the n // k disjoint blocks of k consecutive samples. The blocks are independent, so that the
+    mean is unbiased; all subsets of k would be too many."""
+    starts = range(0, len(votes) - k + 1, k)
+    return fmean(majority(votes[i : i + k], scores[i : i + k]) for i in starts)
 
 
 def majority(votes: Sequence[int | None], scores: Sequence[float]) -> float:
-    counts = Counter(v for v in votes if v is not None)
-    if not counts:
-        return 0.0
-    first = [vote for vote, count in counts.items() if count == max(counts.values())]
-    return fmean(
-        fmean(s for v, s in zip(votes, scores, strict=True) if v == winner) for winner in first
-    )
+    """Score of the most frequent answer. Tied answers score their mean, as if one were drawn by
+    lot. Without any answer the score is 0."""
+    scores_of: dict[int, list[float]] = {}
+    for vote, score in zip(votes, scores, strict=True):
+        if vote is not None:
+            scores_of.setdefault(vote, []).append(score)
+    most = max(map(len, scores_of.values()), default=0)
+    return mean(fmean(s) for s in scores_of.values() if len(s) == most) or 0.0
 
 
 # ---- how sure
@@ -132,64 +146,63 @@ def majority(votes: Sequence[int | None], scores: Sequence[float]) -> float:
 def bootstrap(values: Sequence[float], seed: int | tuple[int, ...] = SEED) -> np.ndarray:
     """Means of DRAWS resamples of `values` with replacement (Efron 1979), [DRAWS].
 
-    A mean depends only on how often each distinct value was drawn, and these counts are
-    multinomial: the same distribution as drawing indices, in memory that does not grow with the
-    benchmark."""
+    A mean depends only on how often each distinct value is drawn, and these counts are multinomial.
+    Drawing the counts has the same distribution as drawing indices, and its memory does not grow
+    with the benchmark."""
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=DRAWS)
     return drawn @ distinct / len(values)
 
 
 def interval(draws: np.ndarray) -> list[float]:
-    """Percentile bootstrap interval [low, high]. Of scores that are all equal it is a point:
-    resampling cannot show what the sample does not hold, so 0 of 30 gives [0, 0]."""
+    """Percentile bootstrap interval [low, high].
+
+    For scores that are all equal it is a point: 0 of 30 gives [0, 0]. Resampling cannot show what
+    the sample does not hold."""
     return [float(q) for q in np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])]
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact McNemar test: two-sided p-value that as many problems or more, of those that one model
-    alone solves, fall to one of the two when either is as likely. 2 P(X <= min) with X ~
-    Binomial(only_a + only_b, 1/2), at most 1."""
+    """Exact McNemar test: two-sided p-value of the problems that one model alone solves.
+
+    Without a difference each of them falls to either model with probability 1/2. p = 2 P(X <= min)
+    with X ~ Binomial(only_a + only_b, 1/2), at most 1."""
     n = only_a + only_b
-    return (
-        min(1.0, sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2 ** (n - 1))
-        if n
-        else 1.0
-    )
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, tail / 2 ** (n - 1))
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """Paired permutation test: two-sided p-value of a sum of paired differences, when each could as
-    well have the other sign (Fisher 1935). Monte Carlo over DRAWS flips, p = (1 + hits) / (1 +
-    DRAWS), which is never too small (Phipson and Smyth 2010). Of n differences of one size,
-    Binomial(n, 1/2) keep their sign; so the flips of each size are one draw."""
-    size, counts = np.unique(
-        np.abs(np.asarray(differences, dtype=np.float64)).round(12), return_counts=True
-    )
+    """Paired permutation test: two-sided p-value of a sum of paired differences, each of which
+    could as well have the other sign (Fisher 1935).
+
+    Monte Carlo over DRAWS flips. p = (1 + hits) / (1 + DRAWS) is never too small (Phipson and Smyth
+    2010). Of n differences of one size Binomial(n, 1/2) keep their sign, so that the flips of each
+    size are one draw."""
+    sizes = np.abs(np.asarray(differences, dtype=np.float64)).round(12)
+    size, counts = np.unique(sizes, return_counts=True)
     kept = np.random.default_rng(SEED).binomial(counts, 0.5, size=(DRAWS, len(counts)))
-    sums = (2 * kept - counts) @ size
-    hits = int(
-        (np.abs(sums) >= abs(float(np.sum(differences))) - 1e-9 * max(1.0, float(size.max()))).sum()
-    )
+    sums = np.abs((2 * kept - counts) @ size)
+    rounding = 1e-9 * max(1.0, float(size.max()))
+    hits = int((sums >= abs(float(np.sum(differences))) - rounding).sum())
     return (1 + hits) / (1 + DRAWS)
 
 
 def two_proportions(pairs: Sequence[tuple[float, int, float, int]]) -> float:
-    """Two-sided p-value that the mean over `pairs` (p, n, q, m) of the differences p - q is 0, with
-    p of n problems solved and q of m. Pooled z-test: z = sum (p - q) / sqrt(sum r (1 - r) (1/n +
-    1/m)), r = (n p + m q) / (n + m).
+    """Two-sided p-value that the mean of the differences p - q over `pairs` (p, n, q, m) is 0. A
+    pair is a benchmark: one model solves a share p of n problems, and the other a share q of m.
 
-    For a published score, of which only the proportion is known. It treats the two as independent
-    draws of problems; they are the same problems, on which models tend to agree, so it calls too
-    much noise rather than too little."""
-    difference = sum(p - q for p, _, q, _ in pairs)
-    variance = sum(
-        r * (1 - r) * (1 / n + 1 / m)
-        for p, n, q, m in pairs
-        for r in [min(1.0, max(0.0, (n * p + m * q) / (n + m)))]
-    )
-    return (
-        math.erfc(abs(difference) / math.sqrt(2 * variance))
-        if variance > 0
-        else float(difference == 0)
-    )
+    Pooled z-test: z = sum (p - q) / sqrt(sum r (1 - r) (1/n + 1/m)), r = (n p + m q) / (n + m). It
+    is for published scores, of which only the proportion is known. It treats the two as independent
+    draws of problems. They are the same problems, on which models tend to agree, so that the test
+    calls too much noise rather than too little."""
+    difference = variance = 0.0
+    for p, n, q, m in pairs:
+        r = min(1.0, max(0.0, (n * p + m * q) / (n + m)))
+        difference += p - q
+        variance += r * (1 - r) * (1 / n + 1 / m)
+    if variance == 0:
+        return float(difference == 0)
+    return math.erfc(abs(difference) / math.sqrt(2 * variance))

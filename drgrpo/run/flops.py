@@ -2,7 +2,13 @@
 (MFU)."""
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from drgrpo.config import Config
+from drgrpo.run.log import Stopwatch
+from drgrpo.types import Rollout
 
 PEAK_TFLOPS = {
     "A100": 312,
@@ -16,27 +22,55 @@ PEAK_TFLOPS = {
 """Dense bfloat16 peaks by what a device's name contains (vendors' data sheets)."""
 
 
+def head_dim(config: PretrainedConfig) -> int:
+    """Width of an attention head. Not every model's config has it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def training_flops(lm: nn.Module, lengths: list[tuple[int, int]]) -> float:
-    """Forward and backward (3 x forward) over packed sequences of (prompt, response) tokens:
-    matmuls, causal attention, and the LM head on response tokens only. What activation
-    checkpointing computes again does not count."""
-    config = lm.config
-    weights = sum(
-        p.numel() for block in lm.base_model.layers for p in block.parameters() if p.dim() > 1
-    )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Operations of forward and backward (3 x forward) over packed (prompt, response) tokens.
+
+    Matmuls, causal attention, and the LM head on response tokens only. What activation
+    checkpointing recomputes does not count."""
+    config, blocks = lm.config, lm.base_model.layers
+    weights = sum(p.numel() for p in blocks.parameters() if p.dim() > 1)
     tokens = sum(prompt + response for prompt, response in lengths)
-    pairs = sum(
-        (prompt + response) ** 2 / 2 for prompt, response in lengths
-    )  # query-key pairs under a causal mask
-    attention = 4 * pairs * config.num_attention_heads * head_dim * config.num_hidden_layers
-    head = 2 * config.vocab_size * config.hidden_size * sum(response for _, response in lengths)
+    responses = sum(response for _, response in lengths)
+    # Query-key pairs under a causal mask.
+    pairs = sum((prompt + response) ** 2 / 2 for prompt, response in lengths)
+    width = config.num_attention_heads * head_dim(config)
+    attention = 4 * pairs * width * config.num_hidden_layers
+    head = 2 * config.vocab_size * config.hidden_size * responses
     return 3 * (2 * weights * tokens + attention + head)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of one device; None where it is not known."""
+    """Operations per second of one device in bfloat16. None if the device is not listed."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((1e12 * peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def utilization(
+    config: Config,
+    lm: nn.Module,
+    rollouts: list[Rollout],
+    advantage_PG: Tensor,
+    timer: Stopwatch,
+    device: torch.device,
+) -> dict[str, float | None]:
+    """What one device made of a step's training phase.
+
+    tflops: 1e12 operations per second. mfu: their share of the device's peak, None if that is
+    unknown. `rollouts` are those of all processes. A response that training skipped does not
+    count."""
+    advantages = advantage_PG.flatten().tolist()
+    lengths = [
+        (len(rollout.problem.prompt_ids), rollout.length)
+        for rollout, advantage in zip(rollouts, advantages, strict=True)
+        if advantage or not config.drops_zero_advantage
+    ]
+    speed = training_flops(lm, lengths) / dist.get_world_size() / timer.seconds["train"]
+    peak = peak_flops(device)
+    return {"tflops": speed / 1e12, "mfu": speed / peak if peak else None}

@@ -1,41 +1,35 @@
-"""What a person sees and what a run leaves behind: step lines, a progress bar on a terminal, JSON
-lines, a table."""
+"""What a person sees of a run, and what it appends to its records."""
 
 import importlib.util
-import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
+from drgrpo.run.files import append_jsonl
 from drgrpo.types import UserError
 
 
 class Stopwatch:
-    """Seconds and peak memory by phase of one step: `with watch("rollout"): ...`
+    """Seconds and peak memory of one step by phase: `with timer("rollout"): ...`
 
-    Memory is the CUDA allocator's peak within the phase; without a GPU, the process's resident
-    memory at its end."""
+    Memory in GB is the peak of CUDA's allocator within the phase. Without a GPU it is the process's
+    resident memory at the end of the phase."""
 
-    def __init__(self, enter: Callable[[str], None] = lambda phase: None):
-        self.enter, self.seconds, self.gb = enter, {}, {}
+    def __init__(self, enter: Callable[[str], None] = lambda phase: None) -> None:
+        self.enter = enter
+        self.seconds: dict[str, float] = {}
+        self.gb: dict[str, float] = {}
         self.started = time.perf_counter()
 
     @contextmanager
-    def __call__(self, phase: str):
+    def __call__(self, phase: str) -> Iterator[None]:
         self.enter(phase)
         cuda = torch.cuda.is_initialized()
         if cuda:
@@ -49,7 +43,7 @@ class Stopwatch:
         self.gb[phase] = max(self.gb.get(phase, 0.0), peak / 2**30)
 
     def read(self) -> dict[str, float]:
-        """All phases so far and `total`, the wall time since this watch was made."""
+        """Seconds of all phases so far, and `total`, the wall time since the start."""
         return {**self.seconds, "total": time.perf_counter() - self.started}
 
 
@@ -58,19 +52,20 @@ def resident_bytes() -> int:
 
 
 class Log:
-    """Rank 0's voice; on other ranks every method does nothing. Plain lines when the output is not
-    a terminal."""
+    """The console and the records of a run. On ranks other than 0 every method does nothing."""
 
-    def __init__(self, out: str | Path, active: bool):
-        self.out, self.active, self.trackers = Path(out), active, []
+    def __init__(self, out: str | Path, active: bool) -> None:
+        self.out, self.active = Path(out), active
+        self.trackers: list[Callable[[dict[str, float], int], Any]] = []
         self.console = Console(highlight=False, soft_wrap=True, quiet=not active)
         if not self.console.is_terminal:
             self.console.width = 120
+        transformers.utils.logging.disable_progress_bar()  # bars of loading break into the lines
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def track(self, tensorboard: bool, wandb: str, config: dict) -> None:
+    def track(self, tensorboard: bool, wandb: str, config: dict[str, Any]) -> None:
         """Send the numbers of every step to TensorBoard and to a Weights & Biases project too."""
         for wanted, package in ((tensorboard, "tensorboard"), (wandb, "wandb")):
             if wanted and importlib.util.find_spec(package) is None:
@@ -79,119 +74,78 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(self.out / "tensorboard")
-            self.trackers.append(
-                lambda row, step: (
-                    [writer.add_scalar(k, v, step) for k, v in row.items()] and writer.flush()
-                )
-            )
+
+            def write_scalars(numbers: dict[str, float], step: int) -> None:
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+
+            self.trackers.append(write_scalars)
         if self.active and wandb:
             import wandb as client
 
             run = client.init(
                 project=wandb, config=config, name=self.out.name, dir=self.out, resume="allow"
             )
-            self.trackers.append(lambda row, step: run.log(row, step=step))
+            self.trackers.append(lambda numbers, step: run.log(numbers, step=step))
 
-    def record(self, name: str, *rows: dict) -> None:
-        """Append rows to OUT/NAME.jsonl."""
-        if self.active:
-            with open(self.out / f"{name}.jsonl", "a") as file:
-                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-
-    @contextmanager
-    def steps(self, first: int, last: int):
-        """Yields the step numbers; shows a progress bar under the step lines on a terminal."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-        )
-        with Progress(
-            *columns, console=self.console, disable=not (self.active and self.console.is_terminal)
-        ) as progress:
-            task = progress.add_task("training", total=last, completed=first - 1)
-
-            def numbers():
-                for step in range(first, last + 1):
-                    yield step
-                    progress.update(task, completed=step)
-
-            yield numbers()
-
-    def step(self, row: dict, steps: int, budget_hours: float) -> None:
+    def step(self, row: dict[str, Any], samples: list[dict], steps: int) -> None:
+        """Record a step of `steps`, and print its line."""
+        if not self.active:
+            return
+        append_jsonl(self.out / "metrics.jsonl", [row])
+        append_jsonl(self.out / "samples.jsonl", samples)
         for tracker in self.trackers:
             tracker(flatten(row), row["step"])
-        phases = " ".join(
-            f"{k} {v:.2f}" for k, v in row["seconds"].items() if k != "total" and v >= 0.005
-        )
-        self.say(
-            f"step {row['step']:4d}/{steps}  reward {row['reward_mean']:.3f}  len {row['response_len_mean']:.1f} "
-            f"(right {number(row['response_len_correct'])} wrong {number(row['response_len_incorrect'])} "
-            f"cut {row['truncated_frac']:.0%})  entropy {row['entropy']:.3f}  clip {number(row['clip_frac'], '.2%')}  "
-            f"grad {number(row['grad_norm'], '.3f')}  parity {number(row['parity_max'], '.0e')}  "
-            f"{row['seconds']['total']:.2f} s ({phases})  {row['tokens_per_s']:,.0f} tok/s  "
-            f"mfu {number(row['mfu'], '.1%')}  {max(row['gb'].values()):.1f} GB  {row['hours_used']:.3f} of {budget_hours:g} h"
-        )
+        self.say(step_line(row, steps))
 
-    def evaluation(self, row: dict) -> None:
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Record the evaluation of one benchmark, and print its line."""
+        if not self.active:
+            return
+        append_jsonl(self.out / "eval.jsonl", [row])
         how = "greedy" if row["temperature"] == 0 else f"T={row['temperature']:g} x{row['samples']}"
         self.say(
             f"eval {row['step']:4d}  {row['benchmark']} {how}: accuracy {row['accuracy']:.3f}  "
-            f"len right {number(row['len_correct'])} wrong {number(row['len_incorrect'])}  cut {row['truncated_frac']:.1%}"
+            f"len right {number(row['len_correct'])} wrong {number(row['len_incorrect'])}  "
+            f"cut {row['truncated_frac']:.1%}"
         )
 
-    def table(self, rows: list[dict], title: str) -> None:
-        """First and last evaluation of every benchmark, side by side."""
-        table = Table(title=title, title_justify="left")
-        for column in (
-            "benchmark",
-            "sampling",
-            "when",
-            "accuracy",
-            "len right",
-            "len wrong",
-            "cut",
-        ):
-            table.add_column(
-                column, justify="left" if column in ("benchmark", "sampling", "when") else "right"
-            )
-        for key in dict.fromkeys((r["benchmark"], r["temperature"], r["samples"]) for r in rows):
-            mine = [r for r in rows if (r["benchmark"], r["temperature"], r["samples"]) == key]
-            for when, r in (("before", mine[0]), (f"step {mine[-1]['step']}", mine[-1])):
-                how = (
-                    "greedy"
-                    if r["temperature"] == 0
-                    else f"T={r['temperature']:g}, {r['samples']} each"
-                )
-                table.add_row(
-                    r["benchmark"],
-                    how,
-                    when,
-                    f"{r['accuracy']:.3f}",
-                    number(r["len_correct"]),
-                    number(r["len_incorrect"]),
-                    number(r["truncated_frac"], ".1%"),
-                )
-        self.console.print(table)
+
+def step_line(row: dict[str, Any], steps: int) -> str:
+    seconds = dict(row["seconds"])
+    total = seconds.pop("total")
+    phases = " ".join(f"{phase} {s:.2f}" for phase, s in seconds.items() if s >= 0.005)
+    lengths = (
+        f"right {number(row['response_len_correct'])} wrong {number(row['response_len_incorrect'])}"
+    )
+    parts = (
+        f"step {row['step']:4d}/{steps}",
+        f"reward {row['reward_mean']:.3f}",
+        f"len {row['response_len_mean']:.1f} ({lengths} cut {row['truncated_frac']:.0%})",
+        f"entropy {row['entropy']:.3f}",
+        f"clip {number(row['clip_frac'], '.2%')}",
+        f"grad {number(row['grad_norm'], '.3f')}",
+        f"parity {number(row['parity_max'], '.0e')}",
+        f"{total:.2f} s ({phases})",
+        f"{row['tokens_per_s']:,.0f} tok/s",
+        f"mfu {number(row['mfu'], '.1%')}",
+        f"{max(row['gb'].values()):.1f} GB",
+        f"{row['hours_used']:.3f} h",
+        f"eta {total * (steps - row['step']) / 3600:.2f} h",
+    )
+    return "  ".join(parts)
 
 
-def flatten(row: dict) -> dict[str, float]:
-    """The numbers of a row, those of inner objects under outer/inner."""
-    inner = {
-        f"{k}/{name}": v
-        for k, values in row.items()
-        if isinstance(values, dict)
-        for name, v in values.items()
-    }
-    return {k: v for k, v in {**row, **inner}.items() if isinstance(v, int | float)}
+def flatten(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row. Those of inner objects are named outer/inner."""
+    numbers: dict[str, Any] = {}
+    for name, value in row.items():
+        inner = value if isinstance(value, dict) else {}
+        numbers |= {name: value} | {f"{name}/{key}": number for key, number in inner.items()}
+    return {name: value for name, value in numbers.items() if isinstance(value, int | float)}
 
 
 def number(value: float | None, form: str = ".1f") -> str:
+    """A number for the eye. A missing one is a dash."""
     return "-" if value is None else format(value, form)
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,69 +1,136 @@
-"""What `metrics.jsonl` and `samples.jsonl` say of a step. README has the glossary."""
+"""What `metrics.jsonl` and `samples.jsonl` hold of a step. docs/metrics.md explains each column."""
 
+from collections.abc import Iterable
 from statistics import fmean
+from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from drgrpo.evaluation.scores import mean
-from drgrpo.types import Rollout
+from drgrpo.config import Config
+from drgrpo.grade import Grader
+from drgrpo.run.checkpoint import Progress
+from drgrpo.run.log import Stopwatch
+from drgrpo.types import Batch, Rollout
+
+SAMPLES_LOGGED = 4  # responses per step in samples.jsonl
+
+
+class Tally:
+    """Statistics of one optimizer step, kept on the device until all micro-batches are done."""
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+        self.peaks: list[Tensor] = []
+
+    def add(self, batch: Batch, loss: Tensor, stats: dict[str, Tensor]) -> None:
+        """One micro-batch: its loss, and the statistics of its response tokens."""
+        loss = loss.detach() / dist.get_world_size()
+        gap_N = (stats["logprob"] - batch.sampler_logprob_N).abs()
+        count, clipped = loss.new_tensor(len(gap_N)), (stats["clipped"] != 0).sum()
+        kl = stats["kl"].sum() if "kl" in stats else loss.new_zeros(())
+        self.sums.append(torch.stack([count, gap_N.sum(), clipped, loss, kl]).double())
+        peaks = loss.new_zeros(2, dtype=torch.float64)
+        if len(gap_N):
+            peaks = torch.stack([gap_N.max(), stats["log_ratio"].max().exp()]).double()
+        self.peaks.append(peaks)
+
+    def reduce(self) -> dict[str, float]:
+        """Over all micro-batches and processes. The one place that waits for the device."""
+        sums = torch.stack(self.sums).sum(0).cpu()
+        peaks = torch.stack(self.peaks).amax(0).cpu()
+        dist.all_reduce(sums)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        names = ("tokens", "gap_sum", "clipped", "loss", "kl_sum", "gap_max", "ratio_max")
+        return dict(zip(names, [*sums.tolist(), *peaks.tolist()], strict=True))
+
+
+class Update(NamedTuple):
+    """One optimizer step over all processes. `gap`: |trainer - sampler| in nats per token.
+    `applied`: False if loss or gradient was not finite and the step was skipped."""
+
+    tokens: float
+    gap_sum: float
+    clipped: float
+    loss: float
+    kl_sum: float
+    gap_max: float
+    ratio_max: float
+    grad_norm: float
+    applied: bool
+    lr: float
 
 
 def step_row(
-    step: int,
-    algo: str,
+    config: Config,
+    now: Progress,
     rollouts: list[Rollout],
     reward_PG: Tensor,
     advantage_PG: Tensor,
-    updates: list[dict],
-    seconds: dict[str, float],
-) -> dict:
-    """Statistics of responses cover all of them. A token without advantage cannot be clipped, so
-    `clip_frac` does too; `ratio_max`, `kl` and parity cover the tokens that were trained on."""
-    reward_B, length_B = reward_PG.flatten().tolist(), [r.length for r in rollouts]
-    right = [n for n, reward in zip(length_B, reward_B, strict=True) if reward > 0]
-    wrong = [n for n, reward in zip(length_B, reward_B, strict=True) if reward <= 0]
-    trained, first, sampled = sum(u["tokens"] for u in updates), updates[0], sum(length_B)
-    applied = [u for u in updates if u["applied"]]
+    updates: list[Update],
+    timer: Stopwatch,
+    grader: Grader,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl.
+
+    Statistics of responses cover all of them. A token without advantage cannot be clipped, so
+    `clip_frac` covers all tokens too. `ratio_max`, `kl` and parity cover the tokens trained on."""
+    rewards, lengths = reward_PG.flatten().tolist(), [r.length for r in rollouts]
+    graded = list(zip(lengths, rewards, strict=True))
+    trained, first, sampled = sum(u.tokens for u in updates), updates[0], sum(lengths)
+    applied, seconds = [u for u in updates if u.applied], timer.read()
     return {
-        "step": step,
-        "algo": algo,
-        "reward_mean": fmean(reward_B),
-        "response_len_mean": fmean(length_B),
-        "response_len_correct": mean(right),
-        "response_len_incorrect": mean(wrong),
+        "step": now.step,
+        "algo": config.algo,
+        "reward_mean": fmean(rewards),
+        "response_len_mean": fmean(lengths),
+        "response_len_correct": mean(length for length, reward in graded if reward > 0),
+        "response_len_incorrect": mean(length for length, reward in graded if reward <= 0),
         "truncated_frac": fmean(not r.completion.finished for r in rollouts),
         "zero_adv_frac": (advantage_PG == 0).float().mean().item(),
         "entropy": -sum(sum(r.completion.logprobs) for r in rollouts) / sampled,
-        "clip_frac": sum(u["clipped"] for u in updates) / sampled,
-        "ratio_max": max(u["ratio_max"] for u in updates) if trained else None,
-        "kl": sum(u["kl_sum"] for u in updates) / trained if trained else None,
-        "loss": mean([u["loss"] for u in applied]),
-        "grad_norm": mean([u["grad_norm"] for u in applied]),
+        "clip_frac": sum(u.clipped for u in updates) / sampled,
+        "ratio_max": max(u.ratio_max for u in updates) if trained else None,
+        "kl": sum(u.kl_sum for u in updates) / trained if trained else None,
+        "loss": mean(u.loss for u in applied),
+        "grad_norm": mean(u.grad_norm for u in applied),
         "skipped_updates": len(updates) - len(applied),
-        "lr": updates[-1]["lr"],
-        "parity_mean": first["gap_sum"] / first["tokens"] if first["tokens"] else None,
-        "parity_max": first["gap_max"] if first["tokens"] else None,
+        "lr": updates[-1].lr,
+        "parity_mean": first.gap_sum / first.tokens if first.tokens else None,
+        "parity_max": first.gap_max if first.tokens else None,
         "tokens": sampled,
         "tokens_trained": int(trained),
         "tokens_per_s": sampled / seconds["total"],
         "rollout_tokens_per_s": sampled / seconds["rollout"],
         "train_tokens_per_s": trained / seconds["train"],
         "seconds": {phase: round(s, 4) for phase, s in seconds.items()},
+        "gb": {phase: round(gb, 3) for phase, gb in timer.gb.items()},
+        "grader_timeout": grader.timeouts,
+        "grader_error": grader.errors,
+        "hours_used": now.hours_used,
     }
 
 
-def sample_rows(step: int, rollouts: list[Rollout], reward_PG: Tensor, count: int) -> list[dict]:
-    """The first sample of each of the first `count` prompts."""
-    reward_B, group = reward_PG.flatten().tolist(), reward_PG.shape[1]
+def sample_rows(step: int, rollouts: list[Rollout], reward_PG: Tensor) -> list[dict[str, Any]]:
+    """The first response to each of the first prompts."""
+    group = reward_PG.shape[1]
+    first = list(zip(rollouts, reward_PG.flatten().tolist(), strict=True))[::group]
     return [
         {
             "step": step,
-            "problem": r.problem.question,
-            "answer": r.problem.answer,
-            "response": r.text,
+            "problem": rollout.problem.question,
+            "answer": rollout.problem.answer,
+            "response": rollout.text,
             "reward": reward,
-            "tokens": r.length,
-            "finished": r.completion.finished,
+            "tokens": rollout.length,
+            "finished": rollout.completion.finished,
         }
-        for r, reward in list(zip(rollouts, reward_B, strict=True))[::group][:count]
+        for rollout, reward in first[:SAMPLES_LOGGED]
     ]
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """None without values: JSON has no NaN."""
+    values = list(values)
+    return fmean(values) if values else None

@@ -1,7 +1,7 @@
 """The task of the `tiny` recipe: solve `a+b+x=t` by guess and check, every step written out.
 
-    4+6+x=14~  ->  4+6=10,10+4=14y#4                              right
-    2+8+x=18~  ->  2+8=10,10+2=12n?10+2=12n?10+2=12n#2            wrong, and it says so; looked twice more
+    4+6+x=14~  ->  4+6=10,10+4=14y#4                         right
+    2+8+x=18~  ->  2+8=10,10+2=12n?10+2=12n?10+2=12n#2       wrong, says so, re-checks twice
 
 A response adds the two known digits, guesses x, reads off whether the guess hits (`y` or `n`), may
 re-check that line any number of times (`?`), and answers after `#`. The task is built so that
@@ -18,7 +18,7 @@ many facts one by one.
 import random
 from itertools import product
 
-from drgrpo.types import Problem, UserError
+from drgrpo.types import Problem, check_name
 
 HELD_OUT = 128
 SPLIT_SEED = 7
@@ -28,39 +28,36 @@ STOP_UNAWARE = 0.35
 
 
 def problems(split: str) -> list[Problem]:
-    """The 421 `train` or the 128 `heldout` problems; disjoint, and the same for every seed of a
-    run."""
-    if split not in ("train", "heldout"):
-        raise UserError(
-            f"unknown split {split!r} of the arithmetic task; there are 'train' and 'heldout'"
-        )
+    """The 421 problems of `train` or the 128 of `heldout`. They are disjoint, and the same for
+    every seed. UserError for another split."""
+    check_name("split of the arithmetic task:", split, ("train", "heldout"))
     triples = [(a, b, x) for a, b, x in product(range(1, 10), repeat=3) if 6 <= a + b <= 14]
     random.Random(SPLIT_SEED).shuffle(triples)
     chosen = triples[:HELD_OUT] if split == "heldout" else triples[HELD_OUT:]
     return [
-        Problem(id=i, question=f"{a}+{b}+x={a + b + x:02d}", answer=str(x))
-        for i, (a, b, x) in enumerate(chosen)
+        Problem(id, f"{a}+{b}+x={a + b + x:02d}", str(x)) for id, (a, b, x) in enumerate(chosen)
     ]
 
 
 class Demonstrator:
-    """Writes flawed solutions of arithmetic problems, to be imitated by the warm-up. `seed` draws
-    the solutions; which false guess goes with which fact is the same for every seed, as it is part
-    of the task. With `notices` off he claims a hit every time and re-checks as often when wrong as
-    when right: then nothing in a response tells how it is going."""
+    """Writes the flawed solutions that the warm-up imitates. `seed` draws the solutions. The false
+    guesses are the same for every seed, because they are part of the task. With `notices` off, the
+    demonstrator claims a hit every time and re-checks as often when wrong as when right. Then
+    nothing in a response tells whether it is right."""
 
-    def __init__(self, seed: int, notices: bool = True):
+    def __init__(self, seed: int, notices: bool = True) -> None:
         self.notices = notices
-        table = random.Random(SPLIT_SEED)
-        self.false_guess, self.error_rate = {}, {}
-        for fact in product(range(6, 15), range(1, 10)):
-            self.false_guess[fact] = table.choice(
-                [guess for guess in range(1, 10) if guess != fact[1]]
-            )
-            self.error_rate[fact] = table.uniform(0.40, 0.98)
         self.rng = random.Random(seed)
+        self.false_guess: dict[tuple[int, int], int] = {}
+        self.error_rate: dict[tuple[int, int], float] = {}
+        table = random.Random(SPLIT_SEED)
+        for c, x in product(range(6, 15), range(1, 10)):
+            false_guesses = [guess for guess in range(1, 10) if guess != x]
+            self.false_guess[c, x] = table.choice(false_guesses)
+            self.error_rate[c, x] = table.uniform(0.40, 0.98)
 
     def solve(self, problem: Problem) -> str:
+        """One more solution of `problem`: at most 95 characters."""
         a, b, x = int(problem.question[0]), int(problem.question[2]), int(problem.answer)
         c = a + b
         guess = self.false_guess[c, x] if self.rng.random() < self.error_rate[c, x] else x

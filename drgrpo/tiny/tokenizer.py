@@ -1,5 +1,5 @@
-"""A byte-level tokenizer without merges: any text goes in, 260 token ids come out, nothing is
-downloaded."""
+"""A byte-level tokenizer without merges: one token per byte, for any text. It needs no
+download."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -13,12 +13,10 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and four special tokens, saved and loaded like any tokenizer of the Hugging Face
-    hub."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(
-        models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[])
-    )
+    """260 ids: 256 bytes and four special tokens. It is saved and loaded like any tokenizer of the
+    Hugging Face hub."""
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

@@ -1,30 +1,39 @@
-"""A tiny policy, partly competent: a Qwen2 built from a config, which imitates flawed
-demonstrations for a minute.
+"""The start of the `tiny` recipe: a Qwen2 of 0.1 M parameters that has imitated flawed solutions.
 
-RL needs a start that is sometimes right. The result is kept under a hash of everything that it
-depends on, so that the next run begins with RL.
+RL needs a start that is sometimes right. The model is cached under a hash of all that it depends
+on, so that the next run begins with RL.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from drgrpo import distributed
 from drgrpo.model import Objective, load_policy
 from drgrpo.pack import pack
 from drgrpo.templates import encode, get_template
 from drgrpo.tiny import arithmetic, tokenizer
 
+if TYPE_CHECKING:
+    from drgrpo.config import Config
+
+CACHE = Path("runs/warmup")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Warmup:
-    """The supervised phase. `initializer_range` 0.08 matters: at this width the usual 0.02 starts
-    too close to zero and learns slowly."""
+    """The supervised phase. `initializer_range` matters at this width: the usual 0.02 starts too
+    close to zero and learns slowly. `notices`: see `arithmetic.Demonstrator`."""
 
     seed: int = 0
     hidden_size: int = 64
@@ -38,40 +47,45 @@ class Warmup:
     batch: int = 64
     lr: float = 3e-3
     lr_warmup: int = 50
-    notices: bool = (
-        True  # whether the demonstrator sees that he is wrong: see arithmetic.Demonstrator
-    )
+    notices: bool = True
 
 
-def cached_tiny_model(config: Warmup, cache_dir: str | Path, report=print) -> Path:
-    """The Hugging Face folder of the warmed-up model, trained now if it is not in the cache."""
-    sources = [Path(module.__file__).read_text() for module in (arithmetic, tokenizer)] + [
-        Path(__file__).read_text()
-    ]
-    inputs = json.dumps([asdict(config), torch.__version__, transformers.__version__, *sources])
-    path = (
-        Path(cache_dir)
-        / f"tiny-seed{config.seed}-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
-    )
+def tiny_model(config: Config, log: Callable[[str], None]) -> str:
+    """The Hugging Face folder of the warmed-up model for `config.seed`. Rank 0 makes it and the
+    other processes read it."""
+    with distributed.rank_zero_first():
+        return str(cached_tiny_model(Warmup(seed=config.seed), CACHE, log))
+
+
+def cached_tiny_model(
+    config: Warmup, folder: str | Path, log: Callable[[str], None] = print
+) -> Path:
+    """The Hugging Face folder of the warmed-up model, in the cache `folder`. A model that is not in
+    the cache is trained now, in about 40 seconds."""
+    path = Path(folder) / f"tiny-seed{config.seed}-{_cache_key(config)}"
     if path.exists():
-        report(f"warm-up: from the cache, {path}")
+        log(f"warm-up: from the cache, {path}")
         return path
     partial = path.with_name(path.name + ".partial")
     build_tiny_model(config, partial)
-    train(config, partial, report)
+    train(config, partial, log)
     partial.rename(path)  # a killed warm-up leaves no half-trained model under the final name
     return path
 
 
+def _cache_key(config: Warmup) -> str:
+    files = (arithmetic.__file__, tokenizer.__file__, __file__)
+    sources = [Path(file).read_text() for file in files]
+    inputs = json.dumps([asdict(config), torch.__version__, transformers.__version__, *sources])
+    return hashlib.sha256(inputs.encode()).hexdigest()[:12]
+
+
 def build_tiny_model(config: Warmup, path: str | Path) -> None:
-    """Random weights from `config.seed`, with the byte-level tokenizer, as a Hugging Face
-    folder."""
+    """Write a Hugging Face folder with random weights from `config.seed` and the byte-level
+    tokenizer."""
     tok = tokenizer.byte_tokenizer()
-    shape = {
-        k: v
-        for k, v in asdict(config).items()
-        if hasattr(Qwen2Config, k) or k in Qwen2Config().to_dict()
-    }
+    qwen2 = Qwen2Config().to_dict()
+    shape = {name: value for name, value in asdict(config).items() if name in qwen2}
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = Qwen2ForCausalLM(
@@ -88,9 +102,9 @@ def build_tiny_model(config: Warmup, path: str | Path) -> None:
     tok.save_pretrained(path)
 
 
-def train(config: Warmup, path: Path, report=print) -> None:
+def train(config: Warmup, path: Path, log: Callable[[str], None] = print) -> None:
     """Imitate the demonstrator and overwrite the model at `path`. A log-likelihood step is an
-    on-policy policy-gradient step with advantage 1, so the loss is the one that RL uses."""
+    on-policy policy-gradient step with advantage 1, so the loss is the one of RL."""
     tok = tokenizer.byte_tokenizer()
     policy = load_policy(
         str(path), dtype=torch.float32, device=torch.device("cpu"), attention="sdpa", kernel="torch"
@@ -100,20 +114,19 @@ def train(config: Warmup, path: Path, report=print) -> None:
     )
     problems = arithmetic.problems("train")
     prompts = {p.id: encode(get_template("arithmetic"), p.question, tok) for p in problems}
-    demonstrator, rng = (
-        arithmetic.Demonstrator(config.seed, config.notices),
-        random.Random(config.seed),
-    )
+    demonstrator = arithmetic.Demonstrator(config.seed, config.notices)
+    rng = random.Random(config.seed)
 
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min((step + 1) / config.lr_warmup, 1 - step / config.steps)
         chosen = [rng.choice(problems) for _ in range(config.batch)]
-        solutions = [[*tok(demonstrator.solve(p)).input_ids, tok.eos_token_id] for p in chosen]
+        texts = [demonstrator.solve(p) + tokenizer.EOS for p in chosen]
+        responses = tok(texts).input_ids  # one call: a call for each text takes 5 % of the step
         batch = pack(
             [
-                (prompts[p.id], s, [0.0] * len(s), 1.0)
-                for p, s in zip(chosen, solutions, strict=True)
+                (prompts[p.id], ids, [0.0] * len(ids), 1.0)
+                for p, ids in zip(chosen, responses, strict=True)
             ]
         )
         loss, stats = policy(batch, Objective(), scale=1 / len(batch.target_N))
@@ -122,7 +135,6 @@ def train(config: Warmup, path: Path, report=print) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            report(
-                f"warm-up {step + 1:4d}/{config.steps}  nll/token {-stats['logprob'].mean().item():.4f}"
-            )
+            nll = -stats["logprob"].mean().item()
+            log(f"warm-up {step + 1:4d}/{config.steps}  nll/token {nll:.4f}")
     policy.lm.save_pretrained(path)

@@ -1,0 +1,186 @@
+"""What a call of `eval.py` asks for: the settings of an evaluation and the command line.
+
+This file imports no torch, so that a mistake on the command line is answered at once.
+"""
+
+import math
+from argparse import SUPPRESS
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from drgrpo import data
+from drgrpo.evaluation import responses
+from drgrpo.run.cli import Parser, comma_list, flag
+from drgrpo.templates import get_template
+from drgrpo.types import Problem, UserError, check_name
+
+MAY_CHANGE_ON_RESUME = {"out", "data_dir", "sampler_batch", "kv_cache_gb", "write_every"}
+"""An interrupted evaluation may continue with other values of these fields."""
+
+FLAGS_OF_MODE = {"compare": {"out"}, "regrade": {"grader", "out"}, "analyze": {"out"}}
+"""The modes that need no model, and the fields that each of them takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    # what is evaluated
+    model: str = ""
+    """Hugging Face folder or hub name; --compare, --regrade and --analyze can do without"""
+    benchmarks: str = "aime24,amc,math500,minerva,olympiad_bench"
+    """comma-separated: the five names, or any source that train.py --train-data takes"""
+    data_dir: str = ""
+    """folder with NAME.jsonl for each of the five; empty: the hub"""
+    template: str = "qwen_math"
+    """how a question becomes a prompt and where the answer stands: see drgrpo/templates.py"""
+    templates: str = ""
+    """several templates, comma-separated, one after the other, instead of --template"""
+    grader: Literal["correct", "paper"] = "correct"
+    """paper: the reference's grading, with its slips on Minerva's trailing newlines"""
+
+    # sampling
+    temperature: float = 0.0
+    """0 is greedy"""
+    temperatures: str = ""
+    """several temperatures, comma-separated, one after the other, instead of --temperature"""
+    samples: int = 1
+    """answers per problem: accuracy is their mean (avg@k), with pass@k and maj@k beside it"""
+    max_new_tokens: int = 3000
+    """generation budget; prompt and answer together also end at the model's positions"""
+    seed: int = 0
+    """seed of the samples"""
+
+    # machine
+    engine: Literal["auto", "torch", "vllm"] = "auto"
+    """sampler: vllm, or torch; auto is vllm on CUDA and torch elsewhere"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto is bfloat16 on CUDA and float32 elsewhere"""
+    sampler_batch: int = 256
+    """sequences that a sampler runs at once, per process"""
+    tp: int = 1
+    """processes that share one vLLM engine, for models that one GPU cannot sample"""
+    kv_cache_gb: float = 0.0
+    """vLLM's KV cache per process; 0: what 0.9 of the GPU leaves, or 0.25 without a GPU"""
+
+    # output
+    write_every: int = 1024
+    """responses per process between two writes of responses.jsonl: what an interruption can cost"""
+    out: str = ""
+    """folder for what is written (default: MODEL/eval, or runs/eval/NAME for a hub name)"""
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                check_name(f"--{flag(name)}", getattr(self, name), get_args(kind))
+        for name in ("samples", "max_new_tokens", "sampler_batch", "write_every", "tp"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{flag(name)} {getattr(self, name)} must be at least 1")
+        for temperature in self.all_temperatures:
+            if not 0 <= temperature < math.inf:
+                raise UserError(
+                    f"temperature {temperature} must be 0, which is greedy, or a positive number"
+                )
+            if temperature == 0 and self.samples > 1:
+                raise UserError(
+                    f"--samples {self.samples} greedy answers would all be the same; "
+                    "add --temperature 1"
+                )
+        for name in self.all_templates:
+            get_template(name)
+
+    @property
+    def all_templates(self) -> list[str]:
+        return comma_list(self.templates) or [self.template]
+
+    @property
+    def all_temperatures(self) -> list[float]:
+        try:
+            return [float(t) for t in comma_list(self.temperatures)] or [self.temperature]
+        except ValueError as error:
+            raise UserError(
+                f"--temperatures {self.temperatures} must be numbers with commas between them, "
+                "as 0.2,0.6,1"
+            ) from error
+
+    @property
+    def folder(self) -> Path:
+        """Where the evaluation writes."""
+        if self.out:
+            return Path(self.out)
+        if Path(self.model).is_dir():
+            return Path(self.model, "eval")
+        return Path("runs/eval", self.model.replace("/", "--"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One call of `eval.py`.
+
+    mode: "evaluate", or one of `FLAGS_OF_MODE`. paths: the runs or the file that the mode reads. A
+    path beside "evaluate" is the run, or "paper", that the scores are compared with.
+    sets: the benchmarks, loaded. notices: what the log must tell about them."""
+
+    mode: str
+    config: EvalConfig
+    paths: list[str]
+    sets: dict[str, list[Problem]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+
+
+def parse_args(argv: list[str] | None = None) -> Command:
+    """The call that the command line asks for. UserError if it cannot be done."""
+    parser = Parser(
+        EvalConfig,
+        prog="eval.py",
+        description="Score a model on math benchmarks, and say whether a difference is noise.",
+    )
+    modes = parser.add_argument_group("results that are there already")
+    for name, words, nargs, text in (
+        ("compare", "RUN", "+", "compare two runs, or a run and `paper`; one next to --model"),
+        ("regrade", "FILE", 1, "grade a responses.jsonl again, into another folder"),
+        ("analyze", "FILE", 1, "the base-model analyses of a responses.jsonl"),
+    ):
+        modes.add_argument(f"--{name}", metavar=words, nargs=nargs, default=SUPPRESS, help=text)
+    given = parser.parse(argv)
+    paths = {name: given.pop(name) for name in FLAGS_OF_MODE if name in given}
+    if given.get("model") and paths.keys() <= {"compare"}:
+        return evaluation(EvalConfig(**given), paths.get("compare", []))
+    if len(paths) != 1:
+        raise UserError(
+            "name a --model to evaluate, or one of --compare RUN RUN, --regrade FILE and "
+            "--analyze FILE"
+        )
+    ((mode, files),) = paths.items()
+    if unused := given.keys() - FLAGS_OF_MODE[mode]:
+        flags = ", ".join(f"--{flag(name)}" for name in sorted(unused))
+        raise UserError(f"--{mode} samples nothing: leave out {flags}")
+    if mode == "compare" and (len(files) != 2 or set(files) == {"paper"}):
+        raise UserError(
+            f"--compare {' '.join(files)} must name two, RUN_A RUN_B or RUN paper, or one next to "
+            "--model"
+        )
+    config = EvalConfig(**given)
+    check_files(files)
+    return Command(mode=mode, config=config, paths=files)
+
+
+def evaluation(config: EvalConfig, against: list[str]) -> Command:
+    """The call that evaluates a model. Loads the benchmarks."""
+    if len(against) > 1:
+        raise UserError(
+            f"--compare {' '.join(against)} with --model takes one name: its own run is the other"
+        )
+    check_files(against)
+    notices: list[str] = []
+    sets = {}
+    for name in comma_list(config.benchmarks):
+        named = name in data.BENCHMARKS
+        source = data.benchmark_source(name, config.data_dir or None) if named else name
+        sets[name] = data.load_problems(source, say=notices.append)
+    return Command(mode="evaluate", config=config, paths=against, sets=sets, notices=notices)
+
+
+def check_files(paths: list[str]) -> None:
+    for path in paths:
+        if path != "paper":
+            responses.find(path)

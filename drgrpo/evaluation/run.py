@@ -1,0 +1,146 @@
+"""An evaluation on its way: what is to be answered, and what is written as answers arrive."""
+
+import time
+from dataclasses import asdict
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from drgrpo import distributed
+from drgrpo.engine import stop_token_ids
+from drgrpo.evaluation import responses
+from drgrpo.evaluation.config import MAY_CHANGE_ON_RESUME, Command, EvalConfig
+from drgrpo.evaluation.evaluate import answer, counters, make_graders
+from drgrpo.rollout import Sampler, tokenize
+from drgrpo.run import provenance
+from drgrpo.run.files import write_json
+from drgrpo.run.log import Log
+from drgrpo.templates import Template, get_template
+from drgrpo.types import Problem, Sampling
+
+
+class Part(NamedTuple):
+    """A benchmark under one template and temperature. A problem whose prompt is too long for the
+    model has no `prompt_ids`."""
+
+    template: Template
+    temperature: float
+    benchmark: str
+    problems: list[Problem]
+
+    @property
+    def tag(self) -> dict:
+        """The columns that all of its rows share."""
+        return {
+            "benchmark": self.benchmark,
+            "template": self.template.name,
+            "temperature": self.temperature,
+        }
+
+
+def make_parts(
+    config: EvalConfig,
+    sets: dict[str, list[Problem]],
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int,
+) -> list[Part]:
+    """Every benchmark under every template and temperature, tokenized."""
+    parts = []
+    for template in map(get_template, config.all_templates):
+        prompts = {}
+        for name, problems in sets.items():
+            fitting = {p.id: p for p in tokenize(problems, template, tokenizer, positions - 1)[0]}
+            prompts[name] = [fitting.get(p.id, p) for p in problems]
+        for temperature, name in product(config.all_temperatures, sets):
+            parts.append(Part(template, temperature, name, prompts[name]))
+    return parts
+
+
+class Record:
+    """The files of a running evaluation, which rank 0 writes: `responses.jsonl`, and `eval.json`
+    with the settings, counters and seconds so far. A record begins with what an interrupted call
+    left."""
+
+    def __init__(self, log: Log, report: dict) -> None:
+        self.log, self.report = log, report
+        self.rows, saved = responses.resume_rows(log.out, report, MAY_CHANGE_ON_RESUME)
+        self.saved_counters = saved.get("counters", {})
+        self.saved_seconds = saved.get("seconds", 0.0)
+        report |= {"counters": dict(self.saved_counters), "seconds": self.saved_seconds}
+        write_json(log.out / "eval.json", report)
+
+    def add(self, rows: list[dict], counts: list[dict[str, int]], seconds: float) -> None:
+        """Append rows. `counts` are the counters of all processes and `seconds` is the time, both
+        since this call of `eval.py` began to sample."""
+        self.rows += rows
+        self.log.record("responses", *rows)
+        old = self.saved_counters
+        for name in counts[0]:
+            self.report["counters"][name] = old.get(name, 0) + sum(c[name] for c in counts)
+        self.report["seconds"] = self.saved_seconds + seconds
+        write_json(self.log.out / "eval.json", self.report)
+
+
+def open_record(log: Log, command: Command, resolved: dict, device: torch.device) -> Record:
+    """The record of this call. `resolved` are the settings that `auto` stands for. UserError if the
+    folder holds responses to other settings."""
+    config = command.config
+    settings = asdict(config) | resolved
+    settings["weights"] = provenance.fingerprint(config.model)
+    settings["data"] = {name: provenance.problems_digest(p) for name, p in command.sets.items()}
+    world = torch.distributed.get_world_size()
+    report = {
+        "settings": settings,
+        "versions": provenance.versions(resolved["engine"]),
+        "notices": command.notices,
+        "device": f"{world} x {provenance.device_name(device)}",
+    }
+    return Record(log, report)
+
+
+def unanswered(parts: list[Part], record: Record | None, log: Log) -> list[Part]:
+    """What rank 0's record does not hold yet, on every process."""
+    keys = [responses.key(row) for row in record.rows] if record else []
+    answered = set(distributed.gather_lists(keys)[0])
+    todo, count = [], 0
+    for part in parts:
+        where = (part.template.name, part.temperature, part.benchmark)
+        problems = [p for p in part.problems if (*where, p.id) not in answered]
+        if problems:
+            todo.append(part._replace(problems=problems))
+            count += len(problems)
+    if answered:
+        log.say(f"{log.out}: {len(answered)} problems are answered, {count} are left")
+    return todo
+
+
+def answer_parts(
+    config: EvalConfig, parts: list[Part], sampler: Sampler, log: Log, record: Record | None
+) -> None:
+    """Answer every problem, a chunk of a benchmark at a time. `record` is None except on rank 0."""
+    started = time.perf_counter()
+    world = torch.distributed.get_world_size()
+    chunk = max(1, config.write_every * world // config.tp // config.samples)
+    ends = stop_token_ids(config.model, sampler.tokenizer)
+    with make_graders({part.template.answer for part in parts}, config.grader) as graders:
+        for part in parts:
+            sampling = Sampling(
+                max_new_tokens=config.max_new_tokens,
+                temperature=part.temperature,
+                stop=part.template.stop,
+                stop_token_ids=ends,
+            )
+            for start in range(0, len(part.problems), chunk):
+                problems = part.problems[start : start + chunk]
+                grader = graders[part.template.answer]
+                rows = answer(sampler, grader, problems, config.samples, sampling)
+                counts = distributed.gather([counters(graders)], config.tp)
+                if record:
+                    seconds = time.perf_counter() - started
+                    record.add([part.tag | row for row in rows], counts, seconds)
+            log.say(
+                f"{part.benchmark}, {part.template.name}, T={part.temperature:g}: "
+                f"{len(part.problems)} problems answered"
+            )

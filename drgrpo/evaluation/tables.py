@@ -1,0 +1,36 @@
+"""Tables on the terminal."""
+
+from collections.abc import Collection, Sequence
+
+from rich.table import Table
+
+from drgrpo.run.log import number
+
+
+def make_table(
+    title: str,
+    columns: Sequence[str],
+    *groups: list[list[str]],
+    caption: str = "",
+    left: Collection[str] = (),
+) -> Table:
+    """A table with a line between the groups of rows. The first column and those in `left` are
+    aligned to the left."""
+    options = {"title_justify": "left", "caption_justify": "left"}
+    table = Table(title=title, caption=caption or None, **options)
+    for i, column in enumerate(columns):
+        justify = "left" if i == 0 or column in left else "right"
+        table.add_column(column, justify=justify, overflow="fold")
+    for rows in groups:
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
+    return table
+
+
+def percent(share: float | None) -> str:
+    return number(None if share is None else 100 * share)
+
+
+def span(interval: Sequence[float]) -> str:
+    return " to ".join(map(percent, interval))

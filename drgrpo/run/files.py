@@ -1,0 +1,28 @@
+"""Files of a run: JSON lines, and writes that are complete or absent."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step, so that a kill leaves the old content or the new."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One indented JSON value, in one step. ValueError for NaN and infinity."""
+    write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
+    """One JSON object a line, at the end of the file. ValueError for NaN and infinity."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,0 +1,81 @@
+"""The folder of a run.
+
+    OUT/config.json     every setting
+    OUT/run.json        each start: commit, command line, machine, versions
+    OUT/metrics.jsonl   one line a step
+    OUT/samples.jsonl   prompts and responses
+    OUT/eval.jsonl      one line an evaluation of a benchmark
+    OUT/plots/          figures
+    OUT/checkpoints/    see checkpoint.py
+    OUT/hf              the newest weights, for transformers, vLLM and eval.py
+
+This file imports no torch, so that a wrong `--out` is reported at once.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from drgrpo.config import MAY_CHANGE_ON_RESUME, Config
+from drgrpo.run.cli import flag
+from drgrpo.run.files import write_atomically, write_json
+from drgrpo.types import UserError
+
+RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
+
+
+def check(config: Config) -> None:
+    """UserError unless the folder is empty or holds a run of this config. Writes nothing."""
+    out = config.folder
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "config.json").is_file():
+        raise UserError(f"--out {out} is not empty and holds no run; choose another folder")
+    saved, current = json.loads((out / "config.json").read_text()), asdict(config)
+    changed = [
+        name
+        for name, value in current.items()
+        if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value
+    ]
+    if changed:
+        shown = ", ".join(f"{k}={saved.get(k)!r} there, {current[k]!r} now" for k in changed)
+        raise UserError(
+            f"--out {out} holds a run of another config ({shown}); give this run its own folder, "
+            f"such as --out {out}-{suffix(current, changed)}"
+        )
+    if config.resume == "never" and list_checkpoints(out):
+        raise UserError(
+            f"--out {out} holds checkpoints and --resume is never; choose another --out"
+        )
+
+
+def suffix(settings: dict, changed: list[str]) -> str:
+    """A folder name that tells this run from the one that it differs from."""
+    names = [settings[k].strip("/") for k in changed if k in ("recipe", "algo", "engine")]
+    names += [f"{flag(k)}{settings[k]}" for k in changed if isinstance(settings[k], int | float)]
+    return "-".join(names) or "2"
+
+
+def list_checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    return sorted(out.glob(f"checkpoints/step-{'[0-9]' * 6}"), reverse=True)
+
+
+def open_run(config: Config, resumed_step: int, machine: dict) -> None:
+    """Make the folder, write config.json, add this start to run.json, and cut the records back to
+    the step that the run resumes from. For rank 0."""
+    out = config.folder
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", asdict(config))
+    starts = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else []
+    write_json(out / "run.json", [*starts, {"resumed_step": resumed_step, **machine}])
+    for name in RECORDS:
+        cut_back(out / name, resumed_step)
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keep the lines of a record up to `step`. Step 0 keeps none: without a checkpoint, the
+    evaluation before training is made again. A line that a kill tore off has no newline."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    complete = [line for line in lines if line.endswith("\n") and step]
+    write_atomically(path, "".join(line for line in complete if json.loads(line)["step"] <= step))

@@ -1,0 +1,38 @@
+"""Files are written completely or not at all, and hold valid JSON."""
+
+import pytest
+
+from drgrpo.run.files import append_jsonl, read_jsonl, write_atomically, write_json
+
+
+def test_rows_come_back_in_order_and_nan_is_refused(tmp_path):
+    append_jsonl(tmp_path / "metrics.jsonl", [{"a": 1}])
+    append_jsonl(tmp_path / "metrics.jsonl", [{"a": None}])
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"a": 1}, {"a": None}]
+    with pytest.raises(ValueError, match="JSON"):
+        append_jsonl(tmp_path / "metrics.jsonl", [{"a": float("nan")}])
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "run.json", float("inf"))
+
+
+@pytest.mark.parametrize("content", ["text", b"bytes"])
+def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch, content):
+    path = tmp_path / "eval.json"
+    write_atomically(path, "old")
+
+    def fail(self, target):
+        raise OSError("killed before the rename")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "replace", fail)
+        with pytest.raises(OSError, match="killed"):
+            write_atomically(path, content)
+    assert path.read_text() == "old"
+    write_atomically(path, content)
+    assert path.read_bytes() in (b"text", b"bytes")
+
+
+def test_files_that_differ_in_their_ending_do_not_share_a_partial(tmp_path):
+    (tmp_path / "eval.json.partial").write_text("another writer's")
+    write_atomically(tmp_path / "eval.jsonl", "rows")
+    assert (tmp_path / "eval.json.partial").read_text() == "another writer's"

@@ -1,0 +1,127 @@
+"""README's table "to change | edit" is true: each row's edit changes a run.
+
+A row names `file:thing`. The test replaces exactly that thing and looks at what a run leaves."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT
+from drgrpo import advantage, config, data, templates
+from drgrpo.engine_torch import TorchEngine
+from drgrpo.kernels import linear_drgrpo
+from drgrpo.run.files import read_jsonl
+from drgrpo.templates import Template
+from runs import run, small
+
+STEP = {"steps": 1, "eval_data": ""}
+
+
+def reward(patch):
+    patch.setattr(train, "reward", lambda rollout, grade: rollout.length / 10)
+    return lambda out, row, base: row["reward_mean"] > 1
+
+
+def group_advantage(patch):
+    patch.setattr(train, "group_advantage", lambda reward_PG, algo: 2 * original(reward_PG, algo))
+    original = advantage.group_advantage
+    return lambda out, row, base: row["grad_norm"] == pytest.approx(2 * base["grad_norm"], rel=0.1)
+
+
+def token_weight(patch):
+    patch.setattr(train, "token_weight", lambda length_B, algo, budget: torch.zeros(len(length_B)))
+    return lambda out, row, base: row["grad_norm"] == 0
+
+
+def token_objective(patch):
+    original = linear_drgrpo.token_objective
+
+    def doubled(logprob, *args, **kwargs):
+        loss, stats = original(logprob, *args, **kwargs)
+        return 2 * loss, stats
+
+    patch.setattr(linear_drgrpo, "token_objective", doubled)
+    return lambda out, row, base: row["loss"] == pytest.approx(2 * base["loss"], rel=0.2)
+
+
+def learning_rate(patch):
+    patch.setattr(train, "learning_rate", lambda config, update: 0.125)
+    return lambda out, row, base: row["lr"] == 0.125
+
+
+def prompt(patch):
+    shouting = Template("arithmetic", "{q}!~", answer="hash")
+    patch.setitem(templates.TEMPLATES, "arithmetic", shouting)
+    return lambda out, row, base: row["entropy"] > base["entropy"]
+
+
+def load_problems(patch):
+    original = data.load_problems
+    patch.setattr(data, "load_problems", lambda *args, **kwargs: original(*args, **kwargs)[:2])
+    return lambda out, row, base: (
+        len({r["problem"] for r in read_jsonl(out / "samples.jsonl")}) == 2
+    )
+
+
+def recipes(patch):
+    patch.setitem(config.RECIPES, "mine", lambda: replace(config.tiny(), recipe="mine", lr=0.5))
+    assert config.parse_args(["--recipe", "mine"]).lr == 0.5
+    return None
+
+
+def sampler(patch):
+    class Silent(TorchEngine):
+        def generate(self, requests, sampling, on_finish):
+            return super().generate(requests, replace(sampling, max_new_tokens=3), on_finish)
+
+    def make_engine(config, path, tokenizer, device, max_tokens, ledger=None):
+        options = {"dtype": torch.float32, "device": device, "batch": 8}
+        return Silent(path, tokenizer, **options, max_tokens=max_tokens)
+
+    patch.setattr(train, "make_engine", make_engine)
+    return lambda out, row, base: row["response_len_mean"] == 3
+
+
+EDITS = {
+    "train.py:reward": reward,
+    "drgrpo/advantage.py:group_advantage": group_advantage,
+    "drgrpo/advantage.py:token_weight": token_weight,
+    "kernels/linear_drgrpo.py:token_objective": token_objective,
+    "train.py:learning_rate": learning_rate,
+    "drgrpo/templates.py:TEMPLATES": prompt,
+    "drgrpo/data.py:load_problems": load_problems,
+    "drgrpo/config.py:RECIPES": recipes,
+    "drgrpo/engine.py:make_engine": sampler,
+}
+
+
+@pytest.fixture(scope="module")
+def unchanged(warm_model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("forks") / "base"
+    (row,) = run(small(warm_model, out, **STEP))
+    return out, row
+
+
+@pytest.mark.parametrize("place", EDITS)
+def test_an_edit_changes_training(place, unchanged, warm_model, tmp_path, monkeypatch):
+    changed = EDITS[place](monkeypatch)
+    if changed:
+        (row,) = run(small(warm_model, tmp_path / "fork", **STEP))
+        out, before = unchanged
+        assert not changed(out, before, before), "true without the edit too"
+        assert changed(tmp_path / "fork", row, before)
+
+
+def test_the_readme_names_these_places_and_no_others():
+    table = (ROOT / "README.md").read_text().split("| to change |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`([\w/]+\.py:\w+)`", table)) == set(EDITS)
+
+
+@pytest.mark.parametrize("place", EDITS)
+def test_each_place_is_defined_in_its_file(place):
+    file, name = place.split(":")
+    pattern = rf"^(def|class) {name}\b|^{name}\b.*="
+    assert re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)
