@@ -68,12 +68,13 @@ class Report:
     runs: dict[str, dict] = field(default_factory=dict)
 
     def write(self) -> None:
-        from bench.harness import write_file, write_json
+        from bench.harness import write_json
+        from drgrpo.run.files import write_atomically
 
         head = {"status": self.status, "rehearsal": self.rehearsal}
         taken = constants(self.runs, self.rehearsal)
         write_json(self.out / "gpu.json", head | taken | {"runs": self.runs})
-        write_file(self.out / "summary.md", summary(self))
+        write_atomically(self.out / "summary.md", summary(self))
 
 
 # ---- the parts
@@ -131,7 +132,7 @@ def gpu_tests() -> list[tuple[Path, float]]:
     marked = re.compile(r"^@(pytest\.mark\.)?gpu$", re.M)
     paths = sorted((ROOT / "tests").glob("test_*.py"))
     chosen = [path for path in paths if marked.search(path.read_text())]
-    return [(path, 60.0 if path.stem == "test_linear_drgrpo" else 35.0) for path in chosen]
+    return [(path, 60.0 if path.stem == "test_linear_drgrpo_gpu" else 35.0) for path in chosen]
 
 
 def test_command(path: Path) -> list[str]:
@@ -193,7 +194,7 @@ TINY = "--recipe tiny --engine torch --eval-every 0 --eval-samples 1 --save-ever
 def tiny(work: Path, rehearse: bool) -> dict:
     """The tiny recipe as a user runs it, with our own sampler: to its end, and then resumed with
     more steps."""
-    from drgrpo.run.log import read_jsonl
+    from drgrpo.run.files import read_jsonl
 
     steps, more, out = *((12, 2) if rehearse else (40, 5)), work / "tiny"
     command = [sys.executable, "train.py", *TINY.split(), "--out", str(out), "--steps"]

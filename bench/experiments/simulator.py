@@ -276,7 +276,7 @@ def recipe(name: str, **changes) -> Setup:
         slots=c.sampler_batch,
         microbatch=c.tokens_per_microbatch,
         forwards=int(c.old_logprob == "recompute"),
-        drop=c.drops,
+        drop=c.drops_zero_advantage,
         checkpointing=c.checkpointing,
     )
     return replace(job, **changes)
@@ -285,23 +285,19 @@ def recipe(name: str, **changes) -> Setup:
 def ledger(s: Setup, m: Machine) -> Ledger:
     """The ledger of drgrpo/run/memory.py on a GPU from which an unfused head's logits are taken
     first. UserError if it does not fit."""
-    lm, longest = shape(s.model), s.prompt + s.cap
-    tokens = s.microbatch if s.batching == "packed" else s.microbatch * longest
+    lm = shape(s.model)
+    tokens = s.microbatch if s.batching == "packed" else s.microbatch * (s.prompt + s.cap)
     logits = 0 if s.fused_head else m.rates.naive_logits_held * tokens * lm.config.vocab_size
-    return make_ledger(
-        lm.config,
-        lm.parameters,
-        shards=s.shards,
-        bytes_each=2,
+    config = replace(
+        RECIPES["oat_zero_7b"](),
         checkpointing=s.checkpointing,
-        microbatch=tokens,
-        max_tokens=longest,
-        sequences=s.slots,
+        tokens_per_microbatch=tokens,
+        max_new_tokens=s.cap,
+        sampler_batch=s.slots,
         tp=s.tp,
-        kv_cache_gb=0,
-        sleep="auto",
-        gpu_bytes=int(m.gpus[s.gpu].gib * 2**30 - logits),
     )
+    gpu_bytes = int(m.gpus[s.gpu].gib * 2**30 - logits)
+    return make_ledger(config, lm.config, lm.parameters, s.prompt, s.shards, gpu_bytes)
 
 
 def fitting(s: Setup, m: Machine) -> Setup:

@@ -14,7 +14,8 @@ accurate than GRPO.
 
 Every run is a `train.py` of its own on the `tiny` recipe, for Dr. GRPO, GRPO, and Dr. GRPO with one
 of GRPO's two divisions put back. Then GRPO is compared with Dr. GRPO in set-ups that differ in one
-thing. Finished runs are not run again.
+thing. Finished runs are not run again. The committed runs logged 32 samples a step, from which the
+share of "wrong ones that say so" comes. train.py logs fewer now, so a rerun's share is less exact.
 
     study.json            every run's end, the differences with intervals and tests
     study.png             accuracy, length of wrong answers, truncated share by step
@@ -55,7 +56,7 @@ from bench.harness import (
     spread,
     write_json,
 )
-from drgrpo.run.log import read_jsonl
+from drgrpo.run.files import read_jsonl
 from drgrpo.tiny.warmup import Warmup, cached_tiny_model
 
 ALGOS = {
@@ -125,7 +126,7 @@ def train_all(name: str, setting: Setting, runs: Path, jobs: int) -> None:
     """The warm-ups of a set-up, then those of its runs that are not there yet, `jobs` at a time."""
     warmups = [Warmup(seed=seed, **setting.warmup) for seed in range(setting.seeds)]
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        models = list(pool.map(partial(cached_tiny_model, cache_dir=runs / "warmup"), warmups))
+        models = list(pool.map(partial(cached_tiny_model, folder=runs / "warmup"), warmups))
 
     def train(arm: tuple[str, int]) -> None:
         algo, seed = arm
@@ -156,7 +157,6 @@ def train_one(setting: Setting, model: Path, out: Path, algo: str, seed: int) ->
         "steps": setting.steps,
         "eval_every": EVAL_EVERY,
         "save_every": 0,
-        "samples_logged": 32,
         "out": out,
         **setting.train,
     }
