@@ -26,12 +26,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-import train
 from bench.harness import RESULTS, provenance, write_json
 from bench.shapes import SHAPES, model_config
 from drgrpo import distributed, pack, parity
@@ -40,6 +40,17 @@ from drgrpo.model import Objective, Policy, load_policy
 from drgrpo.tiny.tokenizer import byte_tokenizer
 from drgrpo.tiny.warmup import Warmup, build_tiny_model
 from drgrpo.types import Completion, Request, Sampling
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The settings of a sampler, as `make_engine` takes them."""
+
+    engine: str
+    dtype: str
+    sampler_batch: int = 256
+    tp: int = 1
+
 
 SIZES = {"torch": (64, 96), "vllm": (512, 1024)}
 """(responses, token budget) of each engine on a GPU. vLLM is last: when it ends, it takes the
@@ -116,10 +127,10 @@ def gaps(
     pass."""
     sequences, parts = [], []
     for r, c in zip(requests, completions, strict=True):
-        sequences.append((r.prompt_ids, c.token_ids, c.logprobs, 0.0))
+        sequences.append(pack.Sequence(r.prompt_ids, c.token_ids, c.logprobs, 0.0))
     for i in range(0, len(sequences), 16):
         batch = pack.pack(sequences[i : i + 16], device)
-        parts.append((train.logprob(policy, batch, Objective()) - batch.sampler_logprob_N).abs())
+        parts.append((policy.logprob(batch) - batch.sampler_logprob_N).abs())
     gap_N, limits = torch.cat(parts).double(), parity.LIMITS[dtype]
     mean, largest = gap_N.mean().item(), gap_N.max().item()
     return {
@@ -168,16 +179,10 @@ def measure(
         return gaps(policy, fresh, sample(engine, fresh, sampling)[0], dtype, device)
 
     with timed(row, "build_s", device):
+        cache = 8.0 if device.type == "cuda" else 0.05
+        choice = EngineChoice(name, str(dtype).removeprefix("torch."))
         engine = make_engine(
-            name,
-            folder,
-            byte_tokenizer(),
-            dtype=dtype,
-            device=device,
-            batch=256,
-            max_tokens=prompt + budget,
-            kv_cache_gb=8.0 if device.type == "cuda" else 0.05,
-            sleep=sleeps,
+            choice, folder, byte_tokenizer(), device, prompt + budget, cache, sleeps
         )
     with timed(row, "first_sync_s", device):
         engine.sync(policy.named_weights(dtype))
@@ -201,7 +206,6 @@ def measure(
         slept["freed_gb"] = (torch.cuda.mem_get_info()[0] - free) / 1e9
         move(policy)
         with timed(slept, "wake_and_sync_s", device):
-            engine.wake()
             engine.sync(policy.named_weights(dtype))
         slept |= compare()
         save()
@@ -253,7 +257,7 @@ def main() -> None:
             build_tiny_model(Warmup(), folder)
         else:
             build_model(args.shape, device, folder)
-        policy = load_policy(folder, dtype=dtype, device=device)
+        policy = load_policy(folder, Objective(), dtype=dtype, device=device)
         for name, (count, budget) in SIZES.items():
             row = engines[name] = {}
             rest = args.seconds - (time.monotonic() - started)

@@ -31,7 +31,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
+from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist, median
 from unittest.mock import patch
@@ -58,25 +59,24 @@ from bench.harness import (
 from bench.shapes import SHAPES, model_config
 from drgrpo import data, distributed, pack
 from drgrpo.advantage import group_advantage
-from drgrpo.config import CHOICES, RECIPES, Config
+from drgrpo.config import RECIPES, Config
 from drgrpo.engine_torch import TorchEngine
 from drgrpo.grade import Grader
 from drgrpo.model import (
-    ATTENTION,
     Objective,
     Policy,
+    attention_implementation,
     load_policy,
     make_policy,
     recompute_activations,
-    resolve_attention,
 )
-from drgrpo.rollout import rollout, tokenize
+from drgrpo.rollout import Sampler, tokenize
+from drgrpo.run.files import read_jsonl
 from drgrpo.run.flops import peak_flops, training_flops
-from drgrpo.run.log import read_jsonl
-from drgrpo.run.memory import GIB, USABLE, make_ledger
+from drgrpo.run.memory import GIB, USABLE, kept_gib, training_gib
 from drgrpo.templates import get_template
 from drgrpo.tiny.tokenizer import byte_tokenizer
-from drgrpo.tiny.warmup import Warmup, build_tiny_model, cached_tiny_model
+from drgrpo.tiny.warmup import CACHE, Warmup, build_tiny_model, cached_tiny_model
 from drgrpo.types import Completion, Problem, Rollout, Sampling, UserError
 
 CPU = torch.device("cpu")
@@ -106,6 +106,7 @@ count of FLOPs."""
 
 PHASES = ("pack", "old log-probs", "forward", "head + loss", "backward", "optimizer")
 STEP_PHASES = ("rollout", "grade", "pack", "old", "train", "sync", "save")
+LEVELS = ("none", "selective", "full")  # of activation checkpointing
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 OUT_OF_MEMORY, NOT_REACHED = "out of memory", "not reached"
 
@@ -127,11 +128,11 @@ def features(config: Config, sweep: bool) -> dict[str, dict]:
         "LM head not fused with the loss": {"head": whole_logits},
         "old log-probs recomputed": {"old_logprob": "recompute"},
     }
-    full, levels = config.tokens_per_microbatch, CHOICES["checkpointing"]
-    for level in levels:
+    full = config.tokens_per_microbatch
+    for level in LEVELS:
         if level != config.checkpointing:
             variants[f"checkpointing {level}"] = {"checkpointing": level}
-    for level, tokens in product(levels, (full // 4, full // 2)) if sweep else ():
+    for level, tokens in product(LEVELS, (full // 4, full // 2)) if sweep else ():
         changes = {"checkpointing": level, "tokens_per_microbatch": tokens}
         variants[f"checkpointing {level}, {tokens} tokens"] = changes
     return variants
@@ -168,14 +169,17 @@ def even_parts(items: list[int], count: int) -> list[list[int]]:
     return [part.tolist() for part in np.array_split(np.array(items, dtype=int), count)]
 
 
+def load(lengths: dict[int, int], part: Sequence[int]) -> int:
+    return sum(lengths[i] for i in part)
+
+
 def equal_counts(lengths: dict[int, int], world: int, budget: int) -> list[list[list[int]]]:
     """`pack.microbatches` without balance. In the order of arrival, every process and every
     micro-batch gets as many responses, in as few micro-batches as stay within the budget."""
     shares = even_parts([*lengths], world)
     for count in range(1, 1 + max(1, *map(len, shares))):
         plan = [even_parts(share, count) for share in shares]
-        loads = [sum(lengths[i] for i in part) for parts in plan for part in parts]
-        if max(loads) <= budget:
+        if max(load(lengths, part) for parts in plan for part in parts) <= budget:
             break
     return plan
 
@@ -314,30 +318,26 @@ class Trainer:
 
     def step(self, changes: dict) -> tuple[list[float], dict[str, float]]:
         """(gradient norm of every optimizer step, seconds by phase)."""
-        config, objective, norms = self.changed(changes), Objective(), []
+        config, norms = self.changed(changes), []
         with switched(self.policy, config, changes):
             clock = Clock(self.device)
-            updates = train.plan_updates(
-                config, self.rollouts, self.advantage_PG, 1, 0, 1, self.device
-            )
+            plan = train.plan_updates(config, self.rollouts, self.advantage_PG, 1, self.device)
             clock.mark("pack")
-            old = []
-            for batches in updates:
-                old.append([train.old_logprob(config, self.policy, b, objective) for b in batches])
+            for batch in chain(*plan):
+                batch.old_logprob_N = train.old_logprob(config, self.policy, batch)
             clock.mark("old log-probs")
             with clock.watching(self.policy):
-                for batches, logprobs in zip(updates, old, strict=True):
-                    work = [(b, old_N, None) for b, old_N in zip(batches, logprobs, strict=True)]
-                    stats = train.train_minibatch(
-                        config, self.policy, self.optimizer, work, objective, 0.0, False
+                for batches in plan:
+                    update = train.train_minibatch(
+                        config, self.policy, self.optimizer, batches, 0.0
                     )
-                    norms.append(stats["grad_norm"])
+                    norms.append(update.grad_norm)
                     clock.mark("optimizer")
             return norms, clock.seconds()
 
     def trained(self, changes: dict) -> list[tuple[int, int]]:
         """(prompt, response) tokens of the responses that are trained on."""
-        drops = self.changed(changes).drops
+        drops = self.changed(changes).drops_zero_advantage
         pairs = zip(self.rollouts, self.advantage_PG.flatten().tolist(), strict=True)
         kept = [r for r, advantage in pairs if advantage or not drops]
         return [(len(r.problem.prompt_ids), r.length) for r in kept]
@@ -429,11 +429,12 @@ def summary(trainer: Trainer, changes: dict, row: dict) -> dict:
     totals, lengths = [sum(turn.values()) for turn in row["turns"]], trainer.trained(changes)
     seconds, limit = median(totals), peak_flops(trainer.device)
     speed = training_flops(trainer.policy.lm, lengths) / seconds
+    phases = {phase: median(map(itemgetter(phase), row["turns"])) for phase in PHASES}
     return {
         "variant": row["variant"],
         "turns": len(totals),
         "seconds": {"median": seconds, "low": min(totals), "high": max(totals)},
-        "phases": {phase: median(turn[phase] for turn in row["turns"]) for phase in PHASES},
+        "phases": phases,
         "tokens_per_s": sum(map(sum, lengths)) / seconds,
         "peak_bytes": row["peak_bytes"],
         "tflops": speed / 1e12,
@@ -452,12 +453,12 @@ def lm_config(model: str, layers: int) -> PretrainedConfig:
 def build_policy(model: str, layers: int, dtype: torch.dtype, device: torch.device) -> Policy:
     """Random weights from one seed, in float32, made on the device."""
     torch.manual_seed(0)
-    attention = ATTENTION[resolve_attention("auto", device, dtype)]
+    attention = attention_implementation("auto", device, dtype)
     with torch.device(device):
         lm = AutoModelForCausalLM.from_config(
             lm_config(model, layers), dtype=torch.float32, attn_implementation=attention
         )
-    return make_policy(lm, dtype=dtype, device=device)
+    return make_policy(lm, Objective(), dtype=dtype, device=device)
 
 
 def needed_bytes(model: str, layers: int, config: Config) -> float:
@@ -465,21 +466,9 @@ def needed_bytes(model: str, layers: int, config: Config) -> float:
     lm = lm_config(model, layers)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(lm).num_parameters()
-    ledger = make_ledger(
-        lm,
-        parameters,
-        shards=1,
-        bytes_each=2,
-        checkpointing=config.checkpointing,
-        microbatch=config.tokens_per_microbatch,
-        max_tokens=0,
-        sequences=0,
-        tp=1,
-        kv_cache_gb=0.0,
-        sleep="on",
-        gpu_bytes=None,
-    )
-    return GIB * (sum(ledger.kept.values()) + sum(ledger.training.values()))
+    kept = kept_gib(parameters, shards=1, reference=False)
+    training = training_gib(config, lm, parameters, shards=1)
+    return GIB * sum([*kept.values(), *training.values()])
 
 
 def layers_that_fit(model: str, config: Config, free: int) -> int:
@@ -531,9 +520,11 @@ def made_up(
     lengths = {i: prompt + len(t) for i, t in enumerate(tokens)}
     logprobs: dict[int, list[float]] = {}
     for chosen in pack.microbatches(lengths, 1, config.tokens_per_microbatch)[0]:
-        parts = [(prompt_B[i].prompt_ids, tokens[i], [0.0] * len(tokens[i]), 0.0) for i in chosen]
-        logprob_N = train.logprob(policy, pack.pack(parts, device), Objective())
         sizes = [len(tokens[i]) for i in chosen]
+        parts = []
+        for i, size in zip(chosen, sizes, strict=True):
+            parts.append(pack.Sequence(prompt_B[i].prompt_ids, tokens[i], [0.0] * size, 0.0))
+        logprob_N = policy.logprob(pack.pack(parts, device))
         for i, part in zip(chosen, logprob_N.split(sizes), strict=True):
             logprobs[i] = part.tolist()
     rollouts = []
@@ -566,7 +557,7 @@ def imbalance(config: Config, world: int = 8) -> dict[str, float]:
         for chosen in pack.minibatches(len(length_B), config.minibatches, seed=0, step=1):
             lengths = {i: int(length_B[i]) for i in chosen if advantage_B[i]}
             for parts in zip(*split(lengths, world, budget), strict=True):
-                loads = [sum(lengths[i] for i in part) for part in parts]
+                loads = [load(lengths, part) for part in parts]
                 busiest += world * max(loads)
                 total += sum(loads)
         shares[name] = busiest / total
@@ -587,10 +578,11 @@ def sample(config: Config, path: str, policy: Policy) -> tuple[list[Rollout], Te
     )
     stop = (tokenizer.eos_token_id,)
     sampling = Sampling(max_new_tokens=config.max_new_tokens, stop_token_ids=stop)
-    rollouts = rollout(engine, tokenizer, problems, config.group_size, sampling, 0, 1)
+    sampler = Sampler(engine, tokenizer, seed=0)
     with Grader("hash") as grader:
-        grades = grader([r.text for r in rollouts], [r.problem.answer for r in rollouts])
-    reward_PG = torch.tensor([g.score for g in grades]).view(-1, config.group_size)
+        rollouts, grades = sampler.rollout(problems, config.group_size, sampling, 1, grader)
+        rewards = [grade.result().score for grade in grades]
+    reward_PG = torch.tensor(rewards).view(-1, config.group_size)
     if not reward_PG.any():  # random weights: every second group gets one answer in four
         reward_PG[::2, ::4] = 1.0
     return rollouts, group_advantage(reward_PG, config.algo)
@@ -624,17 +616,16 @@ class Cases:
 def on_cpu(cases: Cases, args: argparse.Namespace) -> None:
     """The tiny recipe's model and a wider one, then whole steps."""
     config = RECIPES["tiny"]()
-    cache = ROOT / config.cache_dir
     config = replace(config, prompts_per_step=args.responses // config.group_size)
     variants = features(config, sweep=False)
     with tempfile.TemporaryDirectory() as folder:
         build_tiny_model(WIDE, folder)
-        tiny = str(cached_tiny_model(Warmup(), cache, report=lambda line: None))
+        tiny = str(cached_tiny_model(Warmup(), ROOT / CACHE, log=lambda line: None))
         for name, path, repeats in (
             ("tiny", tiny, 3 * args.repeats),
             ("wide", folder, args.repeats),
         ):
-            build = partial(load_policy, path, dtype=torch.float32, device=CPU)
+            build = partial(load_policy, path, Objective(), dtype=torch.float32, device=CPU)
             cases.repeats = repeats
             cases.run(
                 name, partial(Trainer, config, CPU, build, partial(sample, config, path)), variants
@@ -644,7 +635,7 @@ def on_cpu(cases: Cases, args: argparse.Namespace) -> None:
     for row, flags in zip(rows, WHOLE_STEPS.values(), strict=True):
         if cases.budget.allows():
             with cases.budget.spending():
-                row |= {"skipped": None} | whole_steps(flags, args.steps, cache)
+                row |= {"skipped": None} | whole_steps(flags, args.steps)
         cases.save()
 
 
@@ -703,7 +694,7 @@ WHOLE_STEPS = {
 time."""
 
 
-def whole_steps(flags: Sequence[str], steps: int, cache: Path) -> dict:
+def whole_steps(flags: Sequence[str], steps: int) -> dict:
     """Medians over the steps of a short run of the tiny recipe that saves at each, without the
     first third."""
     if "vllm" in flags and importlib.util.find_spec("vllm") is None:
@@ -711,7 +702,7 @@ def whole_steps(flags: Sequence[str], steps: int, cache: Path) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train.py"), "--recipe", "tiny"]
         command += ["--out", f"{folder}/run", "--steps", str(steps), "--eval-data", ""]
-        command += ["--save-every", "1", "--cache-dir", str(cache), *flags]
+        command += ["--save-every", "1", *flags]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:

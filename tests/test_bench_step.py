@@ -144,8 +144,13 @@ def test_phases_add_up_to_the_wall_clock(group_of_one, monkeypatch):
 
 
 def test_padded_rows_give_the_gradients_of_packed_ones(random_model):
-    policy, grads, calls = load_policy(random_model, dtype=torch.float32, device=CPU), [], []
-    batch = pack.pack([([1, 2], [3] * n, [-5.0] * n, 0.5 - n % 2) for n in (1, 9, 4)])
+    policy, grads, calls = (
+        load_policy(random_model, Objective(), dtype=torch.float32, device=CPU),
+        [],
+        [],
+    )
+    batch = pack.pack([pack.Sequence([1, 2], [3] * n, [-5.0] * n, 0.5 - n % 2) for n in (1, 9, 4)])
+    batch.old_logprob_N = batch.sampler_logprob_N
 
     def note(module, args, output):
         calls.append(module.config._attn_implementation)
@@ -153,7 +158,7 @@ def test_padded_rows_give_the_gradients_of_packed_ones(random_model):
     policy.lm.base_model.register_forward_hook(note)
     for how in (bench.ExitStack, partial(bench.padded_model, policy.lm)):
         with how():
-            policy(batch, Objective(), batch.sampler_logprob_N, scale=0.1)[0].backward()
+            policy.loss(batch, scale=0.1)[0].backward()
         grads.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
         policy.zero_grad()
     torch.testing.assert_close(grads[1], grads[0], atol=1e-6, rtol=1e-5)
@@ -207,17 +212,15 @@ def test_made_up_rollouts_look_like_a_run(group_of_one):
 
 def test_a_made_up_sampler_reports_the_policys_log_probs(group_of_one):
     trainer = made_up_trainer()
-    updates = bench.train.plan_updates(
-        trainer.config, trainer.rollouts, trainer.advantage_PG, 1, 0, 1, CPU
-    )
-    for batch in (batch for batches in updates for batch in batches):
-        logprob_N, _ = trainer.policy(batch, Objective())
+    plan = bench.train.plan_updates(trainer.config, trainer.rollouts, trainer.advantage_PG, 1, CPU)
+    for batch in (batch for batches in plan for batch in batches):
+        logprob_N = trainer.policy.logprob(batch)
         torch.testing.assert_close(logprob_N, batch.sampler_logprob_N, atol=1e-5, rtol=0)
 
 
-def test_whole_steps_say_so_without_vllm(monkeypatch, tmp_path):
+def test_whole_steps_say_so_without_vllm(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    skipped = bench.whole_steps(["--engine", "vllm"], 3, tmp_path)
+    skipped = bench.whole_steps(["--engine", "vllm"], 3)
     assert skipped == {"skipped": "vLLM is not installed"}
 
 

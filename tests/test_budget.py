@@ -162,8 +162,8 @@ def test_packed_plans_are_those_of_the_trainer():
         tokens = {i: 120 + lengths[i] for i in chosen if kept_P[i // 8]}
         ranks = pack.microbatches(tokens, 8, 16384)
         for j, row in enumerate(part):
-            expected = [sum(tokens[i] for i in rank[j]) for rank in ranks]
-            assert [sum(120 + n for n in rank) for rank in row] == expected
+            for rank, dealt in zip(row, ranks, strict=True):
+                assert [120 + n for n in rank] == [tokens[i] for i in dealt[j]]
         assert len(part) == len(ranks[0])
     everything = plan(replace(s, drop=False), length_PG, kept_P, step=3)
     assert lengths_of(everything) == sorted(lengths)
@@ -173,9 +173,8 @@ def test_without_packing_every_rank_has_its_own_samples_padded_to_the_longest():
     s = Setup(batching="padded", microbatch=2, prompts=16, group=2, gpus=4, minibatches=2)
     length_PG, kept_P = np.arange(1, 33).reshape(16, 2), np.ones(16, bool)
     planned = plan(s, length_PG, kept_P, step=0)
-    assert [[len(row) for row in part] for part in planned] == [[4, 4], [4, 4]]
-    for rank in (rank for part in planned for row in part for rank in row):
-        assert len(rank) == 2 and rank[0] == rank[1]
+    assert np.shape(planned) == (2, 2, 4, 2)
+    assert all(rank[0] == rank[1] for part in planned for row in part for rank in row)
     tokens = lengths_of(planned)
     assert max(tokens) == 32 and sum(tokens) > sum(range(1, 33))
     single = plan(replace(s, microbatch=1), length_PG, kept_P, step=0)
@@ -217,7 +216,7 @@ def test_the_setup_is_the_recipes():
     assert (s.prompts, s.group, s.minibatches) == (c.prompts_per_step, c.group_size, c.minibatches)
     assert (s.steps, s.cap, s.slots) == (c.steps, c.max_new_tokens, c.sampler_batch)
     assert (s.microbatch, s.checkpointing) == (c.tokens_per_microbatch, c.checkpointing)
-    assert s.forwards == (c.old_logprob == "recompute") and s.drop == c.drops
+    assert s.forwards == (c.old_logprob == "recompute") and s.drop == c.drops_zero_advantage
     assert s.tp == 1 and s.batching == "packed" and s.carry == 0
     assert s.overlap_grading and s.one_eval
 
@@ -242,8 +241,8 @@ def test_every_rung_of_the_ladder_is_at_least_as_fast_as_the_one_below(rungs):
 def test_nothing_is_faster_than_the_roofline(rungs):
     ours = rungs[-1].setup
     bound = min(r.seconds for r in budget.floors(ours, RUN).values())
-    changes = [row[1] for row in (*budget.NEXT, *budget.STACKS)]
-    assert bound < min(r.seconds for r in [*rungs, *(RUN(ours, change) for change in changes)])
+    features = [RUN(ours, row[1]) for row in (*budget.NEXT, *budget.STACKS)]
+    assert bound < min(r.seconds for r in [*rungs, *features])
 
 
 WORSE = {"decode_share": 0.5, "train_share": 0.5, "engine_ms": 9.0, "tensor_ms": 9.0}

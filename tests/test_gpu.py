@@ -14,7 +14,15 @@ from bench import gpu
 from conftest import ROOT
 
 PYTHON = [sys.executable, "-u", "-c"]
-PARTS = ["ceilings", "tests_linear_drgrpo", "kernel", "step_rehearsal", "rollout", "tiny", "budget"]
+PARTS = [
+    "ceilings",
+    "tests_linear_drgrpo_gpu",
+    "kernel",
+    "step_rehearsal",
+    "rollout",
+    "tiny",
+    "budget",
+]
 FILES = {"gpu.json", "summary.md", "log.txt", "kernel.png", "step_rehearsal.png", "budget.png"}
 
 
@@ -46,7 +54,7 @@ def test_a_rehearsal_leaves_what_each_part_measured(rehearsal):
     runs = json.loads((rehearsal[1] / "gpu.json").read_text())["runs"]
     ceilings = runs["ceilings"]["result"]
     assert ceilings["copy_gb_per_s"] > 0.1 and "flash_attn" in ceilings["missing"]
-    outcomes = runs["tests_linear_drgrpo"]["result"]["outcomes"].values()
+    outcomes = runs["tests_linear_drgrpo_gpu"]["result"]["outcomes"].values()
     assert set(outcomes) == {"SKIPPED (needs a CUDA device)"}
     assert {"rows", "sweep"} <= runs["kernel"]["result"].keys()
     assert runs["rollout"]["result"]["engines"]["torch"]["gap_max"] < 1e-3
@@ -76,7 +84,7 @@ def test_on_a_gpu_at_most_eight_files_come_out(tmp_path):
     pictures = [part for part in parts if part.result and part.name not in plain]
     assert len(pictures) + len(["gpu.json", "summary.md", "log.txt"]) == 8
     names = [part.name for part in parts]
-    assert names[:4] == ["ceilings", "tests_linear_drgrpo", "tests_model", "tests_train"]
+    assert names[:4] == ["ceilings", "tests_linear_drgrpo_gpu", "tests_model", "tests_train"]
 
 
 def run_some(tmp_path, parts: list[gpu.Part], seconds: float) -> gpu.Report:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from bench.experiments import study
 from bench.experiments.study import Setting, difference, ends, folder, pooled, train_one
-from drgrpo.run.log import read_jsonl
+from drgrpo.run.files import read_jsonl
 from drgrpo.tiny.warmup import Warmup, cached_tiny_model
 
 pytestmark = pytest.mark.slow

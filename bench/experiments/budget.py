@@ -31,7 +31,6 @@ from bench.experiments.simulator import (
     PERFECT_MACHINE,
     PHASES,
     Machine,
-    Rates,
     Result,
     Setup,
     decode_cost,
@@ -129,7 +128,7 @@ MACHINES = (  # recipe, GPU, GPUs, nodes
 
 def changed(s: Setup, m: Machine, changes: dict) -> tuple[Setup, Machine]:
     """The setup and the machine with other fields. UserError for a name that neither has."""
-    setup_fields, rate_fields = ({f.name for f in fields(cls)} for cls in (Setup, Rates))
+    setup_fields, rate_fields = set(vars(s)), set(vars(m.rates))
     if unknown := set(changes) - setup_fields - rate_fields:
         raise UserError(f"{sorted(unknown)}: fields neither of Setup nor of Rates")
     s = replace(s, **{k: v for k, v in changes.items() if k in setup_fields})
@@ -533,22 +532,21 @@ def measure(run: Simulation) -> dict:
     prices = {name: price for name, _, price in NEXT}
     following = {name: run(ours.setup, changes) for name, changes, _ in NEXT}
     stacks = {name: run(ours.setup, changes) for name, changes in STACKS}
+    ordered = sorted(named(following), key=lambda row: row["seconds"])
     sensitivities = []
     for name, *ends in SENSITIVITIES:
         hours = [run(ours.setup, changes).hours for changes in ends]
         sensitivities.append({"name": name, "hours": hours})
+    machines = [measure_machine(run, *machine) for machine in MACHINES]
     return {
         "validation": rows,
         "realism": real,
         "anchor": PUBLISHED_HOURS / naive.hours,
         "ladder": named(rungs),
-        "next": [
-            {"name": row["name"], "price": prices[row["name"]]} | row
-            for row in sorted(named(following), key=lambda row: row["seconds"])
-        ],
+        "next": [{"price": prices[row["name"]]} | row for row in ordered],
         "stacks": named(stacks),
         "sensitivities": sensitivities,
-        "machines": [measure_machine(run, *machine) for machine in MACHINES],
+        "machines": machines,
     }
 
 

@@ -323,10 +323,10 @@ Where they are bold:
 def loss_table(rows: list[dict]) -> str:
     """Markdown."""
     names = list(rows[0]["errors"])
-    cells = [
-        [row["case"], row["loss_type"], *(error_cell(row["errors"][name]) for name in names)]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        errors = [error_cell(row["errors"][name]) for name in names]
+        cells.append([row["case"], row["loss_type"], *errors])
     return markdown(["case", "loss", *names], cells)
 
 

@@ -36,6 +36,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, median
 from unittest import mock
@@ -54,7 +55,6 @@ from bench.experiments.peer_losses import (
 from bench.harness import (
     RESULTS,
     ROOT,
-    installed,
     markdown,
     new_figure,
     provenance,
@@ -68,7 +68,8 @@ from drgrpo.engine_torch import TorchEngine
 from drgrpo.evaluation.evaluate import evaluate, summarize
 from drgrpo.grade import Grader
 from drgrpo.model import Policy
-from drgrpo.rollout import tokenize
+from drgrpo.rollout import Sampler, tokenize
+from drgrpo.run.provenance import installed
 from drgrpo.templates import get_template
 from drgrpo.tiny.tokenizer import byte_tokenizer
 from drgrpo.tiny.warmup import Warmup, cached_tiny_model
@@ -183,9 +184,13 @@ def train_ours(run: Run, meter: Meter) -> Path:
         meter.positions["rollout"] += token_BL.numel()
         return original(engine, token_BL, *args)
 
-    def passed(original, policy, batch, objective, *args):
-        meter.positions["train" if args else "old"] += len(batch.token_T)
-        return original(policy, batch, objective, *args)
+    def trained(original, policy, batch, *args):
+        meter.positions["train"] += len(batch.token_T)
+        return original(policy, batch, *args)
+
+    def recomputed(original, policy, batch):
+        meter.positions["old"] += len(batch.token_T)
+        return original(policy, batch)
 
     def logged(original, log, row, *args):
         meter.seconds.update({p: row["seconds"].get(p, 0.0) for p in PHASES if p != "rest"})
@@ -197,7 +202,8 @@ def train_ours(run: Run, meter: Meter) -> Path:
     spies = (
         (train.data, "step_problems", before_step),
         (TorchEngine, "_forward", sampled),
-        (Policy, "forward", passed),
+        (Policy, "loss", trained),
+        (Policy, "logprob", recomputed),
         (train.Log, "step", logged),
     )
     with ExitStack() as stack:
@@ -275,8 +281,8 @@ def train_trl(run: Run, meter: Meter) -> Path:
         def reward(completions, completion_ids, answer, **_):
             """Ours: 0 or 1, and 0 where the response was cut off."""
             ended = [ids[-1] == tokenizer.eos_token_id for ids in completion_ids]
-            grades = grader(completions, answer)
-            return [grade.score * end for grade, end in zip(grades, ended, strict=True)]
+            grades = [grader.submit(*pair) for pair in zip(completions, answer, strict=True)]
+            return [g.result().score * end for g, end in zip(grades, ended, strict=True)]
 
         trainer = metered_trainer(meter)(
             model=run.model,
@@ -382,7 +388,7 @@ def held_out(hf: str, config: Config) -> dict[str, float]:
         hf, tokenizer, dtype=torch.float32, device=torch.device("cpu"), batch=256, max_tokens=256
     )
     problems, _ = tokenize(data.load_problems("arithmetic_heldout"), template, tokenizer, 64)
-    accuracy = {}
+    sampler, accuracy = Sampler(engine, tokenizer, seed=0), {}
     with Grader(template.answer) as grader:
         for name, samples, temperature in (("greedy", 1, 0.0), ("sampled", 3, 1.0)):
             sampling = Sampling(
@@ -390,7 +396,7 @@ def held_out(hf: str, config: Config) -> dict[str, float]:
                 stop_token_ids=(tokenizer.eos_token_id,),
                 temperature=temperature,
             )
-            scored = evaluate(engine, tokenizer, grader, problems, samples, sampling, seed=0)
+            scored = evaluate(sampler, grader, problems, samples, sampling)
             accuracy[name] = summarize(scored)["accuracy"]
     return accuracy
 
@@ -421,18 +427,21 @@ def summary(results: list[dict]) -> dict:
     for result in results:
         elapsed = list(accumulate(row["total"] for row in result["rows"]))
         curves.append({"seconds": elapsed, "reward": [row["reward"] for row in result["rows"]]})
-    ways = ("greedy", "sampled")
+    accuracy = {}
+    for way in ("greedy", "sampled"):
+        accuracy[way] = [result["accuracy"][way] for result in results]
+    cpu_steps = [mean_step(result, "cpu") for result in results]
     return {
         "seconds": by_phase("seconds", PHASES),
         "steps": steps,
-        "cpu_steps": [mean_step(result, "cpu") for result in results],
+        "cpu_steps": cpu_steps,
         "tokens_per_s": tokens / median(steps),
         "tokens": tokens,
         "positions": by_phase("positions", PASSES),
-        "peak_gb": max(result["peak_gb"] for result in results),
-        "before_gb": max(result["before_gb"] for result in results),
+        "peak_gb": max(map(itemgetter("peak_gb"), results)),
+        "before_gb": max(map(itemgetter("before_gb"), results)),
         "late_reward": [fmean(curve["reward"][-10:]) for curve in curves],
-        "accuracy": {way: [result["accuracy"][way] for result in results] for way in ways},
+        "accuracy": accuracy,
         "curves": curves,
     }
 

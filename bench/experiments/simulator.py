@@ -12,6 +12,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import cache
+from operator import itemgetter
 from statistics import mean, stdev
 
 import numpy as np
@@ -275,7 +276,7 @@ def recipe(name: str, **changes) -> Setup:
         slots=c.sampler_batch,
         microbatch=c.tokens_per_microbatch,
         forwards=int(c.old_logprob == "recompute"),
-        drop=c.drops,
+        drop=c.drops_zero_advantage,
         checkpointing=c.checkpointing,
     )
     return replace(job, **changes)
@@ -284,23 +285,19 @@ def recipe(name: str, **changes) -> Setup:
 def ledger(s: Setup, m: Machine) -> Ledger:
     """The ledger of drgrpo/run/memory.py on a GPU from which an unfused head's logits are taken
     first. UserError if it does not fit."""
-    lm, longest = shape(s.model), s.prompt + s.cap
-    tokens = s.microbatch if s.batching == "packed" else s.microbatch * longest
+    lm = shape(s.model)
+    tokens = s.microbatch if s.batching == "packed" else s.microbatch * (s.prompt + s.cap)
     logits = 0 if s.fused_head else m.rates.naive_logits_held * tokens * lm.config.vocab_size
-    return make_ledger(
-        lm.config,
-        lm.parameters,
-        shards=s.shards,
-        bytes_each=2,
+    config = replace(
+        RECIPES["oat_zero_7b"](),
         checkpointing=s.checkpointing,
-        microbatch=tokens,
-        max_tokens=longest,
-        sequences=s.slots,
+        tokens_per_microbatch=tokens,
+        max_new_tokens=s.cap,
+        sampler_batch=s.slots,
         tp=s.tp,
-        kv_cache_gb=0,
-        sleep="auto",
-        gpu_bytes=int(m.gpus[s.gpu].gib * 2**30 - logits),
     )
+    gpu_bytes = int(m.gpus[s.gpu].gib * 2**30 - logits)
+    return make_ledger(config, lm.config, lm.parameters, s.prompt, s.shards, gpu_bytes)
 
 
 def fitting(s: Setup, m: Machine) -> Setup:
@@ -457,14 +454,15 @@ def plan(s: Setup, length_PG: np.ndarray, kept_P: np.ndarray, step: int) -> Plan
 
 
 def plan_packed(s: Setup, length_PG: np.ndarray, kept_P: np.ndarray, step: int) -> Plan:
-    lengths = length_PG.ravel().tolist()
+    length_B = length_PG.ravel()
     kept_B = np.repeat(kept_P | (not s.drop), s.group)
     planned = []
-    for chosen in pack.minibatches(len(lengths), s.minibatches, 0, step):
-        tokens = {i: s.prompt + lengths[i] for i in chosen if kept_B[i]}
+    for chosen in pack.minibatches(len(length_B), s.minibatches, 0, step):
+        tokens = {i: s.prompt + int(length_B[i]) for i in chosen if kept_B[i]}
         ranks = pack.microbatches(tokens, s.trainers, s.microbatch * s.sp)
-        micro_batches = zip(*ranks, strict=True)
-        planned.append([[[lengths[i] for i in part] for part in parts] for parts in micro_batches])
+        planned.append([])
+        for parts in zip(*ranks, strict=True):
+            planned[-1].append([length_B[part].tolist() for part in parts])
     return planned
 
 
@@ -474,8 +472,9 @@ def plan_padded(s: Setup, length_PG: np.ndarray, step: int) -> Plan:
     ranks = [length_PG[rank :: s.trainers].ravel()[order] for rank in range(s.trainers)]
     planned = []
     for part in np.array_split(np.arange(len(order)), s.minibatches):
-        starts = range(part[0], part[-1] + 1, s.microbatch)
-        planned.append([[pad(rank[i : i + s.microbatch]) for rank in ranks] for i in starts])
+        planned.append([])
+        for i in range(part[0], part[-1] + 1, s.microbatch):
+            planned[-1].append([pad(rank[i : i + s.microbatch]) for rank in ranks])
     return planned
 
 
@@ -529,10 +528,9 @@ def traffic_seconds(s: Setup, m: Machine, training: bool) -> float:
 def train_seconds(s: Setup, m: Machine, planned: Plan, training: bool) -> float:
     """All micro-batches of a step in lockstep. Each lasts as long as on the rank with most to
     do."""
-    micro_batches = [ranks for part in planned for ranks in part]
-    passes = sum(
-        max(pass_seconds(s, m, rank, training) for rank in ranks) for ranks in micro_batches
-    )
+    passes = 0.0
+    for ranks in (ranks for part in planned for ranks in part):
+        passes += max(pass_seconds(s, m, rank, training) for rank in ranks)
     if not training:
         return passes
     adam = m.rates.adam_bytes * shape(s.model).parameters / s.shards / (m.gpus[s.gpu].copy * 1e9)
@@ -638,5 +636,5 @@ def simulate(
         tails.append(tail / rollout)
         loads.append(imbalance(s, planned))
     totals = [sum(row.values()) for row in rows]
-    phases = {p: mean(row[p] for row in rows) for p in PHASES}
+    phases = {p: mean(map(itemgetter(p), rows)) for p in PHASES}
     return Result(s, phases, stdev(totals) if draws > 1 else 0.0, mean(tails), mean(loads))

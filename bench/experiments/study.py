@@ -14,7 +14,8 @@ accurate than GRPO.
 
 Every run is a `train.py` of its own on the `tiny` recipe, for Dr. GRPO, GRPO, and Dr. GRPO with one
 of GRPO's two divisions put back. Then GRPO is compared with Dr. GRPO in set-ups that differ in one
-thing. Finished runs are not run again.
+thing. Finished runs are not run again. The committed runs logged 32 samples a step, from which the
+share of "wrong ones that say so" comes. train.py logs fewer now, so a rerun's share is less exact.
 
     study.json            every run's end, the differences with intervals and tests
     study.png             accuracy, length of wrong answers, truncated share by step
@@ -55,7 +56,7 @@ from bench.harness import (
     spread,
     write_json,
 )
-from drgrpo.run.log import read_jsonl
+from drgrpo.run.files import read_jsonl
 from drgrpo.tiny.warmup import Warmup, cached_tiny_model
 
 ALGOS = {
@@ -125,7 +126,7 @@ def train_all(name: str, setting: Setting, runs: Path, jobs: int) -> None:
     """The warm-ups of a set-up, then those of its runs that are not there yet, `jobs` at a time."""
     warmups = [Warmup(seed=seed, **setting.warmup) for seed in range(setting.seeds)]
     with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        models = list(pool.map(partial(cached_tiny_model, cache_dir=runs / "warmup"), warmups))
+        models = list(pool.map(partial(cached_tiny_model, folder=runs / "warmup"), warmups))
 
     def train(arm: tuple[str, int]) -> None:
         algo, seed = arm
@@ -156,7 +157,6 @@ def train_one(setting: Setting, model: Path, out: Path, algo: str, seed: int) ->
         "steps": setting.steps,
         "eval_every": EVAL_EVERY,
         "save_every": 0,
-        "samples_logged": 32,
         "out": out,
         **setting.train,
     }
@@ -193,7 +193,8 @@ def ends(run: Path) -> dict:
         values = [row[column] for row in rows]
         return [fmean(values[:EVAL_EVERY]), fmean(values[-EVAL_EVERY:])]
 
-    return {column: evaluated(sampled, column) for column in POOLED_COLUMNS} | {
+    columns = {column: evaluated(sampled, column) for column in POOLED_COLUMNS}
+    return columns | {
         "greedy": evaluated(greedy, "accuracy"),
         "reward": trained("reward_mean"),
         "entropy": trained("entropy"),
@@ -372,14 +373,19 @@ def signed(test: dict, form: str) -> str:
     return f"{test['mean']:+{form}} ({low:+{form}} to {high:+{form}})"
 
 
-def curve(run: Path, column: str) -> tuple[list[int], list[float]]:
+def curve(run: Path, column: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """(steps, values): of the evaluations, or of the training steps in means of EVAL_EVERY."""
+    points = []
     if column in ("reward_mean", "entropy"):
         rows = read_jsonl(run / "metrics.jsonl")
-        blocks = [rows[i : i + EVAL_EVERY] for i in range(0, len(rows), EVAL_EVERY)]
-        return [b[-1]["step"] for b in blocks], [fmean(r[column] for r in b) for b in blocks]
-    rows = [r for r in read_jsonl(run / "eval.jsonl") if r["temperature"] > 0]
-    return [r["step"] for r in rows], [np.nan if r[column] is None else r[column] for r in rows]
+        for i in range(0, len(rows), EVAL_EVERY):
+            block = rows[i : i + EVAL_EVERY]
+            points.append((block[-1]["step"], fmean(r[column] for r in block)))
+    else:
+        for r in read_jsonl(run / "eval.jsonl"):
+            if r["temperature"] > 0:
+                points.append((r["step"], np.nan if r[column] is None else r[column]))
+    return tuple(zip(*points, strict=True))
 
 
 def draw(settings: dict[str, Setting], runs: Path, path: Path, columns: dict[str, str]) -> None:
@@ -401,7 +407,7 @@ def draw(settings: dict[str, Setting], runs: Path, path: Path, columns: dict[str
     save_figure(figure, path)
 
 
-def draw_mean(axis, curves: list[tuple[list[int], list[float]]], color: str, label: str) -> None:
+def draw_mean(axis, curves: list[tuple[tuple, tuple]], color: str, label: str) -> None:
     steps, values = curves[0][0], np.array([values for _, values in curves])
     n = np.isfinite(values).sum(0)
     middle, deviation = np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)

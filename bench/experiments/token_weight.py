@@ -17,6 +17,7 @@ group. Then groups have different shares of right answers. The formula is compar
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import train
 from bench.harness import RESULTS, markdown, new_figure, provenance, save_figure, write_json
+from drgrpo import distributed
 from drgrpo.advantage import group_advantage
 from drgrpo.config import RECIPES
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss
@@ -76,10 +78,11 @@ def measure() -> dict:
     by_share = torch.tensor([[1.0] * right + [0.0] * (GROUP - right) for right in range(1, GROUP)])
     alike = [[100] * GROUP] * len(by_share)
     last = slice(GROUP - 1, None, GROUP)  # the last response of every group
-    return {
-        "by_length": {algo: points(algo, half, [LENGTHS]) for algo in OBJECTIVES},
-        "by_std": {algo: points(algo, by_share, alike)[last] for algo in OBJECTIVES},
-    }
+    distributed.start()
+    by_length = {algo: points(algo, half, [LENGTHS]) for algo in OBJECTIVES}
+    by_std = {algo: points(algo, by_share, alike)[last] for algo in OBJECTIVES}
+    distributed.stop()
+    return {"by_length": by_length, "by_std": by_std}
 
 
 def points(algo: str, reward_PG: Tensor, lengths_PG: list) -> list[dict]:
@@ -116,7 +119,7 @@ def token_weights(algo: str, reward_PG: Tensor, lengths_PG: list) -> list[Tensor
         completion = Completion([i] * length, [0.0] * length, True)
         rollouts.append(Rollout(Problem(i, "", "", [0]), completion, ""))
     advantage_PG = group_advantage(reward_PG, algo)
-    [[batch]] = train.plan_updates(config, rollouts, advantage_PG, 1, 0, 1, torch.device("cpu"))
+    [[batch]] = train.plan_updates(config, rollouts, advantage_PG, 1, torch.device("cpu"))
     hidden_ND = torch.randn(len(batch.target_N), WIDTH, generator=generator, requires_grad=True)
     head_VD = torch.randn(VOCABULARY, WIDTH, generator=generator)
     scale = 1 / (config.minibatch_size * config.max_new_tokens)  # as in train.train_minibatch
@@ -163,7 +166,7 @@ def draw(result: dict, path: Path) -> None:
     for axis, (part, (x, label)) in zip(axes, PANELS.items(), strict=True):
         for size, (algo, objective) in zip(sizes, OBJECTIVES.items(), strict=True):
             rows = sorted(result[part][algo], key=lambda row: row[x])
-            at, low, formula = ([row[key] for row in rows] for key in (x, "low", "formula"))
+            at, low, formula = (list(map(itemgetter(key), rows)) for key in (x, "low", "formula"))
             axis.plot(at, formula, color=objective.color, lw=1)
             axis.plot(at, low, "o", ms=size, color=objective.color, label=objective.label)
         axis.set(xlabel=label, yscale="log", ylabel="weight of a token / |r - mean r|")
