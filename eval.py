@@ -16,7 +16,7 @@ OUT/responses.jsonl grows as batches finish. OUT/eval.json holds scores, setting
 same call continues an interrupted evaluation.
 """
 
-from drgrpo.evaluation.config import Command, parse_args
+from drgrpo.evaluation.config import Command, Dtype, parse_args
 from drgrpo.run.cli import user_errors
 
 if __name__ == "__main__":  # a mistake on the command line is answered before torch is imported
@@ -54,11 +54,9 @@ def main(command: Command) -> None:
     parts = make_parts(config, command.sets, tokenizer, positions)
 
     # 3. what an interrupted call has answered already
-    resolved = {
-        "engine": resolve_engine(config.engine, device),
-        "dtype": resolve_dtype(config.dtype, device),
-        "positions": positions,
-    }
+    dtype = resolve_dtype(config.dtype, device)
+    resolved = {"engine": resolve_engine(config.engine, device), "dtype": dtype}
+    resolved |= {"positions": positions}
     record = Record(log, command, resolved, device) if rank == 0 else None
     todo = unanswered(parts, record, log)
 
@@ -66,13 +64,13 @@ def main(command: Command) -> None:
     engine = None
     if todo:
         longest = max(len(p.prompt_ids) for part in parts for p in part.problems)
-        settings = replace(config, dtype=resolved["dtype"])
+        settings = replace(config, dtype=dtype)
         max_tokens = min(positions, longest + config.max_new_tokens)
         cache = config.kv_cache_gb
         engine = make_engine(settings, config.model, tokenizer, device, max_tokens, cache)
         sampler = Sampler(engine, tokenizer, config.seed, config.tp)
         log.say(
-            f"{config.model}: engine {engine.name}, {resolved['dtype']}, answers of up to "
+            f"{config.model}: engine {engine.name}, {dtype}, answers of up to "
             f"{config.max_new_tokens} tokens, {positions} with the prompt"
         )
         answer_parts(config, todo, sampler, log, record)
@@ -87,7 +85,7 @@ def main(command: Command) -> None:
         engine.close()
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
+def resolve_dtype(name: Dtype, device: torch.device) -> Dtype:
     """What `auto` stands for on this machine."""
     return name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32"
 

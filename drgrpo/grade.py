@@ -77,8 +77,7 @@ class Grader:
             self._idle.put(worker)
         # Each thread waits for one worker.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
-        start = functools.partial(self._threads.submit, self._ask_worker)
-        self._compare = functools.lru_cache(REMEMBERED)(start)
+        self._compare = functools.lru_cache(REMEMBERED)(self._start)
         self._counting = threading.Lock()
 
     def submit(self, text: str, answer: Answer) -> Future[Grade]:
@@ -92,6 +91,9 @@ class Grader:
         else:
             grade.set_result(Grade(float(bool(equal)), parsed=given is not None))
         return grade
+
+    def _start(self, given: str, truths: tuple[str, ...]) -> Future[bool]:
+        return self._threads.submit(self._ask_worker, given, truths)
 
     def _ask_worker(self, given: str, truths: tuple[str, ...]) -> bool:
         worker = self._idle.get()

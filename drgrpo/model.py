@@ -45,11 +45,12 @@ def varlen_attention(
 
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     starts, longest = options["cu_seq_lens_q"], options["max_length_q"]
-    settings = {"scale": options.get("scaling"), "window_size": (-1, 0)}
+    settings: dict[str, Any] = {"scale": options.get("scaling"), "window_size": (-1, 0)}
     # Since 2.13, torch asks for this flag where heads share keys and values. 2.11 lacks the flag.
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         settings["enable_gqa"] = True
     out_THd = varlen_attn(query, key, value, starts, starts, longest, longest, **settings)
+    assert isinstance(out_THd, Tensor)  # no log-sum-exp was asked for
     return out_THd[None], None
 
 
@@ -69,9 +70,9 @@ def sdpa_attention(
         padded = x.new_zeros(len(length_S), longest, x.shape[1], x.shape[3])
         return padded.index_put((sequence_T, slot_T), x[0].transpose(0, 1)).transpose(1, 2)
 
-    settings = {"scale": options.get("scaling"), "enable_gqa": query.shape[1] != key.shape[1]}
+    shared_keys, scale = query.shape[1] != key.shape[1], options.get("scaling")
     out_SHLd = F.scaled_dot_product_attention(
-        pad(query), pad(key), pad(value), is_causal=True, **settings
+        pad(query), pad(key), pad(value), is_causal=True, scale=scale, enable_gqa=shared_keys
     )
     return out_SHLd.transpose(1, 2)[sequence_T, slot_T][None], None
 
@@ -290,7 +291,8 @@ def recompute_activations(lm: PreTrainedModel, policy: str) -> None:
     none: nothing; selective: all but matmul and attention outputs; full: whole blocks."""
     if policy == "none":
         return
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # there is no dropout
+    options: dict[str, Any] = {"use_reentrant": False}
+    options["preserve_rng_state"] = False  # there is no dropout
     if policy == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_matmuls)
     lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

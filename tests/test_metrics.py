@@ -117,4 +117,4 @@ def test_samples_are_the_first_of_each_of_the_first_prompts():
     rows = sample_rows(3, rollouts(), REWARD_PG)
     shown = [(r["problem"], r["response"], r["reward"]) for r in rows]
     assert shown == [("q0", "text 0", 1.0), ("q1", "text 2", 0.0)]
-    assert len(sample_rows(3, rollouts(prompts=10), torch.zeros(10, 2))) == SAMPLES_LOGGED
+    assert len(sample_rows(3, rollouts(prompts=40), torch.zeros(40, 2))) == SAMPLES_LOGGED

@@ -42,7 +42,7 @@ def test_every_step_writes_the_documented_columns(base):
         assert 0 < row["reward_mean"] < 1 and row["entropy"] > 0 and row["grad_norm"] > 0
     assert any(r["tokens_trained"] < r["tokens"] for r in rows), "no group had a single reward"
     samples = read_jsonl(out / "samples.jsonl")
-    assert len(samples) == 8
+    assert len(samples) == 32, "one response to each of 16 prompts, twice"
     assert {"step", "problem", "answer", "response", "reward"} <= samples[0].keys()
     evals = read_jsonl(out / "eval.jsonl")
     expected = [(0, 0.0), (0, 1.0), (2, 0.0), (2, 1.0)]

@@ -88,7 +88,8 @@ def reflection(questions: list[list[dict]]) -> dict:
     scores_with, scores_without, within = [], [], []
     reflecting = 0
     for question in questions:
-        marked, plain = [], []
+        marked: list[float] = []
+        plain: list[float] = []
         for r in question:
             words = keywords(r["response"])
             count.update(sorted(words))

@@ -2,6 +2,7 @@
 same problems."""
 
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -117,7 +118,8 @@ def departures(settings: dict, counts: dict[str, int]) -> list[str]:
 def paper_table(result: dict, model: str) -> Table:
     names = list(result["ours"])
     ours = ["ours", *(f"{100 * result['ours'][name]:.1f}      " for name in names)]
-    same, others = [], []
+    same: list[list[str]] = []
+    others: list[list[str]] = []
     for row in result["published"]:
         label = f"this model: {row['name']}" if row["same_model"] else row["name"]
         shown = [label, *(show_cell(row["scores"][name]) for name in names)]
@@ -173,7 +175,7 @@ def difference(a: dict[str, list[dict]], b: dict[str, list[dict]]) -> dict:
         rows[name] = benchmark_row(list(scores_a.values()), list(scores_b.values()), differences)
         rows[name]["interval"] = interval(draws[-1])
     benchmarks = list(rows.values())
-    average = {k: fmean(values(benchmarks, k)) for k in ("a", "b", "difference")}
+    average: dict[str, Any] = {k: fmean(values(benchmarks, k)) for k in ("a", "b", "difference")}
     average |= {k: sum(values(benchmarks, k)) for k in ("n", "a_better", "b_better")}
     average["interval"] = interval(np.mean(draws, axis=0))
     average |= {"p": sign_flip(weighted), "test": "sign flip"}

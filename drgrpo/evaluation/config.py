@@ -22,6 +22,9 @@ FLAGS_OF_MODE = {"compare": {"out"}, "regrade": {"grader", "out"}, "analyze": {"
 """The modes that need no model, and the fields that each of them takes."""
 
 
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     # what is evaluated
@@ -53,7 +56,7 @@ class EvalConfig:
     # machine
     engine: Literal["auto", "torch", "vllm"] = "auto"
     """sampler: vllm, or torch; auto is vllm on CUDA and torch elsewhere"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     """auto is bfloat16 on CUDA and float32 elsewhere"""
     sampler_batch: int = 256
     """sequences that a sampler runs at once, per process"""

@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -62,7 +62,7 @@ class Record:
         settings["weights"] = provenance.fingerprint(command.config.model)
         settings["data"] = {name: provenance.problems_digest(p) for name, p in command.sets.items()}
         self.log = log
-        self.report = {
+        self.report: dict[str, Any] = {
             "settings": settings,
             "versions": provenance.versions(resolved["engine"]),
             "notices": command.notices,
@@ -112,8 +112,8 @@ def answer_parts(
     with make_graders({part.template.answer for part in parts}, config.grader) as graders:
         for part in parts:
             template = part.template
-            tag = {"benchmark": part.benchmark, "template": template.name}
-            tag |= {"temperature": part.temperature}
+            tag: dict[str, Any] = {"benchmark": part.benchmark, "template": template.name}
+            tag["temperature"] = part.temperature
             sampling = Sampling(
                 max_new_tokens=config.max_new_tokens,
                 temperature=part.temperature,

@@ -16,11 +16,12 @@ def make_table(
 ) -> Table:
     """A table with a line between the groups of rows. The first column and those in `left` are
     aligned to the left."""
-    options = {"title_justify": "left", "caption_justify": "left"}
-    table = Table(title=title, caption=caption or None, **options)
+    table = Table(
+        title=title, caption=caption or None, title_justify="left", caption_justify="left"
+    )
     for i, column in enumerate(columns):
-        justify = "left" if i == 0 or column in left else "right"
-        table.add_column(column, justify=justify, overflow="fold")
+        to_the_left = i == 0 or column in left
+        table.add_column(column, justify="left" if to_the_left else "right", overflow="fold")
     for rows in groups:
         for row in rows:
             table.add_row(*row)

@@ -14,7 +14,7 @@ from drgrpo.run.checkpoint import Progress
 from drgrpo.run.log import Stopwatch
 from drgrpo.types import Batch, Rollout
 
-SAMPLES_LOGGED = 4  # responses per step in samples.jsonl
+SAMPLES_LOGGED = 32  # prompts of a step whose first response goes into samples.jsonl
 
 
 class Tally:

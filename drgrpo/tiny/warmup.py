@@ -106,8 +106,8 @@ def train(config: Warmup, path: Path, log: Callable[[str], None] = print) -> Non
     """Imitate the demonstrator and overwrite the model at `path`. A log-likelihood step is an
     on-policy policy-gradient step with advantage 1, so the loss is the one of RL."""
     tok = tokenizer.byte_tokenizer()
-    where = {"dtype": torch.float32, "device": torch.device("cpu")}
-    policy = load_policy(str(path), Objective(), **where, attention="sdpa", kernel="torch")
+    cpu = torch.device("cpu")
+    policy = load_policy(str(path), Objective(), dtype=torch.float32, device=cpu, kernel="torch")
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
