@@ -81,7 +81,8 @@ class Grader:
         self._counting = threading.Lock()
 
     def submit(self, text: str, answer: Answer) -> Future[Grade]:
-        """Start grading a response. The future always holds a grade."""
+        """Start grading a response. The future holds a grade, whatever the response does. It raises
+        RuntimeError if no worker can start."""
         grade: Future[Grade] = Future()
         given, truths = extract(text, self.rule), truths_of(answer)
         equal = False if given is None else equal_as_strings(given, truths, self.rule)
