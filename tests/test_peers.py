@@ -157,7 +157,7 @@ def check_run(run: bench.Run) -> list[dict]:
     for row in result["rows"]:
         seconds = row["seconds"]
         assert sum(seconds.values()) == pytest.approx(row["total"])
-        assert min(seconds.values()) >= 0 and seconds["rest"] < 0.2 * row["total"]
+        assert min(seconds.values()) >= 0 and seconds["rest"] < 0.5 * row["total"]
         assert min(row["cpu"], seconds["rollout"], seconds["train"]) > 0
         assert 0 < row["reward"] < 1 and row["reward"] * 256 == int(row["reward"] * 256)
         assert row["tokens"] <= row["positions"]["rollout"]
