@@ -55,8 +55,8 @@ def main(command: Command) -> None:
 
     # 3. what an interrupted call has answered already
     dtype = resolve_dtype(config.dtype, device)
-    resolved = {"engine": resolve_engine(config.engine, device), "dtype": dtype}
-    resolved |= {"positions": positions}
+    engine_name = resolve_engine(config.engine, device)
+    resolved = {"engine": engine_name, "dtype": dtype, "positions": positions}
     record = Record(log, command, resolved, device) if rank == 0 else None
     todo = unanswered(parts, record, log)
 

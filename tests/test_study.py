@@ -164,3 +164,29 @@ def test_every_setting_is_one_that_the_trainer_takes():
     for setting in study.SETTINGS.values():
         replace(RECIPES["tiny"](), **setting.train)
         Warmup(**setting.warmup)
+
+
+def test_figures_and_tables_come_from_study_json_alone(tmp_path, monkeypatch, capsys):
+    runs = {
+        algo: [
+            {
+                "accuracy": [0.3, 0.8],
+                "len_incorrect": [40.0, 20.0 + seed if algo == "drgrpo" else 70.0],
+                "len_correct": [19.0, 20.0],
+                "truncated_frac": [0.0, 0.0],
+                "entropy": [0.07, 0.05],
+                "admitted": None,
+            }
+            for seed in range(3)
+        ]
+        for algo in study.ALGOS
+    }
+    test = {"mean": 1.0, "interval": [0.5, 1.5], "p": 0.01, "p_sign_flip": 0.25, "equivalent": True}
+    against = {algo: {"len_incorrect": test, "accuracy": test} for algo in list(runs)[1:]}
+    settings = {"four updates": {"train": {}, "runs": runs, "against_drgrpo": against}}
+    (tmp_path / "study.json").write_text(json.dumps({"settings": settings}))
+    monkeypatch.setattr("sys.argv", ["study", "--figures-only", "--out", str(tmp_path)])
+    monkeypatch.setattr(study, "train_all", None)  # nothing may train
+    study.main()
+    assert {p.name for p in tmp_path.glob("*.png")} == {"study_length.png", "study_settings.png"}
+    assert "40 → 21 (20–22)" in capsys.readouterr().out

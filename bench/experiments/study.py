@@ -2,6 +2,7 @@
 
     make study                                  # or: python -m bench.experiments.study
     python -m bench.experiments.study --settings "four updates" "budget 192"
+    python -m bench.experiments.study --figures-only    # what study.json alone can draw; no run
 
 All of it takes an hour or two on two cores. Result: with one update per rollout GRPO's wrong
 answers end 45 tokens longer than Dr. GRPO's (95 % interval 41 to 49, eight seeds), and the length
@@ -14,10 +15,10 @@ accurate than GRPO.
 
 Every run is a `train.py` of its own on the `tiny` recipe, for Dr. GRPO, GRPO, and Dr. GRPO with one
 of GRPO's two divisions put back. Then GRPO is compared with Dr. GRPO in set-ups that differ in one
-thing. Finished runs are not run again. The committed runs logged 32 samples a step, from which the
-share of "wrong ones that say so" comes. train.py logs fewer now, so a rerun's share is less exact.
+thing. Finished runs are not run again.
 
     study.json            every run's end, the differences with intervals and tests
+    study_length.png      length of wrong answers before and after: every seed, and the mean
     study.png             accuracy, length of wrong answers, truncated share by step
     study_details.png     training reward, length of right answers, entropy
     study_settings.png    GRPO minus Dr. GRPO in every set-up
@@ -30,6 +31,7 @@ difference lies within +-5 points (two one-sided tests at 5 %). Curves are means
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +58,7 @@ from bench.harness import (
     spread,
     write_json,
 )
+from drgrpo.config import tiny
 from drgrpo.run.files import read_jsonl
 from drgrpo.tiny.warmup import Warmup, cached_tiny_model
 
@@ -65,6 +68,7 @@ ALGOS = {
     "grpo_length": "length term only",
     "grpo_std": "std term only",
 }
+COLORS = dict(zip(ALGOS, ("C0", "C3", "C1", "C2"), strict=True))
 POOLED = 3  # evaluations at the end of a run that count as its end
 MARGIN = 0.05  # of accuracy, for equivalence
 EVAL_EVERY = 10
@@ -111,7 +115,10 @@ def main() -> None:
     add("--jobs", type=int, default=jobs, help="runs at a time, one thread each")
     add("--runs", type=Path, default=ROOT / "runs" / "study", help="where the runs go")
     add("--out", type=Path, default=RESULTS, help="where the results go")
+    add("--figures-only", action="store_true", help="train nothing, draw and print study.json")
     args = parser.parse_args()
+    if args.figures_only:
+        return redraw(json.loads((args.out / "study.json").read_text())["settings"], args.out)
     torch.set_num_threads(1)
     chosen = {name: SETTINGS[name] for name in args.settings}
     for name, setting in chosen.items():
@@ -288,10 +295,19 @@ def report(settings: dict[str, Setting], runs: Path, out: Path) -> None:
     study = {name: s for name, s in settings.items() if len(s.algos) > 2}
     for name, columns in FIGURES.items():
         draw(study, runs, out / name, columns)
-    draw_settings(rows, out / "study_settings.png")
     result = {"where": provenance(), "pooled_evaluations": POOLED, "settings": rows}
-    tables = summary({name: rows[name] for name in study}), table(rows), differences(rows)
-    print(*tables, write_json(out / "study.json", result), sep="\n\n")
+    line = write_json(out / "study.json", result)
+    redraw(rows, out)
+    print(line)
+
+
+def redraw(settings: dict, out: Path) -> None:
+    """The figures and tables that need nothing but study.json."""
+    study = {name: setting for name, setting in settings.items() if len(setting["runs"]) > 2}
+    if study:
+        draw_lengths(study, out / "study_length.png")
+    draw_settings(settings, out / "study_settings.png")
+    print(summary(study), table(settings), differences(settings), sep="\n\n")
 
 
 # ---- tables and figures
@@ -396,7 +412,7 @@ def draw(settings: dict[str, Setting], runs: Path, path: Path, columns: dict[str
     figure, axes = new_figure(*shape, size, squeeze=False, sharex=True, sharey="col")
     for row, (name, setting) in zip(axes, settings.items(), strict=True):
         for axis, (column, title) in zip(row, columns.items(), strict=True):
-            for color, algo in zip(("C0", "C3", "C1", "C2"), ALGOS, strict=True):
+            for algo, color in COLORS.items():
                 folders = [folder(runs, name, algo, seed) for seed in range(setting.seeds)]
                 draw_mean(axis, [curve(run, column) for run in folders], color, ALGOS[algo])
             axis.set_title(f"{title}, {name} per rollout", fontsize=10)
@@ -415,6 +431,40 @@ def draw_mean(axis, curves: list[tuple[tuple, tuple]], color: str, label: str) -
     low, high = np.maximum(middle - half, 0), middle + half
     axis.plot(steps, middle, color=color, label=label)
     axis.fill_between(steps, low, high, color=color, alpha=0.15, lw=0)
+
+
+def draw_lengths(settings: dict, path: Path) -> None:
+    """Length of wrong answers before and after training, a panel per set-up."""
+    size = (4.5 * len(settings), 3.3)
+    figure, axes = new_figure(1, len(settings), size, squeeze=False, sharey=True)
+    for axis, (name, setting) in zip(axes[0], settings.items(), strict=True):
+        draw_lengths_of(axis, setting["runs"])
+        budget = setting["train"].get("max_new_tokens", tiny().max_new_tokens)
+        axis.axhline(budget, color="0.5", lw=0.8, ls="--")
+        axis.text(0, budget - 1.5, "token budget", color="0.4", fontsize=8, va="top")
+        axis.set_title(f"length of wrong answers, {name} per rollout", fontsize=10)
+        axis.set_xticks([0, 1], ["before training", "after"])
+        axis.set_xlim(-0.1, 1.75)
+        axis.set_ylim(0, 1.06 * budget)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("tokens")
+    save_figure(figure, path)
+
+
+def draw_lengths_of(axis, runs: dict[str, list[dict]]) -> None:
+    """A thin line per seed; per objective a thick one for the mean, with a label at its end."""
+    means = {}
+    for algo, arm in runs.items():
+        # a run without a wrong answer has no length of them: NaN
+        lengths = np.array([run["len_incorrect"] for run in arm], dtype=float)  # [seeds, 2]
+        means[algo] = np.nanmean(lengths, 0)
+        axis.plot([0, 1], lengths.T, color=COLORS[algo], lw=0.8, alpha=0.25)
+        axis.plot([0, 1], means[algo], color=COLORS[algo], lw=2.5, marker="o", ms=4)
+    ascending = sorted(means, key=lambda algo: means[algo][1])
+    for i, algo in enumerate(ascending):  # lines end in pairs, whose labels must not overlap
+        end = means[algo][1]
+        label = f"{ALGOS[algo]}, {end:.0f}"
+        axis.text(1.05, end + (2.5 if i % 2 else -2.5), label, color=COLORS[algo], va="center")
 
 
 def draw_settings(settings: dict, path: Path) -> None:
