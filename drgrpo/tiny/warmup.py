@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from filelock import FileLock
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from drgrpo import distributed
@@ -63,13 +64,15 @@ def cached_tiny_model(
     """The Hugging Face folder of the warmed-up model, in the cache `folder`. A model that is not in
     the cache is trained now, in about 40 seconds."""
     path = Path(folder) / f"tiny-seed{config.seed}-{_cache_key(config)}"
-    if path.exists():
-        log(f"warm-up: from the cache, {path}")
-        return path
-    partial = path.with_name(path.name + ".partial")
-    build_tiny_model(config, partial)
-    train(config, partial, log)
-    partial.rename(path)  # a killed warm-up leaves no half-trained model under the final name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):  # a second run that starts meanwhile waits for the model
+        if path.exists():
+            log(f"warm-up: from the cache, {path}")
+            return path
+        partial = path.with_name(path.name + ".partial")
+        build_tiny_model(config, partial)
+        train(config, partial, log)
+        partial.rename(path)  # a killed warm-up leaves no half-trained model under the final name
     return path
 
 
