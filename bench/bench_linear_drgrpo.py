@@ -596,7 +596,8 @@ def plot(rows: list[dict], where: dict, path: Path) -> None:
     for column, shape in enumerate(shapes):
         timed = [r for r in rows if (r["model"], r["T"]) == shape and "step_ms" in r]
         names = [r["contender"] for r in timed]
-        ratios, gigabytes = [r["step_ratio"] for r in timed], [r["peak_bytes"] / 1e9 for r in timed]
+        ratios = [r["step_ratio"] for r in timed]
+        gigabytes = [r["peak_bytes"] / 1e9 for r in timed]
         bars(axes[0][column], names, ratios, "time / 3 bare GEMMs")
         bars(axes[1][column], names, gigabytes, "peak memory (GB)")
         axes[0][column].set_title(f"{shape[0]}, {shape[1]} tokens")

@@ -74,16 +74,18 @@ class Compiled:
 
     def broken_rules(self, num_warps: int) -> list[str]:
         """The rules that this binary breaks, in words."""
-        loads, stores = [s.load_bits for s in self.sweeps], [s.store_bits for s in self.sweeps]
-        widths = [width for width in loads + stores if width]
+        widths = [width for s in self.sweeps for width in (s.load_bits, s.store_bits) if width]
         shared_row = VARIANTS[self.variant]["z"] != VARIANTS[self.variant]["dz"]
         programs = 65_536 // (self.registers * 32 * num_warps)
+        barriers_fit = all(
+            (s.barriers > 0) == (shared_row and s.kind == "read+write") for s in self.sweeps
+        )
         checks = (
             self.spill_bytes == 0,
             bool(widths) and min(widths) >= 128,
-            all(s.ex2_per_element <= 1 for s in self.sweeps),
+            max((s.ex2_per_element for s in self.sweeps), default=0) <= 1,
             programs >= (1 if num_warps == 32 else 2),
-            all((s.barriers > 0) == (shared_row and s.kind == "read+write") for s in self.sweeps),
+            barriers_fit,
         )
         return [
             f"{self.variant}, sm_{self.arch}: not {rule!r}"
@@ -115,12 +117,10 @@ def compile_row_kernel(arch: int, z: str, dz: str, odd: bool = False, **flags: b
 
     index = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     multiples = ["z_ptr", "dz_ptr", "stride_z", "stride_dz"] + ([] if odd else ["V"])
-    source = ASTSource(
-        kernel,
-        signature={name: type_of(name) for name in kernel.arg_names},
-        constexprs={index[name]: value for name, value in constants.items()},
-        attrs={index[name]: [["tt.divisibility", 16]] for name in multiples},
-    )
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    constexprs = {index[name]: value for name, value in constants.items()}
+    attributes = {index[name]: [["tt.divisibility", 16]] for name in multiples}
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
     target, options = GPUTarget("cuda", arch, 32), {"num_warps": sizes.num_warps}
     return triton.compile(source, target=target, options=options).asm["cubin"]
 

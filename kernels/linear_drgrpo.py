@@ -443,9 +443,9 @@ class _PerToken(NamedTuple):
     """The loss's inputs of each token, fp32 [T] or, in a chunk, [C]."""
 
     advantage: Tensor
-    old: Tensor | None = None
-    sampler: Tensor | None = None
-    ref: Tensor | None = None
+    old_logprob: Tensor | None = None
+    sampler_logprob: Tensor | None = None
+    ref_logprob: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "_PerToken":
         return _PerToken(*(None if x is None else function(x) for x in self))
@@ -491,7 +491,7 @@ def _empty_outputs(
     hidden: Tensor, weight: Tensor, per_token: _PerToken | None, execution: _Execution
 ) -> _Outputs:
     T, f32 = len(hidden), torch.float32
-    rows = 2 if per_token is None else len(STATS) - (per_token.ref is None)
+    rows = 2 if per_token is None else len(STATS) - (per_token.ref_logprob is None)
     return _Outputs(
         stat=hidden.new_empty(rows, T, dtype=f32),
         clipped=hidden.new_empty(T, dtype=torch.int8),
@@ -511,8 +511,8 @@ def _chunked_head(
 ) -> _Outputs:
     """Statistics and gradients of all tokens; log-prob and entropy only without `per_token`.
 
-    Dynamo cannot trace the torch backend's autograd call inside another autograd function. The
-    Triton backend is one node of a compiled graph all the same, as a custom operator."""
+    Dynamo cannot trace the autograd call of the torch backend inside an autograd function, so the
+    torch backend breaks a compiled graph. The Triton backend is a custom operator and one node."""
     T, V = len(hidden), len(weight)
     chunk_tokens, logits_dtype, need_dhidden, need_dweight, backend = execution
     stat, clipped, dhidden, dweight = _empty_outputs(hidden, weight, per_token, execution)
@@ -646,7 +646,7 @@ def _slope(
             *per_token,
             clip_low=objective.clip_low,
             clip_high=objective.clip_high,
-            tis_cap=None if per_token.sampler is None else objective.tis_cap,
+            tis_cap=None if per_token.sampler_logprob is None else objective.tis_cap,
             kl_coef=objective.kl_coef,
         )
         total = token_loss.sum()
@@ -786,7 +786,7 @@ def linear_logprob(
     `linear_drgrpo_loss`, but `logits_dtype` defaults to fp32: the log-probs are compared with those
     of another pass."""
     hidden, weight = _autocast(hidden.detach(), weight.detach())
-    _check_tensors(hidden, weight, target, {})
+    _check_tensors(hidden, weight, target, None)
     _check_execution(hidden, temperature, chunk_tokens, logits_dtype)
     chunk_tokens = chunk_tokens or default_chunk_tokens(len(hidden), len(weight), hidden.device)
     logits_dtype = logits_dtype or torch.float32
@@ -831,31 +831,17 @@ def linear_drgrpo_loss(
     Raises ValueError for arguments that do not fit together, TypeError for a DTensor, RuntimeError
     where the backend cannot run. Source: Liu et al., arXiv 2503.20783."""
     hidden, weight = _autocast(hidden, weight)
-    inputs = {
-        "advantage": advantage,
-        "old_logprob": old_logprob,
-        "sampler_logprob": sampler_logprob,
-        "ref_logprob": ref_logprob,
-    }
-    _check_tensors(hidden, weight, target, inputs)
+    per_token = _PerToken(advantage, old_logprob, sampler_logprob, ref_logprob)
+    _check_tensors(hidden, weight, target, per_token)
     _check_execution(hidden, temperature, chunk_tokens, logits_dtype)
     _check_objective(clip_low, clip_high, tis_cap, sampler_logprob, kl_coef, ref_logprob)
     if tis_cap is None:
-        sampler_logprob = None
-    per_token = _PerToken(advantage, old_logprob, sampler_logprob, ref_logprob)
+        per_token, tis_cap = per_token._replace(sampler_logprob=None), math.inf
     if logits_dtype is None:
         compared = any(x is not None for x in per_token[1:])
         logits_dtype = torch.float32 if compared else hidden.dtype
-    grad = torch.is_grad_enabled()
-    objective = _Objective(
-        clip_low=clip_low,
-        clip_high=clip_high,
-        tis_cap=math.inf if tis_cap is None else tis_cap,
-        temperature=temperature,
-        scale=scale,
-        kl_coef=kl_coef,
-        fp16_unit=_fp16_unit(scale, hidden.dtype),
-    )
+    grad, fp16_unit = torch.is_grad_enabled(), _fp16_unit(scale, hidden.dtype)
+    objective = _Objective(clip_low, clip_high, tis_cap, temperature, scale, kl_coef, fp16_unit)
     execution = _Execution(
         chunk_tokens or default_chunk_tokens(len(hidden), len(weight), hidden.device),
         logits_dtype,
@@ -885,9 +871,9 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_tensors(
-    hidden: Tensor, weight: Tensor, target: Tensor, inputs: dict[str, Tensor | None]
+    hidden: Tensor, weight: Tensor, target: Tensor, per_token: _PerToken | None
 ) -> None:
-    """Types, shapes and devices. `inputs` are the [T] fp32 tensors by name."""
+    """Types, shapes and devices."""
     for name, x in (("hidden", hidden), ("weight", weight)):
         if hasattr(x, "full_tensor"):
             raise TypeError(
@@ -913,6 +899,7 @@ def _check_tensors(
             f"target is {target.dtype} {list(target.shape)}; it must be int32 or int64 [{T}], "
             "as hidden's rows"
         )
+    inputs = {} if per_token is None else per_token._asdict()
     for name, x in inputs.items():
         if x is not None and (x.shape != (T,) or x.dtype != torch.float32):
             raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be float32 [{T}]")

@@ -66,7 +66,6 @@ def test_a_failure_of_the_fused_head_is_not_a_skip(monkeypatch):
         bench.measure("tiny", 64, "cpu", ["3 bare GEMMs", OURS], repeats=1)
 
 
-@pytest.mark.slow
 def test_fused_memory_is_the_chunk_and_the_gradients():
     """On the CPU too, the logits of all tokens never exist at once; the naive program keeps several
     copies of them."""

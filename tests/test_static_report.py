@@ -100,14 +100,13 @@ def launch(T, V, logits, gradient, skip=0, names=()):
 
 bf16, fp32 = torch.bfloat16, torch.float32
 for T, skip in ((128, 0), (1, 0), (7, 3), (100, 1)):
-    launch(T, 151936, bf16, bf16, skip, names=("advantage", "old"))
-launch(4, 151936, fp32, bf16, names=("advantage", "old", "sampler", "ref"))
+    launch(T, 151936, bf16, bf16, skip, names=("advantage", "old_logprob"))
+launch(4, 151936, fp32, bf16, names=("advantage", "old_logprob", "sampler_logprob", "ref_logprob"))
 launch(4, 50257, bf16, None, names=("advantage",))
 launch(4, 50257, fp32, None)
 """
 
 
-@pytest.mark.slow
 def test_the_launch_compiles_and_token_counts_do_not_compile_again():
     """Through Triton's own launch path up to the launch: four token counts and misaligned per-token
     tensors are one binary, each of the three other calls is another."""
