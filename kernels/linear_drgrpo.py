@@ -53,6 +53,7 @@ gradients in the forward pass of a fused head (https://github.com/linkedin/Liger
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +122,7 @@ def token_objective(
 
     tis_weight = torch.ones_like(ratio)
     if tis_cap is not None:
+        assert sampler_logprob is not None, "tis_cap needs sampler_logprob"
         tis_weight = (old - sampler_logprob).exp().clamp(max=tis_cap)
     token_loss = torch.where(active, -tis_weight * torch.where(cut, bounded, surrogate), 0.0)
     stats = {
@@ -448,7 +450,8 @@ class _PerToken(NamedTuple):
     ref_logprob: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "_PerToken":
-        return _PerToken(*(None if x is None else function(x) for x in self))
+        advantage, *others = self
+        return _PerToken(function(advantage), *(None if x is None else function(x) for x in others))
 
 
 class _Objective(NamedTuple):
@@ -532,12 +535,14 @@ def _chunked_head(
             logits_CV,
             V,
             target[chunk],
-            None if per_token is None else per_token.map(lambda x, c=chunk: x[c]),
+            None if per_token is None else per_token.map(itemgetter(chunk)),
             objective,
             stat[:, chunk],
             clipped[chunk],
             grad_dtype,
         )
+        if dlogits_CV is None:  # no gradient is needed
+            continue
         if need_dhidden:
             _matmul(dlogits_CV, weight, out=dhidden[chunk])
         if need_dweight:
@@ -877,7 +882,7 @@ def _check_tensors(
     for name, x in (("hidden", hidden), ("weight", weight)):
         if hasattr(x, "full_tensor"):
             raise TypeError(
-                f"{name} is a DTensor ({x.placements}); call the loss in the forward of a module "
+                f"{name} is a DTensor ({getattr(x, 'placements', '')}); call the loss in the forward of a module "
                 f"that fully_shard() wraps, which unshards it, or pass {name}.full_tensor()"
             )
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:

@@ -174,7 +174,8 @@ def check(command: str) -> None:
 @pytest.fixture
 def parsers_only(monkeypatch):
     """Nobody looks for the runs and the benchmarks that a page makes up."""
-    monkeypatch.setattr(evaluation, "check_files", lambda paths: None)
+    for name in ("find", "read"):
+        monkeypatch.setattr(evaluation.responses, name, lambda path: path)
     monkeypatch.setattr(data, "benchmark_source", lambda name, folder: name)
     monkeypatch.setattr(data, "load_problems", lambda *args, **kwargs: [])
 

@@ -54,7 +54,7 @@ def test_the_five_benchmark_table(warm_model, benchmarks, tmp_path, capsys):
     assert report["average"] == sum(r["accuracy"] for r in report["benchmarks"].values()) / 5
     assert report["settings"]["temperature"] == 0 and report["settings"]["template"] == "qwen_math"
     assert (report["settings"]["engine"], report["settings"]["dtype"]) == ("torch", "float32")
-    assert {"torch", "transformers", "math-verify"} <= report["versions"].keys()
+    assert {"torch", "transformers", "math_verify"} <= report["versions"].keys()
     responses = read_jsonl(out / "responses.jsonl")
     assert len(responses) == 20 and all(0 < r["tokens"] <= 24 for r in responses)
 
