@@ -882,8 +882,8 @@ def _check_tensors(
     for name, x in (("hidden", hidden), ("weight", weight)):
         if hasattr(x, "full_tensor"):
             raise TypeError(
-                f"{name} is a DTensor ({getattr(x, 'placements', '')}); call the loss in the forward of a module "
-                f"that fully_shard() wraps, which unshards it, or pass {name}.full_tensor()"
+                f"{name} is a DTensor; call the loss in the forward of a module that "
+                f"fully_shard() wraps, which unshards it, or pass {name}.full_tensor()"
             )
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
