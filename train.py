@@ -106,7 +106,9 @@ def main(config: Config) -> None:
     started = time.monotonic() - 3600 * done.hours_used
 
     def evaluate(step: int) -> None:
-        modes = [(1, replace(sampling, temperature=0.0)), (config.eval_samples, sampling)]
+        modes = [(1, replace(sampling, temperature=0.0))]
+        if config.eval_samples:
+            modes.append((config.eval_samples, sampling))
         for samples, mode in modes:
             for row in evaluate_sets(sampler, grader, eval_sets, dropped, samples, mode, step):
                 log.evaluation(row | {"template": config.template})
@@ -115,6 +117,7 @@ def main(config: Config) -> None:
     with Grader(template.answer) as grader:
         if done.step == 0:
             evaluate(step=0)
+        group = config.group_size
         for step in range(done.step + 1, config.steps + 1):
             timer = Stopwatch(watchdog.enter)
             prompts = data.step_problems(problems, step, config.prompts_per_step, config.seed)
@@ -122,16 +125,14 @@ def main(config: Config) -> None:
             # 1. Every process samples responses to its share of the prompts. Grading starts with
             #    the first complete response.
             with timer("rollout"):
-                rollouts, grades = sampler.rollout(
-                    prompts, config.group_size, sampling, step, grader
-                )
+                rollouts, grades = sampler.rollout(prompts, group, sampling, step, grader)
 
             # 2. Each response gets its reward. Then every process gets the whole step.
             with timer("grade"):
                 rewards = [reward(r, g.result()) for r, g in zip(rollouts, grades, strict=True)]
             with timer("pack"):
                 engine.sleep()
-                rollouts, reward_PG = sampler.gather(rollouts, rewards, config.group_size)
+                rollouts, reward_PG = sampler.gather(rollouts, rewards, group)
 
                 # 3. A response is compared with its group. Then responses are dealt to optimizer
                 #    steps, processes and micro-batches.
@@ -159,10 +160,10 @@ def main(config: Config) -> None:
             # 7. Evaluate, save, log, and stop if asked to.
             stopping = distributed.any_rank(stopper.reason is not None)
             saving = stopping or config.saves(step)
-            now = checkpoint.Progress(step, (time.monotonic() - started) / 3600)
             with timer("eval"):
                 if config.evaluates(step):
                     evaluate(step)
+            now = checkpoint.Progress(step, (time.monotonic() - started) / 3600)
             with timer("save"):
                 if saving:
                     checkpoint.write(config, now, policy, optimizer, tokenizer)

@@ -97,6 +97,12 @@ def test_evaluation_sets_are_asked_in_one_call_and_scored_apart(base, warm_model
     assert [r["n"] for r in evals[::2]] == [128, 128], "greedily, and with two samples each"
 
 
+def test_without_eval_samples_only_the_greedy_answer_is_scored(warm_model, tmp_path):
+    run(small(warm_model, tmp_path / "greedy", steps=1, eval_samples=0))
+    evals = read_jsonl(tmp_path / "greedy" / "eval.jsonl")
+    assert [(r["step"], r["temperature"]) for r in evals] == [(0, 0.0), (1, 0.0)]
+
+
 def test_a_complete_run_is_left_as_it_is(base, warm_model, capsys):
     before = (base[0] / "metrics.jsonl").read_text()
     train.main(small(warm_model, base[0]))
