@@ -236,8 +236,9 @@ class Config:
 def nearest_divisors(n: int, k: int) -> list[str]:
     """The divisors of n just below and just above k."""
     divisors = [d for d in range(1, n + 1) if n % d == 0]
-    below, above = [d for d in divisors if d < k][-1:], [d for d in divisors if d > k][:1]
-    return [str(d) for d in below + above]
+    below = [str(d) for d in divisors if d < k]
+    above = [str(d) for d in divisors if d > k]
+    return below[-1:] + above[:1]
 
 
 # ---- recipes. Every value of the paper's has its source. "table 6" is the paper's own table (v2,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from drgrpo.engine import Engine
 from drgrpo.grade import Grade, Grader
 from drgrpo.templates import Template, encode
 from drgrpo.types import Completion, Problem, Request, Rollout, Sampling, UserError
+
+Item = TypeVar("Item")
 
 
 def tokenize(
@@ -105,7 +108,7 @@ class Sampler:
                 grades[i] = grader.submit(text, prompts[i].answer)
 
         self.engine.generate(requests, sampling, finish)
-        return [rollouts[i] for i in range(len(prompts))], [grades[i] for i in sorted(grades)]
+        return in_order(rollouts), in_order(grades)
 
     def gather(
         self, rollouts: list[Rollout], rewards: list[float], group_size: int
@@ -117,3 +120,8 @@ class Sampler:
         pairs = list(chain(*distributed.gather(groups, self.tp)))
         reward_PG = torch.tensor([reward for _, reward in pairs]).view(-1, group_size)
         return [rollout for rollout, _ in pairs], reward_PG
+
+
+def in_order(items: dict[int, Item]) -> list[Item]:
+    """The items by their index."""
+    return [items[i] for i in sorted(items)]

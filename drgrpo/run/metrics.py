@@ -1,6 +1,6 @@
 """What `metrics.jsonl` and `samples.jsonl` hold of a step. docs/metrics.md explains each column."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -77,24 +77,27 @@ def step_row(
     Statistics of responses cover all of them. A token without advantage cannot be clipped, so
     `clip_frac` covers all tokens too. `ratio_max`, `kl` and parity cover the tokens trained on."""
     rewards, lengths = reward_PG.flatten().tolist(), [r.length for r in rollouts]
-    graded = list(zip(lengths, rewards, strict=True))
-    trained, first, sampled = sum(u.tokens for u in updates), updates[0], sum(lengths)
-    applied, seconds = [u for u in updates if u.applied], timer.read()
+    right = [length for length, reward in zip(lengths, rewards, strict=True) if reward > 0]
+    wrong = [length for length, reward in zip(lengths, rewards, strict=True) if reward <= 0]
+    applied, seconds = [update for update in updates if update.applied], timer.read()
+    trained, first, sampled = sum(column(updates, "tokens")), updates[0], sum(lengths)
+    logprobs = [sum(rollout.completion.logprobs) for rollout in rollouts]
+    truncated = [not rollout.completion.finished for rollout in rollouts]
     return {
         "step": now.step,
         "algo": config.algo,
         "reward_mean": fmean(rewards),
         "response_len_mean": fmean(lengths),
-        "response_len_correct": mean(length for length, reward in graded if reward > 0),
-        "response_len_incorrect": mean(length for length, reward in graded if reward <= 0),
-        "truncated_frac": fmean(not r.completion.finished for r in rollouts),
+        "response_len_correct": mean(right),
+        "response_len_incorrect": mean(wrong),
+        "truncated_frac": fmean(truncated),
         "zero_adv_frac": (advantage_PG == 0).float().mean().item(),
-        "entropy": -sum(sum(r.completion.logprobs) for r in rollouts) / sampled,
-        "clip_frac": sum(u.clipped for u in updates) / sampled,
-        "ratio_max": max(u.ratio_max for u in updates) if trained else None,
-        "kl": sum(u.kl_sum for u in updates) / trained if trained else None,
-        "loss": mean(u.loss for u in applied),
-        "grad_norm": mean(u.grad_norm for u in applied),
+        "entropy": -sum(logprobs) / sampled,
+        "clip_frac": sum(column(updates, "clipped")) / sampled,
+        "ratio_max": max(column(updates, "ratio_max")) if trained else None,
+        "kl": sum(column(updates, "kl_sum")) / trained if trained else None,
+        "loss": mean(column(applied, "loss")),
+        "grad_norm": mean(column(applied, "grad_norm")),
         "skipped_updates": len(updates) - len(applied),
         "lr": updates[-1].lr,
         "parity_mean": first.gap_sum / first.tokens if first.tokens else None,
@@ -104,8 +107,8 @@ def step_row(
         "tokens_per_s": sampled / seconds["total"],
         "rollout_tokens_per_s": sampled / seconds["rollout"],
         "train_tokens_per_s": trained / seconds["train"],
-        "seconds": {phase: round(s, 4) for phase, s in seconds.items()},
-        "gb": {phase: round(gb, 3) for phase, gb in timer.gb.items()},
+        "seconds": rounded(seconds, 4),
+        "gb": rounded(timer.gb, 3),
         "grader_timeout": grader.timeouts,
         "grader_error": grader.errors,
         "hours_used": now.hours_used,
@@ -130,7 +133,14 @@ def sample_rows(step: int, rollouts: list[Rollout], reward_PG: Tensor) -> list[d
     ]
 
 
-def mean(values: Iterable[float]) -> float | None:
+def column(updates: list[Update], name: str) -> list[float]:
+    return [getattr(update, name) for update in updates]
+
+
+def mean(values: Sequence[float]) -> float | None:
     """None without values: JSON has no NaN."""
-    values = list(values)
     return fmean(values) if values else None
+
+
+def rounded(by_phase: dict[str, float], digits: int) -> dict[str, float]:
+    return {phase: round(value, digits) for phase, value in by_phase.items()}

@@ -40,8 +40,8 @@ def curves(runs: list[Path]) -> Figure:
     reward, accuracy, length = figure.subplots(1, 3)
     for i, run in enumerate(runs):
         color, rows = f"C{i}", read_jsonl(run / "metrics.jsonl")
-        steps, rewards = [r["step"] for r in rows], [r["reward_mean"] for r in rows]
-        reward.plot(steps, rewards, color=color, lw=1, label=f"{rows[0]['algo']} ({run.name})")
+        label = f"{rows[0]['algo']} ({run.name})"
+        reward.plot(*columns(rows, "reward_mean"), color=color, lw=1, label=label)
         draw_accuracy(accuracy, read_jsonl(run / "eval.jsonl"), color)
         draw_lengths(length, rows, color, run.name)
     titles = {reward: "training reward", accuracy: "accuracy", length: "response length (tokens)"}
@@ -62,24 +62,32 @@ def draw_accuracy(axis: Axes, rows: list[dict[str, Any]], color: str) -> None:
     for name, temperature in dict.fromkeys((r["benchmark"], r["temperature"]) for r in rows):
         curve = [r for r in rows if (r["benchmark"], r["temperature"]) == (name, temperature)]
         style, how = ("--", "greedy") if temperature == 0 else ("-", f"T={temperature:g}")
-        steps, accuracies = [r["step"] for r in curve], [r["accuracy"] for r in curve]
-        axis.plot(steps, accuracies, style, color=color, label=f"{name}, {how}")
+        axis.plot(*columns(curve, "accuracy"), style, color=color, label=f"{name}, {how}")
 
 
 def draw_lengths(axis: Axes, rows: list[dict[str, Any]], color: str, name: str) -> None:
-    for column, style in (("correct", ":"), ("incorrect", "-")):
-        known = [r for r in rows if r[f"response_len_{column}"] is not None]
-        steps, lengths = [r["step"] for r in known], [r[f"response_len_{column}"] for r in known]
-        if known:
-            axis.plot(steps, lengths, style, color=color, lw=1.2, label=f"{column}, {name}")
+    for kind, style in (("correct", ":"), ("incorrect", "-")):
+        steps, lengths = columns(rows, f"response_len_{kind}")
+        if steps:
+            axis.plot(steps, lengths, style, color=color, lw=1.2, label=f"{kind}, {name}")
+
+
+def columns(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]]:
+    """The steps at which a column has a value, and its values."""
+    points = [(row["step"], row[name]) for row in rows if row[name] is not None]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return list(steps), list(values)
 
 
 def step_time(run: Path) -> Figure:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axis, rows = figure.subplots(), read_jsonl(run / "metrics.jsonl")
-    seconds = {phase: [r["seconds"].get(phase, 0.0) for r in rows] for phase in PHASES}
-    shown = {phase: values for phase, values in seconds.items() if any(values)}
-    axis.stackplot([r["step"] for r in rows], *shown.values(), labels=list(shown))
+    shown: dict[str, list[float]] = {}
+    steps, seconds = columns(rows, "seconds")
+    for phase in PHASES:
+        values = [step_seconds.get(phase, 0.0) for step_seconds in seconds]
+        shown |= {phase: values} if any(values) else {}
+    axis.stackplot(steps, *shown.values(), labels=list(shown))
     axis.set(title=f"seconds per step by phase, {run.name}", xlabel="step", ylabel="s")
     axis.legend(fontsize=7, loc="upper right")
     return figure
