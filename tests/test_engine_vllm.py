@@ -269,23 +269,25 @@ CRASH_ON_RANK_1 = """
 import os
 from drgrpo.engine_vllm import VLLMEngine
 generate, calls = VLLMEngine.generate, []
-def crash_once(self, *args):
+def crash_in_the_first_life(self, *args):
     calls.append(1)
-    if len(calls) == 2 and os.environ["RANK"] == "1":
+    life = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if len(calls) == 2 and life == ("1", "0"):
         raise RuntimeError("a worker died")
     return generate(self, *args)
-VLLMEngine.generate = crash_once
+VLLMEngine.generate = crash_in_the_first_life
 """
 
 
 def test_training_samples_from_vllm(group, warm_model, tokenizer, tmp_path):
-    """On one process; on two, one of whose engines crashes and is rebuilt; on two that share an
-    engine: one result."""
+    """On one process; on two, one of whose engines crashes and torchrun starts both again; on two
+    that share an engine: one result."""
     runs = {"one": (1, "", {}), "two": (2, CRASH_ON_RANK_1, {}), "shared": (2, "", {"tp": 2})}
     for name, (processes, prelude, changes) in runs.items():
         config = small(warm_model, tmp_path / name, engine="vllm", eval_data="", **changes)
-        shown = finish(launch(config, processes, prelude))
-        assert "engine vllm" in shown and ("a sampler crashed" in shown) == (name == "two")
+        restart = ("--standalone", "--max-restarts=1")
+        shown = finish(launch(config, processes, prelude, torchrun=restart))
+        assert "engine vllm" in shown and ("a worker died" in shown) == (name == "two")
         assert max(row["parity_max"] for row in metrics(config.out)) < MAX_GAP
         assert_close_run(tmp_path / "one", tmp_path / name)
     assert max(row["reward_mean"] for row in metrics(tmp_path / "one")) > 0

@@ -41,17 +41,16 @@ def test_a_resumed_run_continues_as_if_it_had_never_stopped(
         file.write('{"step": 3, "torn')  # killed while it wrote a step that no checkpoint holds
     run(small(warm_model, tmp_path / "halves", **settings))
     if old_logprob == "recompute":
-        run(small(warm_model, tmp_path / "straight", **settings))
-    assert_same_run(
-        tmp_path / "straight" if old_logprob == "recompute" else straight, tmp_path / "halves"
-    )
+        straight = tmp_path / "straight"
+        run(small(warm_model, straight, **settings))
+    assert_same_run(straight, tmp_path / "halves")
     left = sorted(p.name for p in (tmp_path / "halves" / "checkpoints").iterdir())
     assert left == ["latest", "step-000002", "step-000003", "step-000004"]
 
 
 KILL = """
 import os, signal, torch
-from drgrpo.run.folder import list_checkpoints
+from drgrpo.run import checkpoint
 from drgrpo.engine_torch import TorchEngine
 
 def kill_at(owner, name, count):
@@ -73,12 +72,8 @@ kill_at({owner}, {name!r}, {count})
         ("TorchEngine", "_forward", 150),  # some token of some rollout or evaluation
         ("torch.optim.AdamW", "step", 7),  # some update
         ("checkpoint", "save_hf", 3),  # half a checkpoint is written
-        (
-            "checkpoint",
-            "commit",
-            3,
-        ),  # it is whole, and the records are written, but it has no name yet
-        ("checkpoint", "replace_symlink", 5),  # it has its name, `latest` does not yet say so
+        ("checkpoint", "commit", 3),  # it is complete, with its records, but has no name yet
+        ("checkpoint", "replace_symlink", 5),  # it has its name, and `latest` is older
     ],
     ids=["rollout", "update", "save", "before commit", "in commit"],
 )
@@ -87,9 +82,8 @@ def test_killed_at_a_random_moment_it_resumes_bit_for_bit(
 ):
     count = random.Random(f"{owner}.{name}").randint(2, most)
     config = small(warm_model, tmp_path / "killed", **SETTINGS)
-    shown = finish(
-        launch(config, prelude=KILL.format(owner=owner, name=name, count=count)), status=None
-    )
+    prelude = KILL.format(owner=owner, name=name, count=count)
+    shown = finish(launch(config, prelude=prelude), status=None)
     assert "SIGKILL" in shown or "exitcode: -9" in shown or "Signal 9" in shown, shown
     assert not (tmp_path / "killed" / "checkpoints" / "step-000004").exists(), (
         "it was not killed in time"
@@ -151,13 +145,12 @@ def test_resuming_on_another_number_of_processes(warm_model, straight, tmp_path)
 
 
 CRASH_ONCE = """
-from pathlib import Path
+import os
 from drgrpo.engine_torch import TorchEngine
-original, calls, crashed = TorchEngine.generate, [], Path({marker!r})
+original, calls = TorchEngine.generate, []
 def generate(self, *args):
-    calls.append(1)
-    if len(calls) == 5 and not crashed.exists():  # two evaluations, steps 1 and 2
-        crashed.touch()
+    calls.append(1)  # the seventh is the rollout of step 3, after four evaluations
+    if len(calls) == 7 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise RuntimeError("illegal memory access")
     return original(self, *args)
 TorchEngine.generate = generate
@@ -167,10 +160,9 @@ TorchEngine.generate = generate
 def test_a_crashed_sampler_ends_the_run_and_torchrun_starts_it_again(
     warm_model, straight, tmp_path
 ):
-    prelude = CRASH_ONCE.format(marker=str(tmp_path / "crashed.marker"))
     config = small(warm_model, tmp_path / "crashed", **SETTINGS)
     restart = ("--standalone", "--max-restarts=1")
-    shown = finish(launch(config, prelude=prelude, torchrun=restart))
+    shown = finish(launch(config, prelude=CRASH_ONCE, torchrun=restart))
     assert "RuntimeError: illegal memory access" in shown and "after step 2" in shown
     assert_same_run(straight, tmp_path / "crashed")
     starts = json.loads((tmp_path / "crashed" / "run.json").read_text())
