@@ -93,7 +93,7 @@ def resolve_dtype(name: Dtype, device: torch.device) -> Dtype:
 def cli(command: Command) -> None:
     """Do what the command line asks for."""
     config, paths = command.config, command.paths
-    with user_errors(), distributed.cleanup():
+    with user_errors():
         match command.mode:
             case "evaluate":
                 main(command)
@@ -103,6 +103,7 @@ def cli(command: Command) -> None:
                 regrade.regrade(paths[0], config.grader, config.out)
             case "analyze":
                 analyze.analyze(paths[0], config.out)
+        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -294,5 +294,6 @@ def learning_rate(config: Config, update: int) -> float:
 
 
 if __name__ == "__main__":
-    with user_errors(), distributed.cleanup():
+    with user_errors():
         main(CONFIG)
+        distributed.stop()

@@ -16,6 +16,7 @@ def start(tp: int = 1) -> tuple[int, int, torch.device]:
 
     Call it before vLLM is built, which would otherwise make a default group of size one. UserError
     unless `tp`, the processes that share a sampler, divides the world size."""
+    check_restarts()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -31,13 +32,18 @@ def start(tp: int = 1) -> tuple[int, int, torch.device]:
     return dist.get_rank(), world, device
 
 
-@contextmanager
-def cleanup() -> Iterator[None]:
-    """Leave the process group at the end, however the block ends."""
-    try:
-        yield
-    finally:
-        stop()
+def check_restarts() -> None:
+    """UserError if torchrun would restart the processes but they could not find each other.
+
+    They exchange addresses through a store. torchrun of torch 2.13 keeps the store over a restart,
+    where the new processes read the addresses of the dead ones."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts and shared and int(os.environ["WORLD_SIZE"]) > 1:
+        raise UserError(
+            f"--max-restarts {restarts} of torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+            "torchrun's environment; without it restarted processes do not find each other"
+        )
 
 
 def stop() -> None:

@@ -27,8 +27,9 @@ import sys, train
 from drgrpo import distributed
 from drgrpo.config import parse_args
 from drgrpo.run.cli import user_errors
-with user_errors(), distributed.cleanup():
+with user_errors():
     train.main(parse_args(sys.argv[1:]))
+    distributed.stop()
 """
 """What train.py does when it is the main program."""
 
@@ -71,6 +72,7 @@ def launch(
     command = [sys.executable, "-m", "torch.distributed.run", *torchrun]
     command += [f"--nproc-per-node={processes}", script, *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see drgrpo.distributed.check_restarts
     return subprocess.Popen(
         command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -4,7 +4,8 @@ import socket
 
 import pytest
 
-from drgrpo.distributed import gather, shard
+from drgrpo.distributed import check_restarts, gather, shard
+from drgrpo.types import UserError
 from runs import assert_close_run, finish, launch, small
 
 
@@ -56,10 +57,21 @@ TorchEngine.sync = sync
 @pytest.mark.parametrize("flags", [{"dp_replicate": 2}, {"tp": 2}], ids=str)
 def test_processes_that_do_not_divide_are_refused(warm_model, tmp_path, flags):
     import train
-    from drgrpo.types import UserError
 
     with pytest.raises(UserError, match="does not divide the 1 processes"):
         train.main(small(warm_model, tmp_path / "run", dtype="bfloat16", **flags))
+
+
+def test_restarts_that_would_hang_are_refused(monkeypatch):
+    for name, value in (("MAX_RESTARTS", "3"), ("USE_AGENT_STORE", "True")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_restarts()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        check_restarts()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    check_restarts()
 
 
 def test_shard_and_gather_are_inverse(group_of_one):
