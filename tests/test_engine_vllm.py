@@ -17,7 +17,7 @@ missing = importlib.util.find_spec("vllm") is None
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
-    pytest.mark.skipif(missing, reason="vLLM is not installed: make env"),
+    pytest.mark.skipif(missing, reason="vLLM is not installed: make env-test"),
 ]
 
 MAX_GAP = 1e-4  # nats, float32; measured: 1e-6 at this size
