@@ -578,18 +578,11 @@ def bullets(lines: list[str]) -> str:
 
 
 def tables(name: str, result: dict) -> str:
+    from bench import bench_linear_drgrpo, bench_step
+
     if name.startswith("step_"):
-        from bench.bench_step import text
-
-        return text(result)
-    from bench.bench_linear_drgrpo import COLUMNS
-    from bench.harness import markdown
-
-    rows = []
-    for row in result["rows"]:
-        if "step_ms" in row:
-            rows.append([row["model"], *(show(row) for show in COLUMNS.values())])
-    return markdown(["shape", *COLUMNS], rows)
+        return bench_step.text(result)
+    return bench_linear_drgrpo.table(result["rows"])
 
 
 def missing_device() -> str | None:
