@@ -145,22 +145,6 @@ def test_a_part_that_fails_says_why_and_the_next_one_runs(tmp_path):
 SLEEP = "import time; time.sleep(60)"
 
 
-@pytest.mark.parametrize(
-    ("code", "reason"), [("raise SystemExit('no core')", "failed: no core"), (SLEEP, "not done")]
-)
-def test_a_part_whose_background_work_fails_or_lasts_is_not_begun(tmp_path, code, reason):
-    part = gpu.Part("tiny", "", [*PYTHON, "print(6 * 7)"], 1, after=("warmup",))
-    work, out = tmp_path / "work", tmp_path / "out"
-    work.mkdir(), out.mkdir()
-    with open(work / "warmup.log", "w") as log:
-        process = gpu.start([*PYTHON, code], log, dict(os.environ))
-    report = gpu.Report(out, rehearsal=True)
-    gpu.run_parts([part], report, work, 2.0, dict(os.environ), {"warmup": process})
-    gpu.end(process)
-    assert report.runs["tiny"]["status"] == "failed" and reason in report.runs["tiny"]["reason"]
-    assert "42" not in (out / "log.txt").read_text()
-
-
 @pytest.mark.parametrize(("code", "status"), [("pass", 0), ("raise SystemExit(1)", 1), (SLEEP, 1)])
 def test_exit_status(tmp_path, monkeypatch, capsys, code, status):
     monkeypatch.setattr(gpu, "make_parts", lambda *_: [gpu.Part("only", "", [*PYTHON, code], 1)])
@@ -177,7 +161,7 @@ def test_test_outcomes_are_read_while_they_come(tmp_path):
     )
     outcomes = {"test_a[1-a b]": "PASSED", "test_b": "FAILED", "test_c": "SKIPPED (no x (y))"}
     assert gpu.test_outcomes(log) == {"outcomes": outcomes}
-    assert gpu.figures("tests_x", gpu.test_outcomes(log)) == "1 passed, 1 failed, 1 skipped"
+    assert gpu.tests_line(gpu.test_outcomes(log)) == "1 passed, 1 failed, 1 skipped"
 
 
 def test_whole_models_alone_give_constants_to_the_budget():
