@@ -296,13 +296,15 @@ def start(command: list[str], log: TextIO, env: dict) -> subprocess.Popen:
 
 def watch(process: subprocess.Popen, deadline: float, look: Callable[[], None]) -> str:
     """Looks at a part while it runs. The status in which it ends."""
-    while (rest := deadline - time.monotonic()) > 0:
+    while process.poll() is None:
+        if (rest := deadline - time.monotonic()) <= 0:
+            os.killpg(process.pid, signal.SIGABRT)  # faulthandler says where every thread stands
+            time.sleep(0.5)
+            return "timeout"
         with suppress(subprocess.TimeoutExpired):
-            return "failed" if process.wait(timeout=min(TICK, rest)) else "passed"
+            process.wait(timeout=min(TICK, rest))
         look()
-    os.killpg(process.pid, signal.SIGABRT)  # faulthandler writes down where every thread stands
-    time.sleep(0.5)
-    return "timeout"
+    return "failed" if process.returncode else "passed"
 
 
 def end(process: subprocess.Popen) -> None:
@@ -320,7 +322,8 @@ def collect(part: Part, row: dict, work: Path, out: Path) -> None:
             shutil.copy(picture, out / picture.name)
     else:
         row["result"] = test_outcomes(work / f"{part.name}.log")
-    told = shown(LINES[part.name.split("_")[0]], row["result"]) if row["result"] else ""
+    kind = part.name.split("_")[0]
+    told = shown(lambda: LINES[kind](row["result"])) if row["result"] else ""
     row["figures"] = row.get("reason") or told
 
 
@@ -365,10 +368,11 @@ def constants(runs: dict[str, dict], rehearsal: bool) -> dict:
     }
     for shape, name in SHAPES.items():
         parts["step"] += step_constants(name, results.get(f"step_{shape}", {}))
-    if vllm := rollout.get("engines", {}).get("vllm", {}):
-        model = {"model": SHAPES[rollout["shape"]]}
-        parts["rollout"] = [model | vllm["steady"]] if "steady" in vllm else []
-        parts["sync"] = [model | {"seconds": vllm["sync_s"]}] if "sync_s" in vllm else []
+    vllm, model = rollout.get("engines", {}).get("vllm", {}), SHAPES.get(rollout.get("shape"))
+    if "steady" in vllm:
+        parts["rollout"] = [{"model": model} | vllm["steady"]]
+    if "sync_s" in vllm:
+        parts["sync"] = [{"model": model, "seconds": vllm["sync_s"]}]
     card = ceiling.get("where", {}).get("device")
     return {"device": "a CPU that rehearses for an H100" if rehearsal else card, "parts": parts}
 

@@ -329,13 +329,9 @@ def report(arches: list[int]) -> dict:
     print(markdown(PREDICTION_HEADS, list(map(prediction_row, predictions))))
     for rule in broken:
         print("BROKEN", rule)
-    return {
-        "sizes": {arch: s._asdict() for arch, s in sizes.items()},
-        "compiled": [asdict(c) for c in compiled],
-        "cost": costs,
-        "predictions": predictions,
-        "broken": broken,
-    }
+    used = {arch: s._asdict() for arch, s in sizes.items()}
+    facts = {"sizes": used, "compiled": list(map(asdict, compiled))}
+    return facts | {"cost": costs, "predictions": predictions, "broken": broken}
 
 
 def run_without_interpreter() -> int:
