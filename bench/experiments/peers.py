@@ -491,8 +491,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report["loss"] = peer_losses.measure_loss(model, Path(folder))
         report["advantage"] = peer_losses.measure_advantages(model, Path(folder))
-        tables = peer_losses.loss_table(report["loss"]), peer_losses.WHY
-        print(*tables, peer_losses.advantage_table(report["advantage"]), sep="\n\n", end="\n\n")
+        losses, advantages = report["loss"], report["advantage"]
+        tables = peer_losses.loss_table(losses), peer_losses.advantage_table(advantages)
+        print(*tables, peer_losses.WHY, sep="\n\n", end="\n\n", flush=True)
         report["speed"] = speed = {}
         for minibatches in args.minibatches:
             speed[str(minibatches)] = measure_speed(args, model, Path(folder), minibatches)
