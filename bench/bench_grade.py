@@ -1,22 +1,20 @@
 """Grades per second: the pool of workers against grading one answer at a time.
 
-    python -m bench.bench_grade                                 # made-up answers
-    python -m bench.bench_grade --data DIR                      # the truths of DIR/*.jsonl,
-    rewritten python -m bench.bench_grade --save bench/results/grade.json DRGRPO_FUZZ=100000 pytest
-    -s tests/test_grade.py -k fuzz_pool    # the fuzz run
-
+    python -m bench.bench_grade                 # made-up answers
+    python -m bench.bench_grade --data DIR      # the truths of DIR/*.jsonl, rewritten
+    python -m bench.bench_grade --save bench/results/grade.json
+    DRGRPO_FUZZ=100000 pytest -s tests/test_grade.py -k fuzz_pool    # the fuzz run
 There are three loads. `mixed` is what a trained model writes, and the string rules settle most of
 it. `math` holds only answers that need math-verify. `hostile` is `math` with one answer in a
 hundred that never ends. It is killed after one second of CPU time.
 """
 
-import argparse
 import random
 import time
 from itertools import chain
 from pathlib import Path
 
-from bench.harness import provenance, write_json
+from bench.harness import command_line, provenance, write_json
 from drgrpo.answers import equal_as_mathematics, equal_as_strings, extract, truths_of
 from drgrpo.data import BENCHMARKS, benchmark_source, load_problems
 from drgrpo.grade import Grader
@@ -89,8 +87,7 @@ def pool(pairs: Pairs, grader: Grader) -> float:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = command_line(__doc__)
     parser.add_argument("--data", help="folder with the benchmarks as NAME.jsonl")
     parser.add_argument("--count", type=int, default=600, help="answers a load")
     parser.add_argument("--workers", type=int, default=2)

@@ -25,24 +25,20 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import (
-    ROOT,
-    host_syncs,
-    interleaved,
-    peak_memory,
-    provenance,
-    quantiles,
-    table,
-    write_json,
-)
+from bench import harness
+from bench.harness import RESULTS, interleaved, markdown, peak_memory, provenance, quantiles
 from drgrpo.kernels import linear_drgrpo as head
 
 MODELS = {
@@ -55,7 +51,7 @@ DEFAULTS = {
     "cuda": (["7B", "1.5B"], [2048, 4096, 16_384, 65_536]),
     "cpu": (["tiny", "small"], [1024, 4096]),
 }
-ERROR_TOKENS = 256
+ERROR_TOKENS, ERRORS = 256, ("dhidden", "dweight", "logprob_rms")
 # What a sweep tries: (BLOCK_V, NUM_WARPS) that fit the registers, of which the torch backend has
 # none, and tokens of a chunk at the widest vocabulary.
 PROGRAMS = {"cuda": [(4096, 8), (4096, 16), (8192, 16), (8192, 32), (16_384, 32)], "cpu": []}
@@ -74,15 +70,18 @@ class Case:
     target: Tensor  # [T]
     advantage: Tensor  # [T], ones
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.target
+
     def backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """(dhidden, dweight) of a loss."""
         return torch.autograd.grad(loss, (self.hidden, self.weight))
 
     def first(self, tokens: int) -> "Case":
         hidden = self.hidden[:tokens].detach().requires_grad_()
-        return replace(
-            self, hidden=hidden, target=self.target[:tokens], advantage=self.advantage[:tokens]
-        )
+        target, advantage = self.target[:tokens], self.advantage[:tokens]
+        return replace(self, hidden=hidden, target=target, advantage=advantage)
 
 
 @dataclass(frozen=True)
@@ -112,28 +111,41 @@ def make_case(T: int, D: int, V: int, device: str) -> Case:
 
 # ---- contenders: each takes a case and returns a Contender, or raises Skip or ImportError
 
+Function = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of hidden states, weight and targets."""
 
-def fused(logits_dtype: torch.dtype | None) -> Callable[[Case], Contender]:
+
+def from_loss(case: Case, function: Function) -> Contender:
+    """The contender whose loss is `function`; autograd does the rest."""
+    return Contender(lambda: case.backward(function(*case.inputs)))
+
+
+def from_logprob(case: Case, function: Function) -> Contender:
+    """The contender whose log-probs are `function`. The loss is Dr. GRPO on-policy."""
+
+    def loss(*inputs):
+        logprob = function(*inputs)
+        return -((logprob - logprob.detach()).exp() * case.advantage).mean()
+
+    return Contender(from_loss(case, loss).step, torch.no_grad()(lambda: function(*case.inputs)))
+
+
+def fused(case: Case, logits_dtype: torch.dtype | None = None) -> Contender:
     """This repository's head; None is the type of the hidden states."""
+    how = dict(logits_dtype=logits_dtype or case.hidden.dtype)
 
-    def build(case: Case) -> Contender:
-        inputs = (case.hidden, case.weight, case.target)
-        how = dict(logits_dtype=logits_dtype or case.hidden.dtype)
+    def loss(*inputs):
+        scale = 1 / len(case.target)
+        return head.linear_drgrpo_loss(*inputs, case.advantage, scale=scale, **how)[0]
 
-        def step():
-            scale = 1 / len(case.target)
-            loss, _ = head.linear_drgrpo_loss(*inputs, case.advantage, scale=scale, **how)
-            return case.backward(loss)
-
-        return Contender(step, lambda: head.linear_logprob(*inputs, **how)[0])
-
-    return build
+    step = from_loss(case, loss).step
+    return Contender(step, lambda: head.linear_logprob(*case.inputs, **how)[0])
 
 
 def fused_fp32_logits(case: Case) -> Contender:
     if case.hidden.dtype == torch.float32:
         raise Skip("the same as fused: the inputs are fp32")
-    return fused(torch.float32)(case)
+    return fused(case, torch.float32)
 
 
 def gemms(case: Case) -> Contender:
@@ -166,30 +178,8 @@ def gemms_chunked(case: Case) -> Contender:
     return Contender(step)
 
 
-def policy_loss(logprob: Tensor, advantage: Tensor) -> Tensor:
-    """Dr. GRPO on-policy, from log-probs."""
-    return -((logprob - logprob.detach()).exp() * advantage).mean()
-
-
 def naive_logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return (hidden @ weight.T).float().log_softmax(-1).gather(1, target[:, None])[:, 0]
-
-
-LogProb = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def from_logprob(case: Case, function: LogProb) -> Contender:
-    """The contender whose log-probs are `function(hidden, weight, target)`; autograd does the
-    rest."""
-    inputs = (case.hidden, case.weight, case.target)
-
-    def logprob():
-        with torch.no_grad():
-            return function(*inputs)
-
-    return Contender(
-        step=lambda: case.backward(policy_loss(function(*inputs), case.advantage)), logprob=logprob
-    )
 
 
 def naive(case: Case) -> Contender:
@@ -203,31 +193,20 @@ def compiled(case: Case) -> Contender:
 
 def naive_cross_entropy(case: Case) -> Contender:
     """F.cross_entropy on bf16 logits."""
-
-    def step():
-        return case.backward(F.cross_entropy(case.hidden @ case.weight.T, case.target))
-
-    return Contender(step)
+    return from_loss(case, lambda hidden, w, target: F.cross_entropy(hidden @ w.T, target))
 
 
 def torch_linear_cross_entropy(case: Case) -> Contender:
     if not hasattr(F, "linear_cross_entropy"):
         raise Skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
-
-    def step():
-        loss = F.linear_cross_entropy(case.hidden, case.weight, case.target, options=options)
-        return case.backward(loss)
-
-    return Contender(step)
+    return from_loss(case, lambda *inputs: F.linear_cross_entropy(*inputs, options=options))
 
 
 def trl_full_logits(case: Case) -> Contender:
     from trl.trainer.utils import selective_log_softmax
 
-    return from_logprob(
-        case, lambda hidden, weight, target: selective_log_softmax(hidden @ weight.T, target)
-    )
+    return from_logprob(case, lambda hidden, w, target: selective_log_softmax(hidden @ w.T, target))
 
 
 def trl_chunked(case: Case) -> Contender:
@@ -256,90 +235,57 @@ def liger_grpo(case: Case) -> Contender:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     hidden, target, advantage, L = in_sequences(case)
-    function = LigerFusedLinearGRPOLoss(
-        beta=0.0,
-        use_ref_model=False,
-        loss_type="dr_grpo",
-        max_completion_length=L,
-        compiled=case.hidden.is_cuda,
-    )
-    mask = torch.ones_like(target)
-
-    def step():
-        return case.backward(function(hidden, case.weight, target, mask, advantage)[0])
-
-    return Contender(step)
+    options = dict(beta=0.0, use_ref_model=False, compiled=case.hidden.is_cuda)
+    options |= dict(loss_type="dr_grpo", max_completion_length=L)
+    function, mask = LigerFusedLinearGRPOLoss(**options), torch.ones_like(target)
+    rest = target, mask, advantage
+    return from_loss(case, lambda _, weight, __: function(hidden, weight, *rest)[0])
 
 
 def liger_triton_grpo(case: Case) -> Contender:
-    if not case.hidden.is_cuda:
-        raise Skip("needs CUDA")
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     hidden, target, advantage, L = in_sequences(case)
     options = dict(temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2)
     options |= dict(loss_type="dr_grpo", max_completion_length=L, reduce=True)
 
-    def step():
-        logits = F.pad(hidden, (0, 0, 0, 1)) @ case.weight.T  # it expects one position more
-        loss, *_ = triton_grpo_loss(logits, None, None, target, advantage, **options)
-        return case.backward(loss)
+    def loss(_, weight, __):
+        logits = F.pad(hidden, (0, 0, 0, 1)) @ weight.T  # it expects one position more
+        return triton_grpo_loss(logits, None, None, target, advantage, **options)[0]
 
-    return Contender(step)
+    return from_loss(case, loss)
 
 
 def liger_cross_entropy(case: Case) -> Contender:
-    if not case.hidden.is_cuda:
-        raise Skip("needs CUDA")
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     function = LigerFusedLinearCrossEntropyFunction.apply
-
-    def step():
-        return case.backward(function(case.hidden, case.weight, case.target)[0])
-
-    return Contender(step)
+    return from_loss(case, lambda *inputs: function(*inputs)[0])
 
 
-def cce(**options) -> Callable[[Case], Contender]:
-    def build(case: Case) -> Contender:
-        if not case.hidden.is_cuda:
-            raise Skip("needs CUDA")
-        from cut_cross_entropy import linear_cross_entropy
+def cce(case: Case, **options) -> Contender:
+    from cut_cross_entropy import linear_cross_entropy
 
-        def step():
-            loss = linear_cross_entropy(case.hidden, case.weight, case.target, **options)
-            return case.backward(loss)
-
-        return Contender(step)
-
-    return build
+    return from_loss(case, lambda *inputs: linear_cross_entropy(*inputs, **options))
 
 
 def verl(case: Case) -> Contender:
-    if not case.hidden.is_cuda:
-        raise Skip("needs CUDA")
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     return from_logprob(case, lambda *inputs: linear_cross_entropy(*inputs, 1.0, "none")[0])
 
 
 def quack(case: Case) -> Contender:
-    if not case.hidden.is_cuda:
-        raise Skip("needs CUDA")
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    def step():
-        return case.backward(chunked_linear_cross_entropy(case.hidden, case.weight, case.target))
-
-    return Contender(step)
+    return from_loss(case, chunked_linear_cross_entropy)
 
 
 FLOORS = ("3 bare GEMMs", "3 GEMMs in chunks, fp32 dW")
 CONTENDERS = {
     "3 bare GEMMs": gemms,
     "3 GEMMs in chunks, fp32 dW": gemms_chunked,
-    "fused (this repository)": fused(None),
+    "fused (this repository)": fused,
     "fused, fp32 logits": fused_fp32_logits,
     "torch, fp32 upcast": naive,
     "torch, cross_entropy": naive_cross_entropy,
@@ -350,13 +296,13 @@ CONTENDERS = {
     "Liger fused GRPO": liger_grpo,
     "Liger triton_grpo_loss": liger_triton_grpo,
     "Liger fused CE": liger_cross_entropy,
-    "CCE": cce(),
-    "CCE, no filter": cce(filter_eps=None),
+    "CCE": cce,
+    "CCE, no filter": partial(cce, filter_eps=None),
     "verl fused": verl,
     "quack": quack,
 }
-
-
+LIGER = "Liger triton_grpo_loss", "Liger fused CE"
+NEED_CUDA = (*LIGER, "CCE", "CCE, no filter", "verl fused", "quack")
 # ---- measuring
 
 
@@ -386,24 +332,24 @@ def errors(build: Callable[[Case], Contender], case: Case, truth: tuple) -> dict
 def check(case: Case, truth: tuple) -> None:
     """The fused head's gradients are at most 1.1 times as far from float64 as plain autograd's
     (fp32: 1e-5)."""
-    fused_errors, plain_errors = errors(fused(None), case, truth), errors(naive, case, truth)
+    fused_errors, plain_errors = errors(fused, case, truth), errors(naive, case, truth)
     slack = 1e-5 if case.hidden.dtype == torch.float32 else 1e-4
-    for name in ("dhidden", "dweight", "logprob_rms"):
+    for name in ERRORS:
         if not fused_errors[name] <= 1.1 * plain_errors[name] + slack:
-            sys.exit(
-                f"not timing a wrong kernel: {name} is off by {fused_errors[name]:.2e}, plain "
-                f"autograd by {plain_errors[name]:.2e}"
-            )
+            off = f"{name} is off by {fused_errors[name]:.2e}, autograd by {plain_errors[name]:.2e}"
+            sys.exit(f"not timing a wrong kernel: {off}")
 
 
 def probe(name: str, case: Case, small: Case, truth: tuple) -> tuple[Contender, dict]:
     """A contender that runs at this shape, with its memory, host syncs and errors."""
     device = case.hidden.device.type
+    if name in NEED_CUDA and device != "cuda":
+        raise Skip("needs CUDA")
     contender = CONTENDERS[name](case)
     contender.step()  # compiles, tunes, and shows whether it fits
     facts = {
         "peak_bytes": peak_memory(contender.step, device),
-        "host_syncs": host_syncs(contender.step, device),
+        "host_syncs": harness.host_syncs(contender.step, device),
     }
     if name not in FLOORS:
         facts["errors"] = errors(CONTENDERS[name], small, truth)
@@ -428,12 +374,9 @@ def reason(name: str, error: Exception) -> str:
 def add_times(rows: list[dict], key: str, runs: dict, device: str, repeats: int) -> None:
     """Times the runs in turns; writes `key`_ms and the ratio to the bare GEMMs into their rows."""
     times = {name: quantiles(ms) for name, ms in interleaved(runs, device, repeats).items()}
-    floor = times.get(FLOORS[0])
     for row in rows:
-        if row["contender"] in times:
-            row[f"{key}_ms"] = times[row["contender"]]
-            if floor:
-                row[f"{key}_ratio"] = row[f"{key}_ms"]["p50"] / floor["p50"]
+        if ms := times.get(row["contender"]):
+            row |= {f"{key}_ms": ms, f"{key}_ratio": ms["p50"] / times[FLOORS[0]]["p50"]}
 
 
 def measure(model: str, T: int, device: str, names: list[str], repeats: int) -> list[dict]:
@@ -462,41 +405,28 @@ def measure(model: str, T: int, device: str, names: list[str], repeats: int) -> 
 # ---- which sizes are fastest
 
 
-@contextmanager
-def sized(sizes: head.Sizes):
-    """The fused head with these sizes, whatever is tuned for the card."""
-    original, head.sizes_on = head.sizes_on, lambda device: sizes
-    try:
-        yield
-    finally:
-        head.sizes_on = original
-
-
 def time_sizes(
     candidates: list[head.Sizes], steps: dict[str, Callable], device: str, repeats: int
 ) -> list[dict]:
     """Times every model's step with every candidate, in turns. The score of a candidate is its time
     over the first candidate's, averaged over the models."""
 
-    def runner(sizes, step):
-        def run():
-            with sized(sizes):
-                step()
-
-        return run
+    def sized(sizes: head.Sizes, step: Callable) -> None:
+        """The step with these sizes, whatever is tuned for the card."""
+        with patch.object(head, "sizes_on", lambda device: sizes):
+            step()
 
     candidates = list(dict.fromkeys(candidates))
-    runs = {(s, model): runner(s, step) for s in candidates for model, step in steps.items()}
+    pairs = list(product(candidates, steps))
+    runs = {(sizes, model): partial(sized, sizes, steps[model]) for sizes, model in pairs}
     for run in runs.values():
         run()  # compiles
     times = {key: quantiles(ms) for key, ms in interleaved(runs, device, repeats).items()}
     rows = []
-    for sizes in candidates:
+    for sizes, model in pairs:
         ratios = [times[sizes, m]["p50"] / times[candidates[0], m]["p50"] for m in steps]
-        score = sum(ratios) / len(ratios)
-        for model in steps:
-            times_row = {"model": model, "step_ms": times[sizes, model], "score": score}
-            rows.append({**sizes._asdict(), **times_row})
+        row = {"model": model, "step_ms": times[sizes, model], "score": fmean(ratios)}
+        rows.append(sizes._asdict() | row)
     return rows
 
 
@@ -510,7 +440,7 @@ def sweep(models: list[str], T: int, device: str, repeats: int) -> dict:
     """Forward and backward by sizes: those of the row program, then chunks with the fastest of
     those. Scores are relative to the default sizes."""
     cases = {model: make_case(T, *MODELS[model], device) for model in models}
-    steps = {model: fused(None)(case).step for model, case in cases.items()}
+    steps = {model: fused(case).step for model, case in cases.items()}
     default, widest = head.sizes_on(torch.device(device)), max(MODELS[m][1] for m in models)
     programs = [default._replace(block_v=block, num_warps=w) for block, w in PROGRAMS[device]]
     rows = time_sizes([default, *programs], steps, device, repeats)
@@ -530,18 +460,13 @@ def sweep(models: list[str], T: int, device: str, repeats: int) -> dict:
 
 
 def show_sweep(result: dict) -> None:
-    print(f"\nforward and backward at T = {result['T']} by sizes; score: over the default's time")
-    columns = {
-        "model": lambda r: r["model"],
-        "block": lambda r: str(r["block_v"]),
-        "warps": lambda r: str(r["num_warps"]),
-        "chunk logits": lambda r: str(r["chunk_logits"]),
-        "p20": lambda r: number(r, "step_ms", "p20"),
-        "p50": lambda r: number(r, "step_ms", "p50"),
-        "p80": lambda r: number(r, "step_ms", "p80"),
-        "score": lambda r: number(r, "score", form="{:.3f}"),
-    }
-    print(table(sorted(result["rows"], key=lambda r: (r["model"], r["score"])), columns))
+    print(f"\nforward and backward at T = {result['T']} by sizes; score: over the default's time\n")
+    heads = ["model", "block", "warps", "chunk logits", "ms (p20-p80)", "score"]
+    lines = []
+    for r in sorted(result["rows"], key=itemgetter("model", "score")):
+        sizes = [r[field] for field in head.Sizes._fields]
+        lines.append([r["model"], *sizes, span(r["step_ms"]), f"{r['score']:.3f}"])
+    print(markdown(heads, lines))
     advice = f"TUNED should say {result['tuned']}" if result["tuned"] else "the default stays"
     print(f"best: {result['best']}, {result['gain']:.1%} faster; {advice}")
 
@@ -549,35 +474,29 @@ def show_sweep(result: dict) -> None:
 # ---- reporting
 
 
-def number(row: dict | None, *keys: str, form: str = "{:.2f}", factor: float = 1.0) -> str:
-    """A nested number of a row as text, "-" where it has none."""
-    for key in keys:
-        if row is None or row.get(key) is None:
-            return "-"
-        row = row[key]
-    return form.format(row * factor)
+def span(ms: dict[str, float]) -> str:
+    return f"{ms['p50']:.2f} ({ms['p20']:.2f}-{ms['p80']:.2f})"
 
 
-COLUMNS = {
-    "contender": lambda r: r["contender"],
-    "fwd+bwd ms": lambda r: number(r, "step_ms", "p50"),
-    "p20": lambda r: number(r, "step_ms", "p20"),
-    "p80": lambda r: number(r, "step_ms", "p80"),
-    "/ GEMMs": lambda r: number(r, "step_ratio"),
-    "logprob ms": lambda r: number(r, "logprob_ms", "p50"),
-    "/ GEMM": lambda r: number(r, "logprob_ratio"),
-    "peak GB": lambda r: number(r, "peak_bytes", form="{:.3f}", factor=1e-9),
-    "err dX": lambda r: number(r, "errors", "dhidden", form="{:.1e}"),
-    "err dW": lambda r: number(r, "errors", "dweight", form="{:.1e}"),
-    "err logp": lambda r: number(r, "errors", "logprob_rms", form="{:.1e}"),
-    "syncs": lambda r: number(r, "host_syncs", form="{:d}", factor=1),
-}
+def table(rows: list[dict]) -> str:
+    """Markdown: the contenders that ran."""
+    times = ["fwd+bwd ms (p20-p80)", "/ GEMMs", "logprob ms (p20-p80)", "/ GEMM"]
+    heads = ["shape", "contender", *times, "peak GB", "err dX", "err dW", "err logp", "syncs"]
+    lines = []
+    for r in (row for row in rows if "step_ms" in row):
+        cells = [span(r["step_ms"]), f"{r['step_ratio']:.2f}", "-", "-"]
+        if "logprob_ms" in r:
+            cells[2:] = span(r["logprob_ms"]), f"{r['logprob_ratio']:.2f}"
+        known = r.get("errors", {})
+        off = [f"{known[key]:.1e}" if key in known else "-" for key in ERRORS]
+        syncs = "-" if r["host_syncs"] is None else r["host_syncs"]
+        cells += [f"{r['peak_bytes'] / 1e9:.3f}", *off, syncs]
+        lines.append([f"{r['model']}, {r['T']}", r["contender"], *cells])
+    return markdown(heads, lines)
 
 
 def show(rows: list[dict]) -> None:
-    r = rows[0]
-    print(f"\n{r['model']}: T = {r['T']}, D = {r['D']}, V = {r['V']}")
-    print(table([row for row in rows if "step_ms" in row], COLUMNS))
+    print(f"\n{table(rows)}\n")
     for row in rows:
         if "skipped" in row:
             print(f"skipped {row['contender']}: {row['skipped']}")
@@ -585,26 +504,17 @@ def show(rows: list[dict]) -> None:
 
 def plot(rows: list[dict], where: dict, path: Path) -> None:
     """Time over the bare GEMMs and memory, one column of panels per shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shapes = list(dict.fromkeys((r["model"], r["T"]) for r in rows))
-    size = (4.5 * len(shapes), 8)
-    figure, axes = plt.subplots(2, len(shapes), figsize=size, squeeze=False, layout="constrained")
-    for column, shape in enumerate(shapes):
-        timed = [r for r in rows if (r["model"], r["T"]) == shape and "step_ms" in r]
+    figure, axes = harness.new_figure(2, len(shapes), (4.5 * len(shapes), 8), squeeze=False)
+    for (model, T), (times, memory) in zip(shapes, axes.T, strict=True):
+        timed = [r for r in rows if (r["model"], r["T"]) == (model, T) and "step_ms" in r]
         names = [r["contender"] for r in timed]
-        ratios = [r["step_ratio"] for r in timed]
-        gigabytes = [r["peak_bytes"] / 1e9 for r in timed]
-        bars(axes[0][column], names, ratios, "time / 3 bare GEMMs")
-        bars(axes[1][column], names, gigabytes, "peak memory (GB)")
-        axes[0][column].set_title(f"{shape[0]}, {shape[1]} tokens")
+        bars(times, names, [r["step_ratio"] for r in timed], "time / 3 bare GEMMs")
+        bars(memory, names, [r["peak_bytes"] / 1e9 for r in timed], "peak memory (GB)")
+        times.set_title(f"{model}, {T} tokens")
     title = "LM head + Dr. GRPO loss, forward and backward"
     figure.suptitle(f"{title}: {where['device']}, torch {where['torch']}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    harness.save_figure(figure, path, dpi=120)
 
 
 def bars(axis, names: list[str], values: list[float], label: str) -> None:
@@ -623,25 +533,20 @@ def color(contender: str) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    parser = harness.command_line(__doc__)
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default=default_device)
     add("--models", nargs="+", choices=list(MODELS))
     add("--tokens", nargs="+", type=int)
     add("--only", nargs="+", choices=list(CONTENDERS), help="contenders beside the bare GEMMs")
     add("--repeats", type=int, default=20)
     add("--sweep", action="store_true", help="also time other block and chunk sizes")
-    add(
-        "--out", type=Path, help="path without suffix; default bench/results/linear_drgrpo_<device>"
-    )
+    add("--out", type=Path, help="without suffix (default: bench/results/linear_drgrpo_<device>)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            "--device cuda: torch sees no CUDA device; --device cpu runs the torch backend"
-        )
+        way_out = "--device cpu runs the torch backend"
+        parser.error(f"--device cuda: torch sees no CUDA device; {way_out}")
     models, tokens = DEFAULTS[args.device]
     args.models, args.tokens = args.models or models, args.tokens or tokens
     chosen = [*(args.only or CONTENDERS), FLOORS[0]]
@@ -654,18 +559,17 @@ def main():
     where = provenance(args.device)
     print(" ".join(f"{key}={value}" for key, value in where.items()))
     device_name = where["device"].split(",")[0].replace(" ", "-")
-    out = args.out or ROOT / f"bench/results/linear_drgrpo_{device_name}"
+    out = args.out or RESULTS / f"linear_drgrpo_{device_name}"
     result = {"where": where, "repeats": args.repeats, "rows": []}
-    for model in args.models:
-        for T in args.tokens:
-            rows = measure(model, T, args.device, args.names, args.repeats)
-            show(rows)
-            result["rows"] += rows
-            text = write_json(out.with_suffix(".json"), result)
+    for model, T in product(args.models, args.tokens):
+        rows = measure(model, T, args.device, args.names, args.repeats)
+        show(rows)
+        result["rows"] += rows
+        text = harness.write_json(out.with_suffix(".json"), result)
     if args.sweep:
         result["sweep"] = sweep(args.models, args.tokens[0], args.device, args.repeats)
         show_sweep(result["sweep"])
-        text = write_json(out.with_suffix(".json"), result)
+        text = harness.write_json(out.with_suffix(".json"), result)
     plot(result["rows"], where, out.with_suffix(".png"))
     print(f"\nwrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
     print(text)

@@ -26,13 +26,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.harness import RESULTS, provenance, write_json
+from bench.harness import RESULTS, command_line, provenance, write_json
 from bench.shapes import SHAPES, model_config
 from drgrpo import distributed, pack, parity
 from drgrpo.engine import make_engine
@@ -40,17 +40,6 @@ from drgrpo.model import Objective, Policy, load_policy
 from drgrpo.tiny.tokenizer import byte_tokenizer
 from drgrpo.tiny.warmup import Warmup, build_tiny_model
 from drgrpo.types import Completion, Request, Sampling
-
-
-@dataclass(frozen=True)
-class EngineChoice:
-    """The settings of a sampler, as `make_engine` takes them."""
-
-    engine: str
-    dtype: str
-    sampler_batch: int = 256
-    tp: int = 1
-
 
 SIZES = {"torch": (64, 96), "vllm": (512, 1024)}
 """(responses, token budget) of each engine on a GPU. vLLM is last: when it ends, it takes the
@@ -98,14 +87,9 @@ def sample(engine, requests: list[Request], sampling: Sampling) -> tuple[list[Co
     )
     seconds, lengths = time.perf_counter() - start, [len(c.token_ids) for c in completions]
     tail = seconds - ends[-TAIL] if len(ends) > TAIL else seconds
-    return completions, {
-        "responses": len(requests),
-        "tokens": sum(lengths),
-        "longest": max(lengths),
-        "rollout_s": seconds,
-        "tokens_per_s": sum(lengths) / seconds,
-        "tail_share": tail / seconds,
-    }
+    speed = dict(rollout_s=seconds, tokens_per_s=sum(lengths) / seconds, tail_share=tail / seconds)
+    size = dict(responses=len(requests), tokens=sum(lengths), longest=max(lengths))
+    return completions, size | speed
 
 
 def steady(engine, sequences: int, length: int, prompt: int, vocabulary: int) -> dict:
@@ -116,30 +100,18 @@ def steady(engine, sequences: int, length: int, prompt: int, vocabulary: int) ->
     return job | {"tokens_per_s": speed["tokens_per_s"]}
 
 
-def gaps(
-    policy: Policy,
-    requests: list[Request],
-    completions: list[Completion],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict:
+def gaps(policy: Policy, requests: list, completions: list, dtype, device) -> dict:
     """|trainer - sampler| over all response tokens, in nats, and whether the gate would let them
     pass."""
-    sequences, parts = [], []
+    parts = []
     for r, c in zip(requests, completions, strict=True):
-        sequences.append(pack.Sequence(r.prompt_ids, c.token_ids, c.logprobs, 0.0))
-    for i in range(0, len(sequences), 16):
-        batch = pack.pack(sequences[i : i + 16], device)
+        batch = pack.pack([pack.Sequence(r.prompt_ids, c.token_ids, c.logprobs, 0.0)], device)
         parts.append((policy.logprob(batch) - batch.sampler_logprob_N).abs())
     gap_N, limits = torch.cat(parts).double(), parity.LIMITS[dtype]
-    mean, largest = gap_N.mean().item(), gap_N.max().item()
-    return {
-        "gap_mean": mean,
-        "gap_p999": gap_N.quantile(0.999).item(),
-        "gap_max": largest,
-        "gap_limits": limits,
-        "gate_passes": mean <= limits[0] and largest <= limits[1],
-    }
+    mean, largest, p999 = gap_N.mean().item(), gap_N.max().item(), gap_N.quantile(0.999).item()
+    passes = mean <= limits[0] and largest <= limits[1]
+    gate = {"gap_limits": limits, "gate_passes": passes}
+    return {"gap_mean": mean, "gap_p999": p999, "gap_max": largest, **gate}
 
 
 @contextmanager
@@ -159,14 +131,7 @@ def move(policy: Policy) -> None:
 
 
 def measure(
-    name: str,
-    folder: str,
-    policy: Policy,
-    dtype: torch.dtype,
-    device: torch.device,
-    size: tuple[int, int, int],
-    row: dict,
-    save: Callable[[], object],
+    name: str, folder: str, policy: Policy, dtype, device, size, row: dict, save: Callable
 ) -> None:
     """Fills the row of one engine, stage by stage. `size`: responses, their budget, prompt
     tokens."""
@@ -179,11 +144,10 @@ def measure(
         return gaps(policy, fresh, sample(engine, fresh, sampling)[0], dtype, device)
 
     with timed(row, "build_s", device):
-        cache = 8.0 if device.type == "cuda" else 0.05
-        choice = EngineChoice(name, str(dtype).removeprefix("torch."))
-        engine = make_engine(
-            choice, folder, byte_tokenizer(), device, prompt + budget, cache, sleeps
-        )
+        type_name = str(dtype).removeprefix("torch.")
+        choice = SimpleNamespace(engine=name, dtype=type_name, sampler_batch=256, tp=1)
+        room = prompt + budget, 8.0 if device.type == "cuda" else 0.05
+        engine = make_engine(choice, folder, byte_tokenizer(), device, *room, sleeps)
     with timed(row, "first_sync_s", device):
         engine.sync(policy.named_weights(dtype))
     save()
@@ -224,15 +188,13 @@ def why_not(name: str, engines: list[str] | None, rehearse: bool, rest: float) -
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default, endless = "cuda" if torch.cuda.is_available() else "cpu", math.inf
+    parser = command_line(__doc__)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default=default)
     add("--shape", choices=SHAPES, default="1.5b")
     add("--engines", nargs="+", choices=SIZES)
-    add("--seconds", type=float, default=endless, help="begin no engine that would end later")
+    add("--seconds", type=float, default=math.inf, help="begin no engine that would end later")
     add("--rehearse", action="store_true", help="the tiny model, on a CPU")
     add("--out", type=Path, default=RESULTS, help="folder")
     args = parser.parse_args()

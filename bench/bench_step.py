@@ -28,8 +28,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, pairwise, product
 from operator import itemgetter
@@ -49,11 +49,13 @@ import train
 from bench.harness import (
     RESULTS,
     ROOT,
+    command_line,
     markdown,
     new_figure,
     peak_memory,
     provenance,
     save_figure,
+    stacked_bars,
     write_json,
 )
 from bench.shapes import SHAPES, model_config
@@ -81,11 +83,8 @@ from drgrpo.types import Completion, Problem, Rollout, Sampling, UserError
 
 CPU = torch.device("cpu")
 WIDE = Warmup(
-    hidden_size=256,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=768,
+    **dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4),
+    **dict(num_attention_heads=4, num_key_value_heads=2),
 )
 
 PROMPT, SIGMA, MEDIAN, CUT, NO_ADVANTAGE = 120, 0.75, 0.195, 0.02, 0.45
@@ -93,17 +92,9 @@ PROMPT, SIGMA, MEDIAN, CUT, NO_ADVANTAGE = 120, 0.75, 0.195, 0.02, 0.45
 lognormal, with SIGMA and with a MEDIAN in shares of the budget. At 3000 tokens the mean is 790. A
 share CUT more hits the budget. A share NO_ADVANTAGE is in groups with one reward."""
 
-PUBLISHED = {
-    "tokens_per_s": 12_327,
-    "mfu": 0.1148,
-    "step_s": 1.92,
-    "what": "prime-rl on one H100 80GB, 2026-01-20",
-    "source": "https://github.com/PrimeIntellect-ai/prime-rl, commit aa1bec0, benchmarks/baselines/"
-    "benchmark-1xh100-Qwen--Qwen3-0.6B-rl-full-1gpu-Recompute-flash_attention_3-16384-cp1-ep1.json",
-}
-"""Qwen3-0.6B, two micro-batches of 16384 tokens a step, every block recomputed. `mfu` is by its own
-count of FLOPs."""
-
+PUBLISHED = "prime-rl on one H100 80GB, 2026-01-20: 12,327 tok/s, MFU 11.5 % by its own count"
+"""Qwen3-0.6B, two micro-batches of 16384 tokens a step, every block recomputed.
+PrimeIntellect-ai/prime-rl, commit aa1bec0, benchmarks/baselines."""
 PHASES = ("pack", "old log-probs", "forward", "head + loss", "backward", "optimizer")
 STEP_PHASES = ("rollout", "grade", "pack", "old", "train", "sync", "save")
 LEVELS = ("none", "selective", "full")  # of activation checkpointing
@@ -139,21 +130,11 @@ def features(config: Config, sweep: bool) -> dict[str, dict]:
 
 
 def whole_logits(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    target_N: Tensor,
-    advantage_N: Tensor,
-    *,
-    old_logprob: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    temperature: float,
-    scale: float,
-    **_,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    hidden_ND, weight_VD, target_N, advantage_N, *, old_logprob, clip_low, clip_high, scale, **how
+):
     """The LM head as trainers write it: all logits at once in the compute type, log-probs in
     float32, autograd. It has no KL penalty and no sampler's weights, as no variant has."""
-    logits_NV = (hidden_ND @ weight_VD.T).float() / temperature
+    logits_NV = (hidden_ND @ weight_VD.T).float() / how["temperature"]
     logprob_N = -F.cross_entropy(logits_NV, target_N, reduction="none")
     log_ratio_N = logprob_N - (logprob_N.detach() if old_logprob is None else old_logprob)
     ratio_N = log_ratio_N.exp()
@@ -283,20 +264,19 @@ class Clock:
             yield
 
 
+@dataclass
 class Trainer:
     """A policy, its optimizer and the rollouts of one step. `make_rollouts` gets the policy, whose
     log-probs the sampler is to report, and returns (rollouts, advantage_PG)."""
 
-    def __init__(
-        self,
-        config: Config,
-        device: torch.device,
-        build: Callable[[], Policy],
-        make_rollouts: Callable[[Policy], tuple[list[Rollout], Tensor]],
-    ):
-        self.config, self.device, self.build = config, device, build
+    config: Config
+    device: torch.device
+    build: Callable[[], Policy]
+    make_rollouts: Callable[[Policy], tuple[list[Rollout], Tensor]]
+
+    def __post_init__(self):
         self.start()
-        self.rollouts, self.advantage_PG = make_rollouts(self.policy)
+        self.rollouts, self.advantage_PG = self.make_rollouts(self.policy)
 
     def start(self) -> None:
         """Builds the policy, anew after running out of memory, which leaves FSDP2 in the middle of
@@ -327,11 +307,9 @@ class Trainer:
                 batch.old_logprob_N = train.old_logprob(config, self.policy, batch)
             clock.mark("old log-probs")
             with clock.watching(self.policy):
+                how = config, self.policy, self.optimizer
                 for batches in plan:
-                    update = train.train_minibatch(
-                        config, self.policy, self.optimizer, batches, 0.0
-                    )
-                    norms.append(update.grad_norm)
+                    norms.append(train.train_minibatch(*how, batches, 0.0).grad_norm)
                     clock.mark("optimizer")
             return norms, clock.seconds()
 
@@ -384,11 +362,9 @@ def measure(
         if row["skipped"] == OUT_OF_MEMORY or not budget.allows():
             continue
         with budget.spending():
-            try:
+            row["skipped"] = OUT_OF_MEMORY  # until the turn has ended
+            with suppress(torch.OutOfMemoryError):
                 visit(trainer, changes, row, reference)
-            except torch.OutOfMemoryError:
-                row["skipped"] = OUT_OF_MEMORY
-            # not in the handler, where the traceback still holds the tensors
             if row["skipped"] == OUT_OF_MEMORY:
                 trainer.start()
         publish([summary(trainer, variants[key], value) for key, value in rows.items()])
@@ -405,10 +381,8 @@ def visit(trainer: Trainer, changes: dict, row: dict, reference: dict) -> None:
         row["grad_norms"] = norms
         expected, limit = reference["grad_norms"], TOLERANCE[trainer.config.dtype]
         if any(abs(a - b) > limit * b for a, b in zip(norms, expected, strict=True)):
-            sys.exit(
-                f"not timing a wrong variant: {row['variant']!r} has gradient norms {norms}, "
-                f"{reference['variant']!r} has {expected}"
-            )
+            norms = f"gradient norms {norms}, {reference['variant']!r} has {expected}"
+            sys.exit(f"not timing a wrong variant: {row['variant']!r} has {norms}")
     row["turns"].append(trainer.step(changes)[1])
     row["skipped"] = None
 
@@ -426,20 +400,25 @@ def summary(trainer: Trainer, changes: dict, row: dict) -> dict:
     """Medians over the turns, and what follows from them."""
     if row["skipped"]:
         return {"variant": row["variant"], "skipped": row["skipped"]}
-    totals, lengths = [sum(turn.values()) for turn in row["turns"]], trainer.trained(changes)
-    seconds, limit = median(totals), peak_flops(trainer.device)
+    lengths, times = trainer.trained(changes), over_turns(row["turns"], PHASES)
+    seconds, limit = times["seconds"]["median"], peak_flops(trainer.device)
     speed = training_flops(trainer.policy.lm, lengths) / seconds
-    phases = {phase: median(map(itemgetter(phase), row["turns"])) for phase in PHASES}
     return {
-        "variant": row["variant"],
-        "turns": len(totals),
-        "seconds": {"median": seconds, "low": min(totals), "high": max(totals)},
-        "phases": phases,
+        **{key: row[key] for key in ("variant", "peak_bytes", "grad_norms")},
+        **times,
         "tokens_per_s": sum(map(sum, lengths)) / seconds,
-        "peak_bytes": row["peak_bytes"],
         "tflops": speed / 1e12,
         "mfu": speed / limit if limit else None,
-        "grad_norms": row["grad_norms"],
+    }
+
+
+def over_turns(turns: list[dict], phases: tuple[str, ...]) -> dict:
+    """Seconds of the whole and by phase. A turn without a total is the sum of its phases."""
+    totals = [turn.get("total", sum(turn.values())) for turn in turns]
+    return {
+        "turns": len(turns),
+        "seconds": {"median": median(totals), "low": min(totals), "high": max(totals)},
+        "phases": {phase: median(map(itemgetter(phase), turns)) for phase in phases},
     }
 
 
@@ -478,10 +457,8 @@ def layers_that_fit(model: str, config: Config, free: int) -> int:
         if needed_bytes(model, layers, config) <= USABLE * free:
             return layers
     needed = needed_bytes(model, 1, config) / GIB
-    raise UserError(
-        f"{model}: not one layer fits {free / GIB:.1f} GiB, and one needs {needed:.1f} with the "
-        "vocabulary; choose a smaller --shape"
-    )
+    room = f"{free / GIB:.1f} GiB, and one needs {needed:.1f} with the vocabulary"
+    raise UserError(f"{model}: not one layer fits {room}; choose a smaller --shape")
 
 
 def lengths_like_a_run(count: int, budget: int, rng: np.random.Generator) -> np.ndarray:
@@ -512,33 +489,23 @@ def made_up(
     """Rollouts of random tokens. The policy itself gives their log-probs, as a sampler with its
     weights would."""
     rng, vocab = np.random.default_rng(0), policy.lm.config.vocab_size
-    problems = []
-    for p in range(config.prompts_per_step):
-        problems.append(Problem(p, "", "", rng.integers(vocab, size=prompt).tolist()))
-    tokens = [rng.integers(vocab, size=length).tolist() for length in length_B]
-    prompt_B = [problems[i // config.group_size] for i in range(len(tokens))]
-    lengths = {i: prompt + len(t) for i, t in enumerate(tokens)}
-    logprobs: dict[int, list[float]] = {}
-    for chosen in pack.microbatches(lengths, 1, config.tokens_per_microbatch)[0]:
-        sizes = [len(tokens[i]) for i in chosen]
-        parts = []
-        for i, size in zip(chosen, sizes, strict=True):
-            parts.append(pack.Sequence(prompt_B[i].prompt_ids, tokens[i], [0.0] * size, 0.0))
-        logprob_N = policy.logprob(pack.pack(parts, device))
-        for i, part in zip(chosen, logprob_N.split(sizes), strict=True):
-            logprobs[i] = part.tolist()
+    prompts = rng.integers(vocab, size=(config.prompts_per_step, prompt)).tolist()
+    problems = [Problem(p, "", "", ids) for p, ids in enumerate(prompts)]
     rollouts = []
-    for i, (problem, ids) in enumerate(zip(prompt_B, tokens, strict=True)):
-        completion = Completion(ids, logprobs[i], len(ids) < config.max_new_tokens)
+    for i, length in enumerate(length_B):
+        problem, ids = problems[i // config.group_size], rng.integers(vocab, size=length).tolist()
+        part = pack.Sequence(problem.prompt_ids, ids, [0.0] * len(ids), 0.0)
+        logprob_N = policy.logprob(pack.pack([part], device))
+        completion = Completion(ids, logprob_N.tolist(), len(ids) < config.max_new_tokens)
         rollouts.append(Rollout(problem, completion, ""))
     reward_PG = made_up_rewards(config.prompts_per_step, config.group_size, rng)
     return rollouts, group_advantage(reward_PG, config.algo)
 
 
-DEALS = {  # how responses are dealt, and whether every micro-batch has one of them
-    "balanced": (pack.microbatches, False),
-    "equal counts": (equal_counts, False),
-    "equal counts, one response per micro-batch": (equal_counts, True),
+DEALS = {  # how responses are dealt
+    "balanced": pack.microbatches,
+    "equal counts": equal_counts,
+    "equal counts, one response per micro-batch": lambda *how: equal_counts(*how[:2], 1),
 }
 
 
@@ -551,12 +518,11 @@ def imbalance(config: Config, world: int = 8) -> dict[str, float]:
     reward_PG = made_up_rewards(config.prompts_per_step, config.group_size, rng)
     advantage_B = group_advantage(reward_PG, config.algo).flatten()
     shares = {}
-    for name, (split, alone) in DEALS.items():
-        budget = 1 if alone else config.tokens_per_microbatch
+    for name, split in DEALS.items():
         busiest = total = 0
         for chosen in pack.minibatches(len(length_B), config.minibatches, seed=0, step=1):
             lengths = {i: int(length_B[i]) for i in chosen if advantage_B[i]}
-            for parts in zip(*split(lengths, world, budget), strict=True):
+            for parts in zip(*split(lengths, world, config.tokens_per_microbatch), strict=True):
                 loads = [load(lengths, part) for part in parts]
                 busiest += world * max(loads)
                 total += sum(loads)
@@ -588,15 +554,18 @@ def sample(config: Config, path: str, policy: Policy) -> tuple[list[Rollout], Te
     return rollouts, group_advantage(reward_PG, config.algo)
 
 
+@dataclass
 class Cases:
     """The tables of a report, filled and saved while they are measured."""
 
-    def __init__(self, report: dict, repeats: int, budget: Budget, save: Callable[[], str]):
-        self.report, self.repeats, self.budget, self.save = report, repeats, budget, save
+    report: dict
+    repeats: int
+    budget: Budget
+    save: Callable[[], str]
 
     def run(
         self, name: str, make_trainer: Callable[[], Trainer], variants: dict[str, dict], **facts
-    ) -> dict:
+    ) -> None:
         """One table. The trainer is made here, so that the one before it is gone."""
         rows = [{"variant": v, "skipped": NOT_REACHED} for v in variants]
         case = self.report["cases"][name] = facts | {"rows": rows}
@@ -610,32 +579,26 @@ class Cases:
             case |= trainer.facts()
             measure(trainer, variants, self.repeats, self.budget, publish)
         self.save()
-        return case
 
 
 def on_cpu(cases: Cases, args: argparse.Namespace) -> None:
     """The tiny recipe's model and a wider one, then whole steps."""
     config = RECIPES["tiny"]()
     config = replace(config, prompts_per_step=args.responses // config.group_size)
-    variants = features(config, sweep=False)
     with tempfile.TemporaryDirectory() as folder:
         build_tiny_model(WIDE, folder)
         tiny = str(cached_tiny_model(Warmup(), ROOT / CACHE, log=lambda line: None))
-        for name, path, repeats in (
-            ("tiny", tiny, 3 * args.repeats),
-            ("wide", folder, args.repeats),
-        ):
+        for name, path, turns in (("tiny", tiny, 3), ("wide", folder, 1)):
             build = partial(load_policy, path, Objective(), dtype=torch.float32, device=CPU)
-            cases.repeats = repeats
-            cases.run(
-                name, partial(Trainer, config, CPU, build, partial(sample, config, path)), variants
-            )
+            make = partial(Trainer, config, CPU, build, partial(sample, config, path))
+            cases.repeats = turns * args.repeats
+            cases.run(name, make, features(config, sweep=False))
     rows = [{"run": run, "skipped": NOT_REACHED} for run in WHOLE_STEPS]
     cases.report["steps"] = rows
     for row, flags in zip(rows, WHOLE_STEPS.values(), strict=True):
         if cases.budget.allows():
             with cases.budget.spending():
-                row |= {"skipped": None} | whole_steps(flags, args.steps)
+                row |= {"skipped": None} | whole_steps(flags)
         cases.save()
 
 
@@ -646,42 +609,29 @@ def at_size(cases: Cases, args: argparse.Namespace, device: torch.device, shape:
     if args.rehearse:
         config = replace(config, minibatches=2, max_new_tokens=96, tokens_per_microbatch=512)
     model, tokens = SHAPES.get(shape, shape), config.tokens_per_microbatch
-    whole = model_config(model).num_hidden_layers
+    every = model_config(model).num_hidden_layers
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else GIB
     layers = args.layers or layers_that_fit(model, config, free)
     build = partial(build_policy, model, layers, torch.bfloat16, device)
-    facts = {"layers": layers, "layers_of_the_model": whole}
-    if layers < whole:
-        needed, room = needed_bytes(model, whole, config) / GIB, USABLE * free / GIB
-        ledger = f"the memory ledger says {needed:.0f} GiB for all, of {room:.0f} GiB"
-        facts["left_out"] = f"{whole - layers} of {whole} layers ({ledger})"
 
-    def trainer(config: Config, length_B: Sequence[int], prompt: int) -> Callable[[], Trainer]:
+    def run(name: str, config: Config, length_B: Sequence[int], prompt: int, variants, **facts):
         rollouts = partial(made_up, config, device, length_B, prompt)
-        return partial(Trainer, config, device, build, rollouts)
+        cases.run(name, partial(Trainer, config, device, build, rollouts), variants, **facts)
 
+    facts = {}
+    if layers < every:
+        needed, room = needed_bytes(model, every, config) / GIB, USABLE * free / GIB
+        ledger = f"the memory ledger says {needed:.0f} GiB for all, of {room:.0f} GiB"
+        facts["left_out"] = f"{every - layers} of {every} layers ({ledger})"
     rng = np.random.default_rng(0)
     length_B = lengths_like_a_run(config.rollouts_per_step, config.max_new_tokens, rng)
     prompt = PROMPT * config.max_new_tokens // 3000
-    make = trainer(config, length_B, prompt)
-    case = cases.run(shape, make, features(config, sweep=True), **facts)
-    if layers < whole and "phases" in case["rows"][0]:
-        case["extrapolated"] = extrapolated(case)
+    run(shape, config, length_B, prompt, features(config, sweep=True), **facts)
     if shape in ("0.6b", "toy"):
         two = dict(prompts_per_step=1, group_size=2, minibatches=1, max_new_tokens=tokens - 1)
-        make = trainer(replace(config, **two), [tokens - 1] * 2, 1)
         facts = {"published": PUBLISHED} if shape == "0.6b" else {}
-        name = f"{shape}, two sequences of {tokens} tokens"
-        cases.run(name, make, {"everything on": {}}, **facts)
-
-
-def extrapolated(case: dict) -> dict:
-    """Seconds with all layers if the passes through the blocks grow with their number. The
-    optimizer's share stays as it was, so this is a little too low."""
-    first, layers = case["rows"][0], case["layers_of_the_model"]
-    blocks = first["phases"]["forward"] + first["phases"]["backward"]
-    seconds = first["seconds"]["median"] + blocks * (layers / case["layers"] - 1)
-    return {"variant": first["variant"], "layers": layers, "seconds": seconds}
+        name, length_B = f"{shape}, two sequences of {tokens} tokens", [tokens - 1] * 2
+        run(name, replace(config, **two), length_B, 1, {"everything on": {}}, **facts)
 
 
 PAPERS_WAY = "--old-logprob recompute --drop-zero-advantage false --tokens-per-microbatch 1"
@@ -694,36 +644,24 @@ WHOLE_STEPS = {
 time."""
 
 
-def whole_steps(flags: Sequence[str], steps: int) -> dict:
+def whole_steps(flags: Sequence[str]) -> dict:
     """Medians over the steps of a short run of the tiny recipe that saves at each, without the
     first third."""
     if "vllm" in flags and importlib.util.find_spec("vllm") is None:
         return {"skipped": "vLLM is not installed"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train.py"), "--recipe", "tiny"]
-        command += ["--out", f"{folder}/run", "--steps", str(steps), "--eval-data", ""]
-        command += ["--save-every", "1", *flags]
+        job = ["--out", f"{folder}/run", "--steps", "9", "--eval-data", "", "--save-every", "1"]
+        command = [sys.executable, "train.py", "--recipe", "tiny", *job, *flags]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
             output = f"{done.stdout[-2000:]}{done.stderr[-2000:]}"
             raise RuntimeError(f"{' '.join(command)} failed:\n{output}")
-        rows = read_jsonl(f"{folder}/run/metrics.jsonl")[steps // 3 :]
-
-    def middle(value: Callable[[dict], float]) -> float:
-        return median(map(value, rows))
-
-    totals = [row["seconds"]["total"] for row in rows]
-    phases = {p: middle(lambda row, p=p: row["seconds"][p]) for p in STEP_PHASES}
-    return {
-        "turns": len(rows),
-        "seconds": {"median": median(totals), "low": min(totals), "high": max(totals)},
-        "phases": phases,
-        "tokens_per_s": middle(lambda row: row["tokens_per_s"]),
-        "peak_bytes": GIB * middle(lambda row: max(row["gb"].values())),
-        "tflops": middle(lambda row: row["tflops"]),
-        "mfu": None,
-    }
+        rows = read_jsonl(f"{folder}/run/metrics.jsonl")[3:]
+    speed = {key: median(map(itemgetter(key), rows)) for key in ("tokens_per_s", "tflops")}
+    resident = GIB * median(max(row["gb"].values()) for row in rows)
+    times = over_turns([row["seconds"] for row in rows], STEP_PHASES)
+    return times | speed | {"peak_bytes": resident, "mfu": None}
 
 
 # ---- reporting
@@ -739,14 +677,9 @@ def variants_table(rows: list[dict], label: str, phases: tuple[str, ...]) -> str
             lines.append([r[label], r["skipped"], *["-"] * (len(heads) + len(phases) - 2)])
             continue
         s, mfu = r["seconds"], "-" if r["mfu"] is None else f"{r['mfu']:.1%}"
-        line = [
-            r[label],
-            f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})",
-            f"{s['median'] / base:.2f}",
-            f"{r['tokens_per_s']:,.0f}",
-            f"{r['peak_bytes'] / 1e9:.3g}",
-            f"{r['tflops']:.3g} ({mfu})",
-        ]
+        line = [r[label], f"{s['median']:.3f} ({s['low']:.3f}-{s['high']:.3f})"]
+        line += [f"{s['median'] / base:.2f}", f"{r['tokens_per_s']:,.0f}"]
+        line += [f"{r['peak_bytes'] / 1e9:.3g}", f"{r['tflops']:.3g} ({mfu})"]
         lines.append(line + [1e3 * r["phases"][phase] for phase in phases])
     return markdown([*heads, *(f"{phase}, ms" for phase in phases)], lines)
 
@@ -756,12 +689,8 @@ def text(report: dict) -> str:
     parts = []
     for name, case in report["cases"].items():
         parts += [f"{name}: {describe(case)}", variants_table(case["rows"], "variant", PHASES)]
-        if guess := case.get("extrapolated"):
-            size = f"{guess['variant']}, {guess['layers']} layers"
-            parts.append(f"extrapolated, not measured: {size}, {guess['seconds']:.2f} s")
-        if other := case.get("published"):
-            numbers = f"{other['tokens_per_s']:,} tok/s, MFU {other['mfu']:.1%}"
-            parts.append(f"published: {other['what']}, {numbers} ({other['source']})")
+        if "published" in case:
+            parts.append(f"published: {case['published']}")
     if "steps" in report:
         parts.append("whole steps of the tiny recipe (tok/s: sampled; peak: resident memory)")
         parts.append(variants_table(report["steps"], "run", STEP_PHASES))
@@ -798,15 +727,10 @@ def draw(report: dict, path: Path) -> None:
 
 
 def draw_panel(axis, label: str, phases: tuple[str, ...], rows: list[dict]) -> None:
-    names, start = [row[label] for row in rows], np.zeros(len(rows))
-    for i, phase in enumerate(phases):
-        width = np.array([row["phases"][phase] if "phases" in row else 0.0 for row in rows])
-        axis.barh(names, width, left=start, color=f"C{i}", label=phase)
-        start += width
-    for y, row in enumerate(rows):
-        end = row.get("skipped") or f"{row['seconds']['median']:.3f} s"
-        axis.text(start[y], y, f" {end}", va="center", size=7)
-    axis.invert_yaxis()
+    ends = stacked_bars(axis, {row[label]: row.get("phases", {}) for row in rows}, phases)
+    for y, (row, end) in enumerate(zip(rows, ends, strict=True)):
+        outcome = row.get("skipped") or f"{row['seconds']['median']:.3f} s"
+        axis.text(end, y, f" {outcome}", va="center", size=7)
     axis.margins(x=0.12)
     axis.tick_params(labelsize=8)
     below = (0.5, -0.05 - 2.2 / (2 + len(rows)))
@@ -814,16 +738,13 @@ def draw_panel(axis, label: str, phases: tuple[str, ...], rows: list[dict]) -> N
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--shape", choices=SHAPES, help="cuda: whose sizes (1.5b)")
     add("--layers", type=int, help="cuda: so many of its layers (default: as many as fit)")
     add("--responses", type=int, help="of one step (cpu: 256; cuda: 128, the paper's eighth)")
     add("--repeats", type=int, default=3, help="turns (the tiny model: three times as many)")
-    add("--steps", type=int, default=9, help="cpu: whole steps of each run")
     add("--seconds", type=float, default=math.inf, help="start nothing that would end later")
     add("--rehearse", action="store_true", help="what a GPU would run, on a CPU and a toy shape")
     add("--out", type=Path, help="folder (default: bench/results, of a rehearsal runs)")

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -54,7 +55,6 @@ class Part:
     share: float
     result: str = ""
     plans: bool = False  # the command takes --seconds and plans with it
-    after: tuple[str, ...] = ()  # background work that has to be done before
 
 
 @dataclass
@@ -80,70 +80,67 @@ class Report:
 # ---- the parts
 
 KERNEL_FLAGS = "--models 1.5B 7B --tokens 16384 --repeats 10"
-KERNEL_TOY = "--models tiny --tokens 256 --repeats 2 --only CCE"
+KERNEL_TOY = "--models tiny --tokens 256 --repeats 2 --only CCE 'fused (this repository)'"
 STEP_SHARES = {"1.5b": 85.0, "7b": 85.0, "0.6b": 45.0}
 
 
 def make_parts(out: Path, work: Path, rehearse: bool) -> list[Part]:
     """Without a GPU all its tests are skipped, and one file is enough to see that."""
 
-    def module(name: str, *flags: str) -> list[str]:
-        return [sys.executable, "-m", f"bench.{name}", *flags]
+    def own(name: str, title: str, share: float) -> Part:
+        """A part that is a function of this file."""
+        code = f"from bench import gpu; gpu.run_own({name!r}, {str(work)!r}, {rehearse})"
+        return Part(name, title, [sys.executable, "-c", code], share, f"{name}.json")
 
-    device, toy = "cpu" if rehearse else "cuda", ["--rehearse"] if rehearse else []
-    place = ["--device", device, "--out", str(work), *toy]
-    sizes = KERNEL_FLAGS.split()
-    if rehearse:
-        sizes = [*KERNEL_TOY.split(), "fused (this repository)"]
-    kernel_out = ["--device", device, "--sweep", "--out", str(work / "kernel")]
-    kernel = module("bench_linear_drgrpo", *sizes, *kernel_out)
-    parts = [own_part("ceilings", "versions, card, copy bandwidth, bf16 GEMM rate", 40, work, toy)]
-    for path, share in gpu_tests()[: 1 if rehearse else None]:
-        title = f"GPU tests, {path.name}"
-        parts.append(Part(f"tests_{path.stem[5:]}", title, test_command(path), share))
+    def module(name: str, part: str, title: str, share: float, *flags: str, **how) -> Part:
+        command = [sys.executable, "-m", f"bench.{name}", *flags]
+        return Part(part, title, command, share, f"{part}.json", **how)
+
+    device, toy = ("cpu", ["--rehearse"]) if rehearse else ("cuda", [])
+    flags = [*shlex.split(KERNEL_TOY if rehearse else KERNEL_FLAGS), "--device", device, "--sweep"]
     title = "the fused head against bare GEMMs and other kernels"
-    parts.append(Part("kernel", title, kernel, 110, "kernel.json"))
+    out_flags = ["--out", str(work / "kernel")]
+    kernel = module("bench_linear_drgrpo", "kernel", title, 110, *flags, *out_flags)
+    place = ["--device", device, "--out", str(work), *toy]
+    steps = []
     for shape, share in ({"rehearsal": 45.0} if rehearse else STEP_SHARES).items():
-        name, title = f"step_{shape}", f"one training step, {shape}"
         flags = ["--repeats", "1", "--responses", "16"] if rehearse else ["--shape", shape]
-        step = module("bench_step", *place, *flags)
-        parts.append(Part(name, title, step, share, f"{name}.json", plans=True))
+        what = f"step_{shape}", f"one training step, {shape}", share
+        steps.append(module("bench_step", *what, *place, *flags, plans=True))
     has_vllm = importlib.util.find_spec("vllm") is not None and not rehearse
-    share, title = 120 if has_vllm else 45, "rollout, weight sync, parity"
-    rollout = module("bench_rollout", *place)
-    parts.append(Part("rollout", title, rollout, share, "rollout.json", plans=True))
-    parts.append(own_part("tiny", "the tiny recipe, stopped and resumed", 60, work, toy))
-    title = "the budget of the 7B recipe with what was measured"
-    flags = ["--measured", str(out), "--out", str(work)] + (["--draws", "2"] if rehearse else [])
-    budget = module("experiments.budget", *flags)
-    return [*parts, Part("budget", title, budget, 30, "budget.json")]
+    what = "rollout", "rollout, weight sync, parity", 120 if has_vllm else 45
+    rollout = module("bench_rollout", *what, *place, plans=True)
+    what = "budget", "the budget of the 7B recipe with what was measured", 30
+    flags = ["--measured", str(out), "--out", str(work), *(["--draws", "2"] if rehearse else [])]
+    return [
+        own("ceilings", "versions, card, copy bandwidth, bf16 GEMM rate", 40),
+        *gpu_tests()[: 1 if rehearse else None],
+        kernel,
+        *steps,
+        rollout,
+        own("tiny", "the tiny recipe, stopped and resumed", 60),
+        module("experiments.budget", *what, *flags),
+    ]
 
 
-def own_part(name: str, title: str, share: float, work: Path, toy: list[str]) -> Part:
-    """A part that is a function of this file."""
-    command = [sys.executable, "-m", "bench.gpu", *toy, "--work", str(work), "--run", name]
-    after = ("warmup",) if name == "tiny" else ()
-    return Part(name, title, command, share, f"{name}.json", after=after)
+PYTEST = "-m pytest -v -m gpu -p no:cacheprovider --color=no --durations=5 --tb=short"
 
 
-def gpu_tests() -> list[tuple[Path, float]]:
-    """Files with tests for a GPU and their shares, each in a process of its own. A kernel that goes
-    astray takes the CUDA context with it."""
-    marked = re.compile(r"^@(pytest\.mark\.)?gpu$", re.M)
-    paths = sorted((ROOT / "tests").glob("test_*.py"))
-    chosen = [path for path in paths if marked.search(path.read_text())]
-    return [(path, 60.0 if path.stem == "test_linear_drgrpo_gpu" else 35.0) for path in chosen]
-
-
-def test_command(path: Path) -> list[str]:
-    options = "-v -m gpu -p no:cacheprovider --color=no --durations=5 --tb=short"
-    return [sys.executable, "-m", "pytest", *options.split(), str(path.relative_to(ROOT))]
+def gpu_tests() -> list[Part]:
+    """Files with tests for a GPU, each in a process of its own. A kernel that goes astray takes the
+    CUDA context with it."""
+    marked, parts = re.compile(r"^@(pytest\.mark\.)?gpu$", re.M), []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        if marked.search(path.read_text()):
+            command = [sys.executable, *PYTEST.split(), f"tests/{path.name}"]
+            share = 60.0 if path.stem == "test_linear_drgrpo_gpu" else 35.0
+            parts.append(Part(f"tests_{path.stem[5:]}", f"GPU tests, {path.name}", command, share))
+    return parts
 
 
 WARM_UP = "from drgrpo.tiny.warmup import *; cached_tiny_model(Warmup(), 'runs/warmup')"
-BACKGROUND = {"warmup": [sys.executable, "-c", WARM_UP]}
-"""What runs beside the first parts. The tiny recipe's supervised warm-up is a minute of one CPU
-core, once."""
+"""Runs beside the first parts, on one core without the GPU. It is a minute of work, once. The tiny
+recipe waits for its lock."""
 
 
 def ceilings(work: Path, rehearse: bool) -> dict:
@@ -235,10 +232,10 @@ def echo(command: list[str]) -> str:
     return "".join(lines)
 
 
-def run_own(name: str, work: Path, rehearse: bool) -> None:
+def run_own(name: str, work: str, rehearse: bool) -> None:
     """A part that is a function of this file, in its own process."""
-    result = {"ceilings": ceilings, "tiny": tiny}[name](work, rehearse)
-    (work / f"{name}.json").write_text(json.dumps(result) + "\n")
+    result = {"ceilings": ceilings, "tiny": tiny}[name](Path(work), rehearse)
+    Path(work, f"{name}.json").write_text(json.dumps(result) + "\n")
     print(json.dumps(result, indent=1))
     if wrong := [check for check, holds in result.get("checks", {}).items() if not holds]:
         sys.exit(f"not so: {'; '.join(wrong)}")
@@ -247,76 +244,48 @@ def run_own(name: str, work: Path, rehearse: bool) -> None:
 # ---- running them
 
 
-def run_parts(
-    parts: list[Part],
-    report: Report,
-    work: Path,
-    seconds: float,
-    env: dict,
-    started: dict | None = None,
-) -> None:
+def run_parts(parts: list[Part], report: Report, work: Path, seconds: float, env: dict) -> None:
     """Every part in turn, with its share of the remaining time."""
     deadline = time.monotonic() + seconds
     for i, part in enumerate(parts):
         limit = (deadline - time.monotonic()) * part.share / sum(p.share for p in parts[i:])
         print(f"{part.name:24} {part.title}; at most {limit:.0f} s", flush=True)
-        row = run_part(part, report, work, limit, env, started or {})
+        row = run_part(part, report, work, limit, env)
         outcome = f"{'':24} {row['status']} after {row['seconds']:.1f} s: {row['figures']}"
         print(outcome, *row.get("tail", "").splitlines()[-12:], sep="\n    ", flush=True)
 
 
-def run_part(
-    part: Part, report: Report, work: Path, limit: float, env: dict, started: dict
-) -> dict:
+def run_part(part: Part, report: Report, work: Path, limit: float, env: dict) -> dict:
     """One part: its row in the report, current while it runs."""
-    row = {"title": part.title, "status": "running", "seconds": 0.0, "limit": limit, "figures": ""}
+    row = {"title": part.title, "limit": limit}
     report.runs[part.name] = row
     begin, path = time.monotonic(), work / f"{part.name}.log"
-    path.touch()
+    command, status = part.command, "stopped"
+    if part.plans:  # starting takes some of the time, and so does writing the result
+        command = [*command, "--seconds", f"{max(limit - 15, limit / 2):.0f}"]
 
     def look(status: str) -> None:
         row.update(status=status, seconds=round(time.monotonic() - begin, 1))
         collect(part, row, work, report.out)
         report.write()
 
-    look("running")
-    command, status = part.command, "stopped"
+    with open(path, "w") as log:
+        process = start(command, log, env)
     try:
-        for name in part.after:
-            finish(started[name], work / f"{name}.log", limit / 2)
-        if part.plans:  # starting takes some of the time, and so does writing the result
-            rest = limit - (time.monotonic() - begin)
-            command = [*command, "--seconds", f"{max(rest - 15, rest / 2):.0f}"]
-        with open(path, "w") as log:
-            process = start(command, log, env)
-            try:
-                status = watch(process, begin + limit, lambda: look("running"))
-            finally:
-                end(process)
-    except Unfinished as error:
-        status = "failed"
-        path.write_text(str(error))
+        look("running")
+        status = watch(process, begin + limit, lambda: look("running"))
     finally:
-        if status == "failed":
-            row["reason"] = last_line(path)
+        end(process)
         if status != "passed":
             row["tail"] = tail(path)
+        if status == "failed":
+            row["reason"] = row["tail"].split("\n")[-1].strip() or "it printed nothing"
         look(status)
-        append_log(report.out / "log.txt", part, command, row, work)
+        with open(report.out / "log.txt", "a") as log:
+            seconds = f"{row['seconds']} s of {limit:.0f}"
+            log.write(f"==== {part.name}: {status} after {seconds}\n$ {' '.join(command)}\n")
+            log.write(path.read_text(errors="replace") + "\n")
     return row
-
-
-class Unfinished(Exception):
-    """Background work that a part needs and that did not end well."""
-
-
-def finish(process: subprocess.Popen, log: Path, limit: float) -> None:
-    try:
-        status = process.wait(timeout=limit)
-    except subprocess.TimeoutExpired:
-        raise Unfinished(f"{log.stem} is not done after {limit:.0f} s of waiting for it") from None
-    if status:
-        raise Unfinished(f"{log.stem} failed: {last_line(log)}")
 
 
 def start(command: list[str], log: TextIO, env: dict) -> subprocess.Popen:
@@ -325,22 +294,17 @@ def start(command: list[str], log: TextIO, env: dict) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=env, process_group=0, **pipes)
 
 
-def start_background(name: str, work: Path, env: dict) -> subprocess.Popen:
-    """On one core, without the GPU."""
-    one_core = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(work / f"{name}.log", "w") as log:
-        return start(BACKGROUND[name], log, env | one_core)
-
-
 def watch(process: subprocess.Popen, deadline: float, look: Callable[[], None]) -> str:
     """Looks at a part while it runs. The status in which it ends."""
-    while (rest := deadline - time.monotonic()) > 0:
+    while process.poll() is None:
+        if (rest := deadline - time.monotonic()) <= 0:
+            os.killpg(process.pid, signal.SIGABRT)  # faulthandler says where every thread stands
+            time.sleep(0.5)
+            return "timeout"
         with suppress(subprocess.TimeoutExpired):
-            return "failed" if process.wait(timeout=min(TICK, rest)) else "passed"
+            process.wait(timeout=min(TICK, rest))
         look()
-    os.killpg(process.pid, signal.SIGABRT)  # faulthandler writes down where every thread stands
-    time.sleep(0.5)
-    return "timeout"
+    return "failed" if process.returncode else "passed"
 
 
 def end(process: subprocess.Popen) -> None:
@@ -358,7 +322,8 @@ def collect(part: Part, row: dict, work: Path, out: Path) -> None:
             shutil.copy(picture, out / picture.name)
     else:
         row["result"] = test_outcomes(work / f"{part.name}.log")
-    told = shown(figures, part.name, row["result"]) if row["result"] else ""
+    kind = part.name.split("_")[0]
+    told = shown(lambda: LINES[kind](row["result"])) if row["result"] else ""
     row["figures"] = row.get("reason") or told
 
 
@@ -370,15 +335,11 @@ def read_json(path: Path) -> dict | None:
         return None
 
 
-def tail(path: Path, count: int = 25) -> str:
+def tail(path: Path) -> str:
     """The last lines that say something, without progress bars."""
     lines = map(str.rstrip, path.read_text(errors="replace").splitlines())
     telling = [line[:300] for line in lines if line and "it/s]" not in line]
-    return "\n".join(telling[-count:])
-
-
-def last_line(path: Path) -> str:
-    return tail(path, 1).strip() or "it printed nothing"
+    return "\n".join(telling[-25:])
 
 
 OUTCOME = r"^tests/\S+\.py::(.+?) (PASSED|FAILED|ERROR|SKIPPED(?: \(.*\))?)(?: +\[ *\d+%\])?$"
@@ -387,17 +348,8 @@ OUTCOME = r"^tests/\S+\.py::(.+?) (PASSED|FAILED|ERROR|SKIPPED(?: \(.*\))?)(?: +
 def test_outcomes(log: Path) -> dict | None:
     """{"outcomes": {test: PASSED, FAILED, SKIPPED (why) or ERROR}} from what pytest -v has printed
     so far."""
-    if not log.exists():
-        return None
     outcomes = dict(re.findall(OUTCOME, log.read_text(errors="replace"), re.M))
     return {"outcomes": outcomes} if outcomes else None
-
-
-def append_log(path: Path, part: Part, command: list[str], row: dict, work: Path) -> None:
-    output = (work / f"{part.name}.log").read_text(errors="replace")
-    title = f"==== {part.name}: {row['status']} after {row['seconds']} s of {row['limit']:.0f}"
-    with open(path, "a") as log:
-        log.write(f"{title}\n$ {' '.join(command)}\n{output}\n")
 
 
 # ---- saying what came out
@@ -410,20 +362,19 @@ def constants(runs: dict[str, dict], rehearsal: bool) -> dict:
 
     results = {name: row["result"] for name, row in runs.items() if row.get("result")}
     ceiling, rollout = results.get("ceilings", {}), results.get("rollout", {})
-    device = ceiling.get("where", {}).get("device")
-    reached = {k: ceiling[k] for k in ("copy_gb_per_s", "gemm_tflops") if k in ceiling}
-    vllm = rollout.get("engines", {}).get("vllm", {})
-    model = {"model": SHAPES.get(rollout.get("shape"))}
-    steps = []
-    for shape, name in SHAPES.items():
-        steps += step_constants(name, results.get(f"step_{shape}", {}))
     parts = {
-        "ceilings": reached,
-        "step": steps,
-        "rollout": [model | vllm["steady"]] if "steady" in vllm else [],
-        "sync": [model | {"seconds": vllm["sync_s"]}] if "sync_s" in vllm else [],
+        "ceilings": {k: ceiling[k] for k in ("copy_gb_per_s", "gemm_tflops") if k in ceiling},
+        "step": [],
     }
-    return {"device": "a CPU that rehearses for an H100" if rehearsal else device, "parts": parts}
+    for shape, name in SHAPES.items():
+        parts["step"] += step_constants(name, results.get(f"step_{shape}", {}))
+    vllm, model = rollout.get("engines", {}).get("vllm", {}), SHAPES.get(rollout.get("shape"))
+    if "steady" in vllm:
+        parts["rollout"] = [{"model": model} | vllm["steady"]]
+    if "sync_s" in vllm:
+        parts["sync"] = [{"model": model, "seconds": vllm["sync_s"]}]
+    card = ceiling.get("where", {}).get("device")
+    return {"device": "a CPU that rehearses for an H100" if rehearsal else card, "parts": parts}
 
 
 def step_constants(model: str, result: dict) -> list[dict]:
@@ -434,14 +385,10 @@ def step_constants(model: str, result: dict) -> list[dict]:
         if "left_out" in case or first.get("mfu") is None:
             continue
         passes = sum(first["phases"][phase] for phase in ("forward", "head + loss", "backward"))
-        row = {
-            "model": model,
-            "checkpointing": case["checkpointing"],
-            "microbatch": case["tokens_per_microbatch"],
-            "length": round(case["response_tokens"] / case["responses"]),
-            "mfu": first["mfu"] * first["seconds"]["median"] / passes,
-        }
-        rows.append(row)
+        size = {"microbatch": case["tokens_per_microbatch"], "model": model}
+        size |= {"length": round(case["response_tokens"] / case["responses"])}
+        mfu = first["mfu"] * first["seconds"]["median"] / passes
+        rows.append(size | {"checkpointing": case["checkpointing"], "mfu": mfu})
     return rows
 
 
@@ -452,11 +399,6 @@ def shown(tell: Callable[..., str], *result) -> str:
         return tell(*result)
     except Exception as error:
         return f"not shown: {error!r}"
-
-
-def figures(name: str, result: dict) -> str:
-    """A part's result in a line."""
-    return LINES[name.split("_")[0]](result)
 
 
 def tests_line(result: dict) -> str:
@@ -481,10 +423,10 @@ def ceilings_line(result: dict) -> str:
 
 
 def kernel_line(result: dict) -> str:
-    rows = [row for row in result["rows"] if row["contender"] == "fused (this repository)"]
-    lines = [
-        f"{r['model']} {r['step_ratio']:.3f} x the bare GEMMs" for r in rows if "step_ratio" in r
-    ]
+    lines = []
+    for row in result["rows"]:
+        if row["contender"] == "fused (this repository)" and "step_ratio" in row:
+            lines.append(f"{row['model']} {row['step_ratio']:.3f} x the bare GEMMs")
     if sweep := result.get("sweep"):
         tuned = sweep["tuned"]
         lines.append(f"TUNED should say {tuned}" if tuned else "the default sizes stay")
@@ -497,11 +439,10 @@ def rollout_line(result: dict) -> str:
         if "skipped" in row:
             lines.append(f"{name}: {row['skipped']}")
             continue
-        lines.append(
-            f"{name}: {row['tokens_per_s']:,.0f} tok/s, sync {row['sync_s']:.2f} s, log-probs off "
-            f"by {row['gap_mean']:.1e} nats on average ({row['stale_gap_mean']:.1e} before the "
-            f"sync), {row['gap_max']:.1e} at most"
-        )
+        speed = f"{row['tokens_per_s']:,.0f} tok/s, sync {row['sync_s']:.2f} s"
+        before = f"({row['stale_gap_mean']:.1e} before the sync)"
+        off = f"off by {row['gap_mean']:.1e} nats on average {before}, {row['gap_max']:.1e} at most"
+        lines.append(f"{name}: {speed}, log-probs {off}")
     return "; ".join(lines)
 
 
@@ -578,18 +519,11 @@ def bullets(lines: list[str]) -> str:
 
 
 def tables(name: str, result: dict) -> str:
+    from bench import bench_linear_drgrpo, bench_step
+
     if name.startswith("step_"):
-        from bench.bench_step import text
-
-        return text(result)
-    from bench.bench_linear_drgrpo import COLUMNS
-    from bench.harness import markdown
-
-    rows = []
-    for row in result["rows"]:
-        if "step_ms" in row:
-            rows.append([row["model"], *(show(row) for show in COLUMNS.values())])
-    return markdown(["shape", *COLUMNS], rows)
+        return bench_step.text(result)
+    return bench_linear_drgrpo.table(result["rows"])
 
 
 def missing_device() -> str | None:
@@ -623,8 +557,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=SECONDS, help="for everything")
     add("--only", nargs="+", default=[""], help="parts whose names begin so")
     add("--rehearse", action="store_true", help="toy sizes, on a CPU")
-    add("--run", choices=["ceilings", "tiny"], help=argparse.SUPPRESS)
-    add("--work", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -639,9 +571,6 @@ def choose(every: list[Part], beginnings: list[str]) -> list[Part]:
 
 def main(argv: list[str] | None = None) -> int:
     begin, args = time.monotonic(), parse(argv)
-    if args.run:
-        run_own(args.run, args.work, args.rehearse)
-        return 0
     if not args.rehearse and (reason := missing_device()):
         print(f"make gpu: {reason}", file=sys.stderr)
         return 2
@@ -655,12 +584,13 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder:
         work, env = Path(folder), part_environment(args.rehearse)
         parts = choose(make_parts(out, work, args.rehearse), args.only)
-        started = {name: start_background(name, work, env) for part in parts for name in part.after}
+        one_core = env | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with open(work / "warmup.log", "w") as log:
+            warmup = start([sys.executable, "-c", WARM_UP], log, one_core)
         try:
-            run_parts(parts, report, work, args.seconds - (time.monotonic() - begin), env, started)
+            run_parts(parts, report, work, args.seconds - (time.monotonic() - begin), env)
         finally:
-            for process in started.values():
-                end(process)
+            end(warmup)
     bad = [name for name, row in report.runs.items() if row["status"] != "passed"]
     report.status = f"not passed: {', '.join(bad)}" if bad else "everything passed"
     report.write()

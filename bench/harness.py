@@ -4,6 +4,7 @@ Nothing here knows what is measured. A contender is a function without arguments
 turns in one process, on the same tensors. Times are those of CUDA events, or of the wall clock.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -22,14 +23,19 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 
+def command_line(doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is the docstring of the module."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=raw)
+
+
 def provenance(device: str = "cpu") -> dict:
     """What a number needs beside it to mean something: card or processor, versions (None: not
     installed), commit, date."""
     cpu = f"{os.cpu_count()} x {cpu_name()}, {torch.get_num_threads()} used"
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu
     packages = ("triton", "transformers", "vllm", "flash_attn")
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package: installed(package) for package in packages},
@@ -109,20 +115,6 @@ def host_syncs(run: Callable, device: str) -> int | None:
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
-def table(rows: list[dict], columns: dict[str, Callable]) -> str:
-    """Text table; `columns` maps a heading to what a row shows there."""
-    lines = [list(columns)]
-    for row in rows:
-        lines.append([show(row) for show in columns.values()])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    sides = ["<"] + [">"] * (len(columns) - 1)
-    text = []
-    for line in lines:
-        cells = zip(line, sides, widths, strict=True)
-        text.append("  ".join(f"{cell:{side}{width}}" for cell, side, width in cells).rstrip())
-    return "\n".join(text)
-
-
 def markdown(heads: list[str], rows: list[list]) -> str:
     """A Markdown table. Its first column is text, the others are numbers."""
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
@@ -151,6 +143,18 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
     import matplotlib.pyplot as plt
 
     return plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+
+
+def stacked_bars(axis, rows: dict[str, dict[str, float]], phases: tuple[str, ...]) -> list[float]:
+    """A horizontal bar per row, a piece per phase, the first row on top. Returns where the bars
+    end."""
+    ends = [0.0] * len(rows)
+    for phase in phases:
+        widths = [row.get(phase, 0.0) for row in rows.values()]
+        axis.barh(list(rows), widths, left=ends, label=phase)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    axis.invert_yaxis()
+    return ends
 
 
 def save_figure(figure, path: Path, dpi: int = 110) -> None:

@@ -9,7 +9,6 @@ facts. The predictions assume the rates in DEVICES, which are not measured here.
 1 if a rule of RULES is broken. The last line is JSON.
 """
 
-import argparse
 import json
 import math
 import os
@@ -17,11 +16,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product, starmap
 from pathlib import Path
 
-from bench.harness import table
+from bench.harness import command_line, markdown
 
 RULES = (
     "no spills, no stack",
@@ -58,6 +58,10 @@ class Sweep:
     store_bits: int
     barriers: int
 
+    def describe(self) -> str:
+        counts = f"{self.ex2_per_element:g}, {self.instructions_per_element:.1f}"
+        return f"{self.load_bits}/{self.store_bits}, {counts}"
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -77,21 +81,17 @@ class Compiled:
         widths = [width for s in self.sweeps for width in (s.load_bits, s.store_bits) if width]
         shared_row = VARIANTS[self.variant]["z"] != VARIANTS[self.variant]["dz"]
         programs = 65_536 // (self.registers * 32 * num_warps)
-        barriers_fit = all(
-            (s.barriers > 0) == (shared_row and s.kind == "read+write") for s in self.sweeps
-        )
+        shared = [s.kind for s in self.sweeps if shared_row and s.kind == "read+write"]
+        synced = [s.kind for s in self.sweeps if s.barriers]
         checks = (
             self.spill_bytes == 0,
-            bool(widths) and min(widths) >= 128,
-            max((s.ex2_per_element for s in self.sweeps), default=0) <= 1,
+            min(widths, default=0) >= 128,
+            all(s.ex2_per_element <= 1 for s in self.sweeps),
             programs >= (1 if num_warps == 32 else 2),
-            barriers_fit,
+            synced == shared,
         )
-        return [
-            f"{self.variant}, sm_{self.arch}: not {rule!r}"
-            for rule, ok in zip(RULES, checks, strict=True)
-            if not ok
-        ]
+        broken = [rule for rule, holds in zip(RULES, checks, strict=True) if not holds]
+        return [f"{self.variant}, sm_{self.arch}: not {rule!r}" for rule in broken]
 
 
 def compile_row_kernel(arch: int, z: str, dz: str, odd: bool = False, **flags: bool) -> bytes:
@@ -133,12 +133,9 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = output_of(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        return usage, output_of(tools / "nvdisasm", "-c", file.name)
-
-
-def output_of(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        read = partial(subprocess.check_output, text=True, stderr=subprocess.PIPE)
+        usage = read([tools / "cuobjdump", "--dump-resource-usage", file.name])
+        return usage, read([tools / "nvdisasm", "-c", file.name])
 
 
 def loops(sass: str) -> list[list[tuple[str, str]]]:
@@ -263,11 +260,7 @@ def predict(
     worst = max(memory[2], first) + max(memory[4], second) + other
     fp32_read = max(memory[4], first) + memory[2]  # the GEMM writes 2 bytes more, too
     return {
-        "device": device.name,
-        "T": T,
-        "D": D,
-        "V": V,
-        "chunk": chunk,
+        **dict(device=device.name, T=T, D=D, V=V, chunk=chunk),
         "three_gemms_ms": 3e3 * gemm,
         "best_ms": 1e3 * (3 * gemm + best),
         "worst_ms": 1e3 * (3 * gemm + worst),
@@ -281,61 +274,44 @@ def predict(
 
 # ---- the report
 
-
-def sweep_column(kind: str) -> Callable[[Compiled], str]:
-    def show(compiled: Compiled) -> str:
-        s = compiled.main_sweeps().get(kind)
-        if s is None:
-            return "-"
-        counts = f"{s.ex2_per_element:g}, {s.instructions_per_element:.1f}"
-        return f"{s.load_bits}/{s.store_bits}, {counts}"
-
-    return show
-
-
-SWEEP_COLUMNS = {
-    "variant": lambda c: c.variant,
-    "arch": lambda c: f"sm_{c.arch}",
-    "regs": lambda c: str(c.registers),
-    "spill": lambda c: str(c.spill_bytes),
-    "smem": lambda c: str(c.shared_bytes),
-    "read": sweep_column("read"),
-    "read+write": sweep_column("read+write"),
-    "write": sweep_column("write"),
+KINDS = ("read", "read+write", "write")
+SWEEP_HEADS = ["variant", "arch", "regs", "spill", "smem", *KINDS]
+COSTS = {  # heading: key of `cost`
+    "logits GB, best": "logits_bytes_best",
+    "worst": "logits_bytes_worst",
+    "dW GB": "dweight_bytes",
+    "in and out GB, minimum": "minimum_bytes",
+    "memory GB": "peak_memory",
+    "naive": "naive_memory",
 }
+PREDICTION_HEADS = ["head", "device", "3 GEMMs ms", "fused ms", "/ 3 GEMMs"]
+PREDICTION_HEADS += ["log-prob / GEMM", "fp32 logits", "instructions / memory time"]
 
 
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f}"
+def sweep_row(c: Compiled) -> list:
+    main, cells = c.main_sweeps(), []
+    for kind in KINDS:
+        cells.append(main[kind].describe() if kind in main else "-")
+    return [c.variant, f"sm_{c.arch}", c.registers, c.spill_bytes, c.shared_bytes, *cells]
 
 
-COST_COLUMNS = {
-    "head": lambda row: row[0],
-    "TFLOP": lambda row: f"{row[1]['flops'] / 1e12:.1f}",
-    "logits GB, best": lambda row: gigabytes(row[1]["logits_bytes_best"]),
-    "worst": lambda row: gigabytes(row[1]["logits_bytes_worst"]),
-    "dW GB": lambda row: gigabytes(row[1]["dweight_bytes"]),
-    "in and out GB, minimum": lambda row: gigabytes(row[1]["minimum_bytes"]),
-    "memory GB": lambda row: gigabytes(row[1]["peak_memory"]),
-    "naive": lambda row: gigabytes(row[1]["naive_memory"]),
-}
-PREDICTION_COLUMNS = {
-    "head": lambda p: p["model"],
-    "device": lambda p: p["device"],
-    "3 GEMMs ms": lambda p: f"{p['three_gemms_ms']:.0f}",
-    "fused ms": lambda p: f"{p['best_ms']:.0f} to {p['worst_ms']:.0f}",
-    "/ 3 GEMMs": lambda p: f"{p['best_ratio']:.2f} to {p['worst_ratio']:.2f}",
-    "log-prob / GEMM": lambda p: f"{p['logprob_bf16_ratio']:.2f}",
-    "fp32 logits": lambda p: f"{p['logprob_fp32_ratio']:.2f}",
-    "instructions / memory time": lambda p: f"{p['row_kernel_issue_share']:.0%}",
-}
+def cost_row(model: str, c: dict[str, int]) -> list[str]:
+    return [model, f"{c['flops'] / 1e12:.1f}", *(f"{c[key] / 1e9:.2f}" for key in COSTS.values())]
+
+
+def prediction_row(p: dict) -> list[str]:
+    fused = f"{p['best_ms']:.0f} to {p['worst_ms']:.0f}"
+    ratio = f"{p['best_ratio']:.2f} to {p['worst_ratio']:.2f}"
+    logprob = [f"{p[f'logprob_{dtype}_ratio']:.2f}" for dtype in ("bf16", "fp32")]
+    share = f"{p['row_kernel_issue_share']:.0%}"
+    return [p["model"], p["device"], f"{p['three_gemms_ms']:.0f}", fused, ratio, *logprob, share]
 
 
 def report(arches: list[int]) -> dict:
     """Compiles every variant for every architecture, predicts, and prints tables of both."""
     from drgrpo.kernels import linear_drgrpo as head
 
-    compiled = [inspect(variant, arch) for variant in VARIANTS for arch in arches]
+    compiled = [inspect(variant, arch) for variant, arch in product(VARIANTS, arches)]
     sizes = {arch: head.sizes_of(divmod(arch, 10)) for arch in arches}
     broken = [rule for c in compiled for rule in c.broken_rules(sizes[c.arch].num_warps)]
     main = compiled[0].main_sweeps()
@@ -343,24 +319,19 @@ def report(arches: list[int]) -> dict:
     T, chunk = 16_384, 4096
     costs = {model: cost(T, D, V, chunk) for model, (D, V) in SHAPES.items()}
     predictions = []
-    for model, (D, V) in SHAPES.items():
-        for device in DEVICES:
-            predictions.append({"model": model} | predict(device, T, D, V, chunk, instructions))
+    for (model, (D, V)), device in product(SHAPES.items(), DEVICES):
+        predictions.append({"model": model} | predict(device, T, D, V, chunk, instructions))
 
     print("sweeps over the vocabulary: load/store bits, ex2 per element, instructions per element")
-    print(table(compiled, SWEEP_COLUMNS))
+    print(markdown(SWEEP_HEADS, list(map(sweep_row, compiled))))
     print(f"\nloss and gradients, bf16, T = {T}, chunks of {chunk} tokens: cost and prediction")
-    print(table(list(costs.items()), COST_COLUMNS))
-    print(table(predictions, PREDICTION_COLUMNS))
+    print(markdown(["head", "TFLOP", *COSTS], list(starmap(cost_row, costs.items()))), end="\n\n")
+    print(markdown(PREDICTION_HEADS, list(map(prediction_row, predictions))))
     for rule in broken:
         print("BROKEN", rule)
-    return {
-        "sizes": {arch: s._asdict() for arch, s in sizes.items()},
-        "compiled": [asdict(c) for c in compiled],
-        "cost": costs,
-        "predictions": predictions,
-        "broken": broken,
-    }
+    used = {arch: s._asdict() for arch, s in sizes.items()}
+    facts = {"sizes": used, "compiled": list(map(asdict, compiled))}
+    return facts | {"cost": costs, "predictions": predictions, "broken": broken}
 
 
 def run_without_interpreter() -> int:
@@ -372,12 +343,10 @@ def run_without_interpreter() -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arches = dict(type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--arch", **arches, help="compute capabilities, 90 for sm_90")
-    parser.add_argument("--json", type=Path, help="also write the report there")
+    parser = command_line(__doc__)
+    add = parser.add_argument
+    add("--arch", type=int, nargs="+", default=[80, 90, 100], help="90 for sm_90")
+    add("--json", type=Path, help="also write the report there")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit(run_without_interpreter())

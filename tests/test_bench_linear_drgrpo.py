@@ -147,8 +147,8 @@ def test_contenders_take_turns():
 def test_quantiles_and_table():
     assert harness.quantiles([5.0]) == {"p20": 5.0, "p50": 5.0, "p80": 5.0}
     assert harness.quantiles(list(range(11))) == pytest.approx({"p20": 2, "p50": 5, "p80": 8})
-    columns = {"n": lambda r: "r", "x": lambda r: str(r["x"])}
-    assert harness.table([{"x": 1}, {"x": 22}], columns) == "n   x\nr   1\nr  22"
+    table = harness.markdown(["n", "x"], [["r", 1], ["s", 2.25]])
+    assert table == "| n | x |\n| --- | ---: |\n| r | 1 |\n| s | 2.2 |"
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 absence with its reason."""
 
 import json
-import re
 import time
 from functools import partial
 from itertools import count, product
@@ -144,11 +143,8 @@ def test_phases_add_up_to_the_wall_clock(group_of_one, monkeypatch):
 
 
 def test_padded_rows_give_the_gradients_of_packed_ones(random_model):
-    policy, grads, calls = (
-        load_policy(random_model, Objective(), dtype=torch.float32, device=CPU),
-        [],
-        [],
-    )
+    policy = load_policy(random_model, Objective(), dtype=torch.float32, device=CPU)
+    grads, calls = [], []
     batch = pack.pack([pack.Sequence([1, 2], [3] * n, [-5.0] * n, 0.5 - n % 2) for n in (1, 9, 4)])
     batch.old_logprob_N = batch.sampler_logprob_N
 
@@ -220,20 +216,8 @@ def test_a_made_up_sampler_reports_the_policys_log_probs(group_of_one):
 
 def test_whole_steps_say_so_without_vllm(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    skipped = bench.whole_steps(["--engine", "vllm"], 3)
+    skipped = bench.whole_steps(["--engine", "vllm"])
     assert skipped == {"skipped": "vLLM is not installed"}
-
-
-def test_numbers_that_nobody_measured_say_so():
-    phases = {"forward": 1.0, "backward": 2.0, "optimizer": 0.5}
-    row = {"variant": "everything on", "phases": phases, "seconds": {"median": 3.5}}
-    case = {"layers": 7, "layers_of_the_model": 28, "rows": [row]}
-    guess = bench.extrapolated(case)
-    assert guess["seconds"] == 3.5 + 3 * 3.0
-    case |= {"rows": [{"variant": "everything on", "skipped": "out of memory"}]}
-    shown = bench.text({"cases": {"7b": case | {"extrapolated": guess}}, "imbalance": {}})
-    line = r"^extrapolated, not measured: everything on, 28 layers, 12.50 s$"
-    assert re.search(line, shown, re.M)
 
 
 REFUSED = {

@@ -104,7 +104,7 @@ def test_lengths_have_the_mean_the_truncations_and_the_groups_that_were_asked_fo
     s = Setup(mean=800, sigma=0.6, cap_share=0.05, between=0.5)
 
     def draw(seed: int, s: Setup = s) -> np.ndarray:
-        return simulator.draw(s, np.random.default_rng(seed), 4000, 8, s.cap_share, None)
+        return simulator.draw(s, np.random.default_rng(seed), (4000, 8), s.cap_share, None)
 
     length_PG = draw(0)
     assert length_PG.mean() == pytest.approx(800, rel=0.03)
@@ -116,21 +116,19 @@ def test_lengths_have_the_mean_the_truncations_and_the_groups_that_were_asked_fo
 
 
 def test_lengths_of_a_run(tmp_path):
-    (tmp_path / "a.json").write_text("[5, 7]")
-    (tmp_path / "b.jsonl").write_text('{"tokens": 5}\n{"tokens": 7}\n')
-    for name in ("a.json", "b.jsonl"):
-        assert budget.read_lengths(tmp_path / name).tolist() == [5, 7]
+    (tmp_path / "responses.jsonl").write_text('{"tokens": 5}\n{"tokens": 7}\n')
+    assert budget.read_lengths(tmp_path / "responses.jsonl").tolist() == [5, 7]
     quick = simulate(Setup(), file=np.array([50]))
     assert quick.seconds < simulate(Setup()).seconds / 2
 
 
-@pytest.mark.parametrize(("text", "message"), [('{"length": 5}', "no `tokens`"), ("[]", "no resp")])
-def test_a_file_without_lengths_is_refused(tmp_path, text, message):
+@pytest.mark.parametrize("text", ['{"length": 5}', ""])
+def test_a_file_without_lengths_is_refused(tmp_path, text):
     path = tmp_path / "lengths"
     with pytest.raises(UserError, match="does not exist"):
         budget.read_lengths(path)
     path.write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="needs `tokens`"):
         budget.read_lengths(path)
 
 
@@ -154,7 +152,8 @@ def lengths_of(planned: simulator.Plan) -> list[int]:
 
 def test_packed_plans_are_those_of_the_trainer():
     s = recipe("oat_zero_7b")
-    length_PG = simulator.draw(s, np.random.default_rng(0), s.prompts, s.group, s.cap_share, None)
+    size = s.prompts, s.group
+    length_PG = simulator.draw(s, np.random.default_rng(0), size, s.cap_share, None)
     kept_P = np.arange(s.prompts) % 2 == 0
     planned = plan(s, length_PG, kept_P, step=3)
     lengths = length_PG.ravel().tolist()
@@ -325,11 +324,10 @@ def write_gpu(folder, device: str, parts: dict) -> None:
     (folder / "gpu.json").write_text(json.dumps({"device": device, "parts": parts}))
 
 
-def test_measurements_replace_constants_and_the_rest_is_named(tmp_path):
-    ceilings = {"copy_gb_per_s": 2500.0, "gemm_tflops": 650, "l2_mb": 50}
+def test_measurements_replace_constants(tmp_path):
+    ceilings = {"copy_gb_per_s": 2500.0, "gemm_tflops": 650}
     sync = MODEL | {"seconds": 0.5}
-    parts = {"ceilings": ceilings, "step": [STEP, {"mfu": 0.2}], "rollout": [ROLLOUT]}
-    parts |= {"sync": [sync], "kernel": {"ratio": 1.07}}
+    parts = {"ceilings": ceilings, "step": [STEP], "rollout": [ROLLOUT], "sync": [sync]}
     write_gpu(tmp_path, "NVIDIA H100 80GB HBM3", parts)
     m, notes = budget.measured(tmp_path)
     assert (m.gpus["H100"].copy, m.gpus["H100"].gemm) == (2500, 650)
@@ -341,8 +339,7 @@ def test_measurements_replace_constants_and_the_rest_is_named(tmp_path):
     assert budget.sync_ratio(m, "H100", sync) == pytest.approx(1, abs=0.02)
     s = recipe("oat_zero_7b")
     assert m.rates != M.rates and simulate(s, m=m) != simulate(s)
-    unused = [note.removeprefix("measured, not used: ") for note in notes if "not used" in note]
-    assert unused == ["ceilings.l2_mb", "kernel.ratio", "step.1.mfu"]
+    assert len(notes) == 5 and all(note.startswith("measured: ") for note in notes)
 
 
 def test_a_measurement_faster_than_memory_allows_is_not_used(tmp_path):

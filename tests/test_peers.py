@@ -27,7 +27,7 @@ CASES = losses.make_cases()
 
 
 def make_run(folder: Path, trainer: str, model: str = "", **changes) -> bench.Run:
-    size = {"seed": 0, "steps": 2, "minibatches": 4, "threads": 1}
+    size = {"seed": 0, "steps": 2, "minibatches": 4}
     return bench.Run(trainer=trainer, model=model, folder=str(folder), **size | changes)
 
 
@@ -198,17 +198,10 @@ def reference(case: losses.Case, loss_type: str, hidden: torch.Tensor, weight: t
     weight_B = token_weight(mask.sum(1), losses.LOSSES[loss_type], case.budget).double()
     advantage_B = case.advantage_B.double() * weight_B
     old, ref = (None if x is None else x[mask].double() for x in (case.old_BL, case.ref_BL))
-    return linear_drgrpo_loss_ref(
-        hidden[mask],
-        weight,
-        case.target_BL[mask],
-        advantage_B[:, None].expand_as(mask)[mask],
-        old_logprob=old,
-        ref_logprob=ref,
-        scale=1 / (len(mask) * case.budget),
-        kl_coef=case.kl_coef,
-        temperature=case.temperature,
-    )[0]
+    inputs = hidden[mask], weight, case.target_BL[mask], advantage_B[:, None].expand_as(mask)[mask]
+    how = dict(scale=1 / (len(mask) * case.budget), kl_coef=case.kl_coef)
+    how |= dict(old_logprob=old, ref_logprob=ref, temperature=case.temperature)
+    return linear_drgrpo_loss_ref(*inputs, **how)[0]
 
 
 # the kernel divides the KL term by B C: it is the formula's for dr_grpo only

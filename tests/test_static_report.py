@@ -37,13 +37,8 @@ def report(tmp_path_factory):
     """One run of the command, under the interpreter's variable, which it must drop for itself."""
     path = tmp_path_factory.mktemp("report") / "report.json"
     command = [sys.executable, "-m", "bench.static_report", "--json", str(path)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert path.exists(), done.stderr
     result = json.loads(path.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == result
@@ -111,9 +106,8 @@ def test_the_launch_compiles_and_token_counts_do_not_compile_again():
     """Through Triton's own launch path up to the launch: four token counts and misaligned per-token
     tensors are one binary, each of the three other calls is another."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH], cwd=ROOT, env=env, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", LAUNCH]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1", "1", "1", "1", "2", "3", "4"]
 
@@ -122,28 +116,19 @@ def test_the_launch_compiles_and_token_counts_do_not_compile_again():
 def test_predictions_are_within_the_targets(report):
     """Predictions from assumed rates, so a guard against a change of the kernel, not a
     measurement."""
-    limits = {
-        ("A100", "7B"): 1.10,
-        ("A100", "1.5B"): 1.15,
-        ("H200", "7B"): 1.12,
-        ("H200", "1.5B"): 1.20,
-    }
+    limits = {"A100": {"7B": 1.10, "1.5B": 1.15}, "H200": {"7B": 1.12, "1.5B": 1.20}}
     for p in report[1]["predictions"]:
-        assert 1 < p["best_ratio"] <= limits[p["device"], p["model"]]
+        assert 1 < p["best_ratio"] <= limits[p["device"]][p["model"]]
         assert p["best_ms"] < p["worst_ms"]
 
 
 def test_memory_is_within_the_targets():
-    limits = {
-        (16_384, "7B"): 3.6e9,
-        (65_536, "7B"): 4.0e9,
-        (16_384, "1.5B"): 2.3e9,
-        (65_536, "1.5B"): 2.5e9,
-    }
-    for (T, model), limit in limits.items():
-        memory = cost(T, *SHAPES[model], 4096)
-        assert memory["peak_memory"] <= limit
-        assert memory["naive_memory"] >= 4 * memory["peak_memory"]
+    limits = {"7B": (3.6e9, 4.0e9), "1.5B": (2.3e9, 2.5e9)}
+    for model, by_tokens in limits.items():
+        for T, limit in zip((16_384, 65_536), by_tokens, strict=True):
+            memory = cost(T, *SHAPES[model], 4096)
+            assert memory["peak_memory"] <= limit
+            assert memory["naive_memory"] >= 4 * memory["peak_memory"]
 
 
 def test_costs_by_hand():
@@ -162,17 +147,16 @@ def test_bad_binaries_are_noticed():
     good = Compiled("on-policy", 90, 50, 0, 0, (sweep,))
     assert good.broken_rules(32) == []
     no_barrier = replace(sweep, kind="read+write")
-    bad_binaries = (
-        replace(good, spill_bytes=8),
-        replace(good, registers=65),
-        replace(good, sweeps=()),
-        replace(good, sweeps=(replace(sweep, load_bits=64),)),
-        replace(good, sweeps=(replace(sweep, kind="read+write", store_bits=16),)),
-        replace(good, sweeps=(replace(sweep, ex2_per_element=1.125),)),
-        replace(good, sweeps=(replace(sweep, barriers=1),)),
-        replace(good, sweeps=(no_barrier,), variant="fp32 logits, bf16 gradient"),
+    bad_sweeps = (
+        replace(sweep, load_bits=64),
+        replace(sweep, kind="read+write", store_bits=16),
+        replace(sweep, ex2_per_element=1.125),
+        replace(sweep, barriers=1),
     )
-    for bad in bad_binaries:
+    bad_binaries = [replace(good, sweeps=(bad,)) for bad in bad_sweeps]
+    bad_binaries += [replace(good, **bad) for bad in (dict(spill_bytes=8), dict(registers=65))]
+    in_place = replace(good, sweeps=(no_barrier,), variant="fp32 logits, bf16 gradient")
+    for bad in (*bad_binaries, replace(good, sweeps=()), in_place):
         assert len(bad.broken_rules(32)) == 1
 
 
@@ -202,12 +186,8 @@ def test_reading_sass():
     assert [len(loop) for loop in loops(SASS)] == [2, 3]
     store, load = sweeps(SASS, 16, 16)
     assert (store.kind, store.elements, store.store_bits) == ("write", 1, 16)
-    assert (load.kind, load.elements, load.load_bits, load.ex2_per_element) == (
-        "read",
-        8,
-        128,
-        1 / 8,
-    )
+    assert (load.kind, load.elements, load.load_bits) == ("read", 8, 128)
+    assert load.ex2_per_element == 1 / 8
     widths = {"LDG.E": 32, "LDG.E.U16": 16, "LDG.E.EL.U8": 8, "STG.E.64": 64, "LDG.E.ENL2.256": 256}
     assert {op: bits(op) for op in widths} == widths
 

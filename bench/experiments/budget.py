@@ -14,13 +14,11 @@ bench/results/budget.json and budget.png come from commit e9b6494, on two cores 
 times. The last line printed is the JSON.
 """
 
-import argparse
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import geometric_mean, stdev
 
@@ -42,8 +40,17 @@ from bench.experiments.simulator import (
     shape,
     simulate,
 )
-from bench.harness import RESULTS, markdown, new_figure, provenance, save_figure, write_json
-from bench.shapes import MODELS
+from bench.harness import (
+    RESULTS,
+    command_line,
+    markdown,
+    new_figure,
+    provenance,
+    save_figure,
+    stacked_bars,
+    write_json,
+)
+from drgrpo.run.files import read_jsonl
 from drgrpo.types import UserError
 
 PUBLISHED_HOURS, DRAWS = 27.0, 20
@@ -138,17 +145,16 @@ def changed(s: Setup, m: Machine, changes: dict) -> tuple[Setup, Machine]:
 
 @dataclass(frozen=True)
 class Simulation:
-    """How steps are simulated: where, how many, from which seed, with the lengths of a run or with
-    drawn ones (None)."""
+    """How steps are simulated: where, how many, with the lengths of a run or with drawn ones
+    (None)."""
 
     machine: Machine
     draws: int
-    seed: int = 0
     lengths: np.ndarray | None = None
 
     def __call__(self, s: Setup, changes: dict | None = None) -> Result:
         s, machine = changed(s, self.machine, changes or {})
-        return simulate(s, machine, self.draws, self.seed, self.lengths)
+        return simulate(s, machine, self.draws, file=self.lengths)
 
 
 def ladder(run: Simulation) -> dict[str, Result]:
@@ -173,19 +179,6 @@ def floors(ours: Setup, run: Simulation) -> dict[str, Result]:
 
 # ---- published step times, predicted with the same constants
 
-
-@dataclass(frozen=True)
-class Published:
-    name: str
-    seconds: float
-    setup: Setup
-    source: str
-    guessed: str
-    low: dict = field(default_factory=dict)  # the guesses at their ends
-    high: dict = field(default_factory=dict)
-    whole: bool = True  # a whole step, which the realism factor counts; else the training phase
-
-
 # The constants are the same for all rows. oat's row is the least independent. What is assumed of
 # gloo and of equal counts in lockstep comes from asking what could take its 27 hours.
 OAT = replace(recipe("oat_zero_7b"), **NAIVE)
@@ -203,6 +196,7 @@ VERL = Setup(
     **dict(prompt=200, mean=1800, sigma=1.0, cap_share=0.01),
     **FOREIGN,
 )
+VERL_128 = replace(VERL, gpus=128, nodes=8, cap=28672)
 NEMO = Setup(
     **dict(model="Llama-3.1-8B", gpu="H100", gpus=16, nodes=2, microbatch=4096),
     **dict(prompts=64, group=32, minibatches=4, cap=3900, prompt=130, mean=1060),
@@ -219,124 +213,65 @@ TITAN = Setup(
     **ONE_PASS,
 )
 PRIME = Setup(
-    **dict(gpu="H100", prompts=16, cap=16384, mean=16384, fused_blocks=True),
+    **dict(model="Qwen3-4B", gpu="H100", prompts=16, cap=16384, mean=16384, fused_blocks=True),
     **ONE_PASS | dict(fused_head=True),
 )
-PUBLISHED = (
-    Published(
-        "oat Dr. GRPO 7B, 8 x A100",
-        PUBLISHED_HOURS * 3600 / 500,
-        OAT,
-        "arXiv 2503.20783: 27 h; 500 steps: guess in sail-sg/understand-r1-zero issue 19",
-        "500 steps, lengths, gloo rate",
-        dict(mean=600),
-        dict(mean=1000),
-    ),
-    Published(
-        "SimpleRL-Zoo 7B, 16 x H100",
-        540,
-        SIMPLE_RL,
-        "hkust-nlp/simpleRL-reason README: about 100 steps in 15 h, said of 7B and 14B together",
-        "that 7B took as long as 14B, lengths, micro-batch",
-        dict(mean=500),
-        dict(mean=900),
-    ),
-    Published(
-        "verl DAPO 7B, 32 x H20",
-        749,
-        VERL,
-        "verl docs/advance/one_step_off.md",
-        "lengths; batch and TP as in its script for 128",
-        dict(mean=1200),
-        dict(mean=2600),
-    ),
-    Published(
-        "verl DAPO 7B, 128 x H20",
-        356,
-        replace(VERL, gpus=128, nodes=8, cap=28672),
-        "verl docs/advance/fully_async.md",
-        "lengths, TP",
-        dict(mean=1200),
-        dict(mean=2600),
-    ),
-    Published(
-        "NeMo-RL Llama-3.1-8B, 16 x H100",
-        97.7,
-        NEMO,
-        "NeMo-RL docs/about/performance-summary.md v0.4 (mean 1,060) and "
-        "grpo-llama3.1-8b-instruct-2n8g.yaml",
-        "spread of the lengths, two log-prob passes; PP 2 ignored",
-        dict(sigma=0.5),
-        dict(sigma=1.0),
-    ),
-    Published(
-        "open-r1 7B, 7 + 1 x A100",
-        281,
-        OPEN_R1,
-        "huggingface/open-r1 issue 161 (mean 828; rewards are multiples of 1/896)",
-        "16 rounds of 7 prompts x 8, cap 1024",
-        dict(cap_share=0.2),
-        dict(cap_share=0.6),
-    ),
-    Published(
-        "torchtitan Llama-3.1-8B, 8 x H100",
-        16384 / 5762,
-        TITAN,
-        "torchtitan benchmarks/llama3_h100_202412_torchtitan.md",
-        "nothing",
-        whole=False,
-    ),
-    Published(
-        "the same, compiled",
-        16384 / 6667,
-        replace(TITAN, fused_blocks=True),
-        "the same",
-        "nothing",
-        whole=False,
-    ),
-    Published(
-        "prime-rl Qwen3-4B, 8 x H100, 16k",
-        4.69,
-        replace(PRIME, model="Qwen3-4B"),
-        "prime-rl benchmarks/baselines, 2026-01-15, step_time",
-        "tokens (its throughput says 0.47 of these)",
-        dict(mean=7625),
-        whole=False,
-    ),
-    Published(
-        "prime-rl Qwen3-0.6B, 1 x H100, 16k",
-        1.99,
-        replace(PRIME, model="Qwen3-0.6B", gpus=1, prompts=2),
-        "the same",
-        "tokens (its throughput says 0.72 of these)",
-        dict(mean=11850),
-        whole=False,
-    ),
-)
+PRIME_SMALL = replace(PRIME, model="Qwen3-0.6B", gpus=1, prompts=2)
+WHOLE_STEPS = {  # name: seconds, setup, the guessed field that matters most, its ends
+    "oat Dr. GRPO 7B, 8 x A100": (PUBLISHED_HOURS * 3600 / 500, OAT, "mean", 600, 1000),
+    "SimpleRL-Zoo 7B, 16 x H100": (540, SIMPLE_RL, "mean", 500, 900),
+    "verl DAPO 7B, 32 x H20": (749, VERL, "mean", 1200, 2600),
+    "verl DAPO 7B, 128 x H20": (356, VERL_128, "mean", 1200, 2600),
+    "NeMo-RL Llama-3.1-8B, 16 x H100": (97.7, NEMO, "sigma", 0.5, 1.0),
+    "open-r1 7B, 7 + 1 x A100": (281, OPEN_R1, "cap_share", 0.2, 0.6),
+}
+TRAINING_ALONE = {
+    "torchtitan Llama-3.1-8B, 8 x H100": (16384 / 5762, TITAN, "mean"),
+    "the same, compiled": (16384 / 6667, replace(TITAN, fused_blocks=True), "mean"),
+    "prime-rl Qwen3-4B, 8 x H100, 16k": (4.69, PRIME, "mean", 7625),
+    "prime-rl Qwen3-0.6B, 1 x H100, 16k": (1.99, PRIME_SMALL, "mean", 11850),
+}
+SOURCES = """\
+arXiv 2503.20783: 27 h; 500 steps: guess in sail-sg/understand-r1-zero issue 19
+    500 steps, lengths, gloo rate
+hkust-nlp/simpleRL-reason README: about 100 steps in 15 h, said of 7B and 14B together
+    that 7B took as long as 14B, lengths, micro-batch
+verl docs/advance/one_step_off.md
+    lengths; batch and TP as in its script for 128
+verl docs/advance/fully_async.md
+    lengths, TP
+NeMo-RL docs/about/performance-summary.md v0.4 (mean 1,060) and grpo-llama3.1-8b-instruct-2n8g.yaml
+    spread of the lengths, two log-prob passes; PP 2 ignored
+huggingface/open-r1 issue 161 (mean 828; rewards are multiples of 1/896)
+    16 rounds of 7 prompts x 8, cap 1024
+torchtitan benchmarks/llama3_h100_202412_torchtitan.md
+    nothing
+the same
+    nothing
+prime-rl benchmarks/baselines, 2026-01-15, step_time
+    tokens (its throughput says 0.47 of these)
+the same
+    tokens (its throughput says 0.72 of these)
+"""
+"""Of every row in turn: the source, and what is guessed."""
 VERL_PHASES = {"rollout": 321, "old": 88, "train": 286}
 """Seconds of verl's 749 on 32 GPUs."""
 
 
 def validate(run: Simulation) -> tuple[list[dict], dict]:
-    """Predicted against published, and the realism factor. `left_out` is what a whole step's row
-    gets with the factor of the other rows, over what is published."""
-    rows = []
-    for p in PUBLISHED:
-        results = [run(p.setup, change) for change in ({}, p.low, p.high)]
-        seconds = [r.seconds if p.whole else r.phases["train"] for r in results]
-        row = {
-            "name": p.name,
-            "published": p.seconds,
-            "predicted": seconds[0],
-            "low": min(seconds),
-            "high": max(seconds),
-            "ratio": p.seconds / seconds[0],
-            "whole": p.whole,
-            "source": p.source,
-            "guessed": p.guessed,
-            "phases": results[0].phases,
-        }
-        rows.append(row)
+    """Predicted against published, and the realism factor, which only whole steps count for.
+    `left_out` is what a whole step's row gets with the factor of the other rows, over what is
+    published."""
+    lines = [line.strip() for line in SOURCES.splitlines()]
+    published, rows = (WHOLE_STEPS | TRAINING_ALONE).items(), []
+    cases = zip(published, lines[::2], lines[1::2], strict=True)
+    for (name, (seconds, s, field, *ends)), source, guessed in cases:
+        whole = name in WHOLE_STEPS
+        results = [run(s), *(run(s, {field: end}) for end in ends)]
+        predicted = [r.seconds if whole else r.phases["train"] for r in results]
+        row = dict(name=name, published=seconds, predicted=predicted[0], whole=whole)
+        row |= dict(low=min(predicted), high=max(predicted), ratio=seconds / predicted[0])
+        rows.append(row | dict(source=source, guessed=guessed, phases=results[0].phases))
     whole = [row for row in rows if row["whole"]]
     for row in whole:
         others = [other["ratio"] for other in whole if other is not row]
@@ -356,27 +291,18 @@ def realism(ratios: list[float]) -> dict:
 
 
 def read_lengths(path: Path) -> np.ndarray:
-    """Response lengths in tokens: a JSON list, or JSON lines with `tokens` (eval.py's
-    responses.jsonl)."""
+    """Response lengths in tokens, from eval.py's responses.jsonl."""
     if not path.is_file():
         raise UserError(f"--lengths {path} does not exist; eval.py writes OUT/responses.jsonl")
-    text = path.read_text()
-    lines = [line for line in text.splitlines() if line.strip()]
-    is_list = text.lstrip().startswith("[")
-    rows = json.loads(text) if is_list else [json.loads(line) for line in lines]
-    try:
-        lengths = [row if isinstance(row, int) else row["tokens"] for row in rows]
-    except (KeyError, TypeError) as error:
-        message = "a row has no `tokens`, and is no number"
-        raise UserError(f"--lengths {path}: {message}") from error
-    if not lengths or min(lengths) < 1:
-        raise UserError(f"--lengths {path} holds no response, or an empty one")
+    lengths = [row.get("tokens", 0) for row in read_jsonl(path)]
+    if min(lengths, default=0) < 1:
+        raise UserError(f"--lengths {path}: every response needs `tokens`, 1 or more")
     return np.array(lengths)
 
 
 def measured(folder: Path) -> tuple[Machine, list[str]]:
-    """The machine with the constants that FOLDER/gpu.json (bench/gpu.py) measured, and a line for
-    every key, used or not.
+    """The machine with the constants that FOLDER/gpu.json (bench/gpu.py) measured, and what became
+    of each.
 
     {"device": name as CUDA reports it, "parts": {
         "ceilings": {"copy_gb_per_s": .., "gemm_tflops": ..},
@@ -385,73 +311,47 @@ def measured(folder: Path) -> tuple[Machine, list[str]]:
         "sync": [{"model", "seconds"}, ..]}}
 
     A step has microbatch // length sequences a pass. The responses of a rollout have one length. A
-    sync runs on one GPU. Every part may be missing, and anything else is named as not used. Models
-    are those of bench/shapes.py."""
+    sync runs on one GPU. Every part may be missing. Models are those of bench/shapes.py."""
     path = folder / "gpu.json"
     if not path.is_file():
         way_out = "run `make gpu` on a GPU first, or leave the option out"
         raise UserError(f"--measured {folder} holds no gpu.json; {way_out}")
     contents = json.loads(path.read_text())
-    device = contents.get("device") or contents.get("where", {}).get("device")
-    name, parts, notes = device_key(str(device)), contents.get("parts", {}), []
-    unused = set(flatten(parts))
+    name, parts, notes = device_key(str(contents["device"])), contents["parts"], []
     m = Machine(gpus=dict(GPUS))
     for key, target in (("copy_gb_per_s", "copy"), ("gemm_tflops", "gemm")):
-        value = parts.get("ceilings", {}).get(key)
-        if isinstance(value, int | float):
+        if value := parts.get("ceilings", {}).get(key):
             before = getattr(m.gpus[name], target)
             notes.append(f"measured: ceilings.{key}: {name} {target} {before:g} -> {value:g}")
             source = f"data sheet; reached: measured, {path.name}"
             m.gpus[name] = replace(m.gpus[name], **{target: float(value)}, source=source)
-            unused.discard(f"ceilings.{key}")
-    for fit in FITS:
-        rows = fit.usable(parts.get(fit.part, []))
-        if not rows:
-            continue
-        try:
-            before, m = m, calibrate(m, name, fit, list(rows.values()))
-        except UserError as error:
-            notes.append(f"measured, not used: {fit.part}: {error}")
-            continue
-        values = [(n, getattr(before.rates, n), getattr(m.rates, n)) for n in fit.rates]
-        changes = ", ".join(f"{n} {old:g} -> {new:.3g}" for n, old, new in values)
-        notes.append(f"measured: {fit.part}, {len(rows)} rows: {changes}")
-        unused -= {f"{fit.part}.{i}.{key}" for i in rows for key in fit.keys}
+    for part, (rates, _) in FITS.items():
+        if rows := parts.get(part):
+            try:
+                before, m = m, calibrate(m, name, part, rows)
+            except UserError as error:
+                notes.append(f"measured, not used: {part}: {error}")
+                continue
+            values = [(n, getattr(before.rates, n), getattr(m.rates, n)) for n in rates]
+            changes = ", ".join(f"{n} {old:g} -> {new:.3g}" for n, old, new in values)
+            notes.append(f"measured: {part}, {len(rows)} rows: {changes}")
     if contents.get("rehearsal"):
         notes.append("a rehearsal on a CPU: these constants are no GPU's")
-    return m, notes + [f"measured, not used: {key}" for key in sorted(unused)]
+    return m, notes
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Which rates a part of gpu.json fits. `ratio` is what these rates seem to be off by, given a
-    row with these keys."""
-
-    part: str
-    rates: tuple[str, ...]
-    keys: frozenset[str]
-    ratio: Callable[[Machine, str, dict], float]
-
-    def usable(self, rows: object) -> dict[int, dict]:
-        """The rows of the part that have all keys and a known model, by their index."""
-        chosen = {}
-        for i, row in enumerate(rows if isinstance(rows, list) else []):
-            if isinstance(row, dict) and self.keys <= set(row) and row["model"] in MODELS:
-                chosen[i] = row
-        return chosen
-
-
-def calibrate(m: Machine, gpu: str, fit: Fit, rows: list[dict]) -> Machine:
-    """The machine with the rates scaled so that they are off by a factor of 1. UserError if nothing
-    makes it so, because other constants take too much of the time or too little."""
+def calibrate(m: Machine, gpu: str, part: str, rows: list[dict]) -> Machine:
+    """The machine with the part's rates scaled so that they are off by a factor of 1. UserError if
+    nothing makes it so, because other constants take too much of the time or too little."""
+    rates, ratio = FITS[part]
     for _ in range(100):
-        off = geometric_mean(fit.ratio(m, gpu, row) for row in rows)
+        off = geometric_mean(ratio(m, gpu, row) for row in rows)
         if abs(off - 1) < 0.01:
             return m
         scale = min(2.0, max(0.5, off))
-        scaled = {name: getattr(m.rates, name) * scale for name in fit.rates}
+        scaled = {name: getattr(m.rates, name) * scale for name in rates}
         m = replace(m, rates=replace(m.rates, **scaled))
-    names = " and ".join(fit.rates)
+    names = " and ".join(rates)
     raise UserError(f"no {names} gives what was measured: another constant is off")
 
 
@@ -476,23 +376,11 @@ def sync_ratio(m: Machine, gpu: str, row: dict) -> float:
     return max(1e-3, row["seconds"] - copying) / (lm.tensors * m.rates.tensor_ms / 1e3)
 
 
-STEP_KEYS = frozenset({"model", "checkpointing", "microbatch", "length", "mfu"})
-ROLLOUT_KEYS = frozenset({"model", "sequences", "prompt", "length", "tokens_per_s"})
-FITS = (
-    Fit("step", ("train_share",), STEP_KEYS, step_ratio),
-    Fit("rollout", ("engine_ms", "engine_us"), ROLLOUT_KEYS, rollout_ratio),
-    Fit("sync", ("tensor_ms",), frozenset({"model", "seconds"}), sync_ratio),
-)
-
-
-def flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    """Nested objects and lists as {dotted path: leaf}."""
-    if not isinstance(tree, dict | list):
-        return {prefix: tree}
-    leaves = {}
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return leaves
+FITS = {  # part of gpu.json: the rates that it fits, and what these seem to be off by, given a row
+    "step": (("train_share",), step_ratio),
+    "rollout": (("engine_ms", "engine_us"), rollout_ratio),
+    "sync": (("tensor_ms",), sync_ratio),
+}
 
 
 def device_key(device: str) -> str:
@@ -502,10 +390,8 @@ def device_key(device: str) -> str:
     for key in ("H100", "H200", "H20"):
         if key in device:
             return key
-    raise UserError(
-        f"gpu.json was measured on {device!r}, of which GPUS in bench/experiments/simulator.py has "
-        "no data sheet: add it there"
-    )
+    way_out = "GPUS in bench/experiments/simulator.py has no data sheet: add it there"
+    raise UserError(f"gpu.json was measured on {device!r}, of which {way_out}")
 
 
 # ---- the report
@@ -524,7 +410,7 @@ def named(results: dict[str, Result]) -> list[dict]:
 
 def measure(run: Simulation) -> dict:
     """Everything that the report shows, as it stands in the JSON."""
-    rows, real = validate(Simulation(run.machine, max(2, run.draws // 3), run.seed))
+    rows, real = validate(Simulation(run.machine, max(2, run.draws // 3)))
     rungs = ladder(run)
     naive, *_, ours = rungs.values()
     rungs["oat_zero_7b as shipped"] = run(recipe("oat_zero_7b"))
@@ -590,8 +476,8 @@ def validation_text(result: dict) -> str:
     for r in rows:
         ends, ratio = f"{r['low']:.1f} to {r['high']:.1f}", f"{r['ratio']:.2f}"
         others = f"{r['left_out']:.2f}" if r["whole"] else ""
-        published = float(r["published"])
-        lines.append([r["name"], published, r["predicted"], ends, ratio, others, r["guessed"]])
+        published = [float(r["published"]), r["predicted"], ends, ratio, others]
+        lines.append([r["name"], *published, r["guessed"]])
     verl = next(r for r in rows if r["name"].startswith("verl"))["phases"]
     phases = ", ".join(f"{p} {seconds / verl[p]:.2f}" for p, seconds in VERL_PHASES.items())
     whole = [r for r in rows if r["whole"]]
@@ -661,26 +547,21 @@ def machines_text(result: dict) -> str:
 def draw(result: dict, path: Path) -> None:
     """Left: the ladder. Right: published against predicted."""
     figure, (bars, dots) = new_figure(1, 2, (15, 5), width_ratios=(2, 1))
-    rows, factor = result["ladder"][::-1], result["realism"]["factor"]
-    start = np.zeros(len(rows))
-    for phase in PHASES:
-        widths = np.array([row["phases"][phase] for row in rows])
-        bars.barh([row["name"] for row in rows], widths, left=start, label=phase)
-        start += widths
-    for y, row in enumerate(rows):
+    rows, factor = result["ladder"], result["realism"]["factor"]
+    ends = stacked_bars(bars, {row["name"]: row["phases"] for row in rows}, PHASES)
+    for y, (row, end) in enumerate(zip(rows, ends, strict=True)):
         bound, realistic = row["name"].startswith("roofline"), row["hours"] * factor
         label = "" if bound else f"  (x {factor:.2f}: {realistic:.1f} h)"
-        bars.text(start[y], y, f" {row['hours']:.1f} h{label}", va="center", fontsize=8)
+        bars.text(end, y, f" {row['hours']:.1f} h{label}", va="center", fontsize=8)
     title = "predicted: 7B, 8 x A100-80GB, hours of 500 steps"
-    bars.set(xlabel="s per step", xlim=(0, 1.25 * start.max()), title=title)
+    bars.set(xlabel="s per step", xlim=(0, 1.25 * max(ends)), title=title)
     bars.legend(fontsize=7, ncol=2, loc="center right")
     for row in result["validation"]:
         error = [[row["predicted"] - row["low"]], [row["high"] - row["predicted"]]]
         style = dict(fmt="o" if row["whole"] else "s", ms=5, capsize=2, label=row["name"])
         dots.errorbar(row["predicted"], row["published"], xerr=error, **style)
-    ends = np.array([0.5, 1000.0])
-    dots.plot(ends, ends, "k-", lw=0.8)
-    dots.plot(ends, factor * ends, "k--", lw=0.8)
+    dots.axline((1, 1), (2, 2), color="k", lw=0.8)
+    dots.axline((1, factor), (2, 2 * factor), color="k", ls="--", lw=0.8)
     dots.set(xscale="log", yscale="log", xlabel="predicted, s per step", ylabel="published")
     dots.set_title("dashed: realism factor")
     dots.legend(fontsize=6)
@@ -702,17 +583,12 @@ def constants(m: Machine) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     add = parser.add_argument
     add("--constants", action="store_true", help="print every constant and stop")
-    add(
-        "--measured", type=Path, help="folder with gpu.json (default: bench/results, if it has one)"
-    )
+    add("--measured", type=Path, help="folder with gpu.json (default: bench/results, if there)")
     add("--lengths", type=Path, help="response lengths of a run")
     add("--draws", type=int, default=DRAWS, help=f"simulated steps of a setup ({DRAWS})")
-    add("--seed", type=int, default=0)
     add("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     started = time.perf_counter()
@@ -728,12 +604,12 @@ def main(argv: list[str] | None = None) -> None:
         "where": provenance(),
         "notes": notes,
         "draws": args.draws,
-        "seed": args.seed,
+        "seed": 0,
         "lengths": str(args.lengths or "lognormal"),
         "rates": asdict(m.rates),
         "data": {f.name: f.default for f in fields(Setup) if f.metadata},
     }
-    result |= measure(Simulation(m, args.draws, args.seed, lengths))
+    result |= measure(Simulation(m, args.draws, lengths))
     draw(result, args.out / "budget.png")
     print("# The 27-hour budget", "", *notes, "", text(result), sep="\n")
     print(f"\n{time.perf_counter() - started:.0f} s\n")

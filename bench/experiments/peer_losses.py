@@ -118,23 +118,16 @@ def our_loss(case: Case, loss_type: str, hidden: Tensor, weight: Tensor) -> Tens
     tokens count, and micro-batches are summed."""
     weight_B = token_weight(case.mask_BL.sum(1), LOSSES[loss_type], case.budget)
     weighted = replace(case, advantage_B=case.advantage_B * weight_B)
+    how = dict(clip_low=CLIP, clip_high=CLIP, temperature=case.temperature, kl_coef=case.kl_coef)
+    how |= dict(scale=1 / (len(case.mask_BL) * case.budget))
     total = 0.0
     for part in weighted.split(hidden):
         mask = part.mask_BL
-        ref = {"ref_logprob": part.ref_BL[mask], "kl_coef": case.kl_coef} if case.kl_coef else {}
-        loss, _ = linear_drgrpo_loss(
-            part.hidden_BLD[mask],
-            weight,
-            part.target_BL[mask],
-            part.advantage_B[:, None].expand_as(mask)[mask],
-            old_logprob=None if part.old_BL is None else part.old_BL[mask],
-            clip_low=CLIP,
-            clip_high=CLIP,
-            temperature=case.temperature,
-            scale=1 / (len(case.mask_BL) * case.budget),
-            **ref,
-        )
-        total = total + loss
+        inputs = part.hidden_BLD[mask], weight, part.target_BL[mask]
+        advantage_N = part.advantage_B[:, None].expand_as(mask)[mask]
+        old, ref = (None if x is None else x[mask] for x in (part.old_BL, part.ref_BL))
+        others = dict(old_logprob=old, ref_logprob=ref)
+        total = total + linear_drgrpo_loss(*inputs, advantage_N, **others, **how)[0]
     return total
 
 
@@ -147,24 +140,19 @@ class Given(nn.Module):
         return SimpleNamespace(last_hidden_state=self.hidden)
 
 
+QUIET = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none")
+"""TRL's options for a CPU and for silence."""
+
+
 def trl_trainer(model: str, folder: str, **arguments):
     """A `GRPOTrainer` that has not started: for its loss and its advantages."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    config = GRPOConfig(
-        folder,
-        per_device_train_batch_size=8,
-        num_generations=8,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        gradient_checkpointing=False,
-        **arguments,
-    )
+    size = dict(per_device_train_batch_size=8, num_generations=8)
     trainer = GRPOTrainer(
         model=model,
-        args=config,
+        args=GRPOConfig(folder, **size, **QUIET, **arguments),
         processing_class=byte_tokenizer(),
         reward_funcs=lambda answer, **_: answer,
         train_dataset=Dataset.from_dict({"prompt": ["0"] * 8, "answer": [0.0] * 8}),
@@ -177,17 +165,10 @@ def trl_loss(model: str, folder: str):
     """TRL's own loss on given hidden states: only the backbone is replaced."""
 
     def loss(case: Case, loss_type: str, hidden: Tensor, weight: Tensor) -> Tensor:
-        trainer = trl_trainer(
-            model,
-            folder,
-            loss_type=loss_type,
-            temperature=case.temperature,
-            beta=case.kl_coef,
-            epsilon=CLIP,
-            max_completion_length=case.budget,
-            gradient_accumulation_steps=case.parts,
-            **case.trl_kl,
-        )
+        how = dict(temperature=case.temperature, beta=case.kl_coef, epsilon=CLIP)
+        how |= dict(loss_type=loss_type, gradient_accumulation_steps=case.parts)
+        how |= dict(max_completion_length=case.budget, **case.trl_kl)
+        trainer = trl_trainer(model, folder, **how)
         trainer.current_gradient_accumulation_steps = case.parts  # its training loop sets it
         backbone, lm = Given(), trainer.model
         head = SimpleNamespace(weight=weight, bias=None)
@@ -198,11 +179,8 @@ def trl_loss(model: str, folder: str):
             padding = torch.zeros_like(part.hidden_BLD[:, :1])
             backbone.hidden = torch.cat([part.hidden_BLD, padding], dim=1)
             inputs = {
-                "prompt_ids": prompt,
-                "prompt_mask": prompt,
-                "completion_ids": part.target_BL,
-                "completion_mask": part.mask_BL.long(),
-                "advantages": part.advantage_B,
+                **dict(prompt_ids=prompt, prompt_mask=prompt, completion_ids=part.target_BL),
+                **dict(completion_mask=part.mask_BL.long(), advantages=part.advantage_B),
                 "num_items_in_batch": case.mask_BL.sum(),
             }
             inputs |= {} if part.old_BL is None else {"old_per_token_logps": part.old_BL}
@@ -218,28 +196,16 @@ def liger_loss(case: Case, loss_type: str, hidden: Tensor, weight: Tensor) -> Te
     told the tokens of all."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    function = LigerFusedLinearGRPOLoss(
-        beta=case.kl_coef,
-        use_ref_model=bool(case.kl_coef),
-        loss_type=loss_type,
-        max_completion_length=case.budget,
-        temperature=case.temperature,
-        epsilon_low=CLIP,
-        epsilon_high=CLIP,
-        compiled=False,
-    )
+    how = dict(epsilon_low=CLIP, epsilon_high=CLIP, temperature=case.temperature, compiled=False)
+    how |= dict(loss_type=loss_type, max_completion_length=case.budget)
+    how |= dict(beta=case.kl_coef, use_ref_model=bool(case.kl_coef))
+    function = LigerFusedLinearGRPOLoss(**how)
     total = 0.0
     for part in case.split(hidden):
-        loss = function(
-            part.hidden_BLD,
-            weight,
-            part.target_BL,
-            part.mask_BL.long(),
-            part.advantage_B,
-            old_per_token_logps=part.old_BL,
-            ref_per_token_logps=part.ref_BL,
-            num_items_in_batch=case.mask_BL.sum() if loss_type == "dapo" else None,
-        )[0]
+        inputs = part.hidden_BLD, weight, part.target_BL, part.mask_BL.long(), part.advantage_B
+        others = dict(old_per_token_logps=part.old_BL, ref_per_token_logps=part.ref_BL)
+        tokens = case.mask_BL.sum() if loss_type == "dapo" else None
+        loss, *_ = function(*inputs, **others, num_items_in_batch=tokens)
         total = total + (loss if loss_type == "dapo" else loss / case.parts)
     return total
 
@@ -322,12 +288,10 @@ Where they are bold:
 
 def loss_table(rows: list[dict]) -> str:
     """Markdown."""
-    names = list(rows[0]["errors"])
     cells = []
     for row in rows:
-        errors = [error_cell(row["errors"][name]) for name in names]
-        cells.append([row["case"], row["loss_type"], *errors])
-    return markdown(["case", "loss", *names], cells)
+        cells.append([row["case"], row["loss_type"], *map(error_cell, row["errors"].values())])
+    return markdown(["case", "loss", *rows[0]["errors"]], cells)
 
 
 def error_cell(errors: dict[str, float]) -> str:

@@ -35,7 +35,8 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, median
@@ -45,23 +46,9 @@ import torch
 import transformers
 
 import train
-from bench.experiments.peer_losses import (
-    WHY,
-    advantage_table,
-    loss_table,
-    measure_advantages,
-    measure_loss,
-)
-from bench.harness import (
-    RESULTS,
-    ROOT,
-    markdown,
-    new_figure,
-    provenance,
-    save_figure,
-    spread,
-    write_json,
-)
+from bench import harness
+from bench.experiments import peer_losses
+from bench.harness import RESULTS, ROOT, markdown, spread
 from drgrpo import data, distributed
 from drgrpo.config import RECIPES, Config
 from drgrpo.engine_torch import TorchEngine
@@ -105,23 +92,14 @@ class Run:
     seed: int
     steps: int
     minibatches: int
-    threads: int
 
 
 def config_of(run: Run) -> Config:
     """The tiny recipe without what TRL does not do in its loop: evaluation and checkpoints. The
     learning rate is constant, as the two warm-ups differ by one step."""
-    return replace(
-        RECIPES["tiny"](),
-        model=run.model,
-        out=f"{run.folder}/run",
-        seed=run.seed,
-        steps=run.steps,
-        minibatches=run.minibatches,
-        warmup_steps=0,
-        eval_data="",
-        save_every=0,
-    )
+    told = {key: getattr(run, key) for key in ("model", "seed", "steps", "minibatches")}
+    absent = dict(warmup_steps=0, eval_data="", save_every=0)
+    return replace(RECIPES["tiny"](), out=f"{run.folder}/run", **told, **absent)
 
 
 class Meter:
@@ -166,7 +144,7 @@ def status_gb(field: str) -> float:
 
 def child(run: Run) -> None:
     """Trains, leaves `result.json` and a Hugging Face folder `hf` in `run.folder`."""
-    torch.set_num_threads(run.threads)
+    torch.set_num_threads(1)
     meter = Meter()
     hf = {"ours": train_ours, "TRL": train_trl}[run.trainer](run, meter)
     (Path(run.folder) / "result.json").write_text(json.dumps({**meter.result(), "hf": str(hf)}))
@@ -180,17 +158,12 @@ def train_ours(run: Run, meter: Meter) -> Path:
             meter.start()
         return original(problems, step, *args)
 
-    def sampled(original, engine, token_BL, *args):
-        meter.positions["rollout"] += token_BL.numel()
-        return original(engine, token_BL, *args)
+    def counted(phase: str, size: Callable) -> Callable:
+        def spy(original, owner, batch, *args):
+            meter.positions[phase] += size(batch)
+            return original(owner, batch, *args)
 
-    def trained(original, policy, batch, *args):
-        meter.positions["train"] += len(batch.token_T)
-        return original(policy, batch, *args)
-
-    def recomputed(original, policy, batch):
-        meter.positions["old"] += len(batch.token_T)
-        return original(policy, batch)
+        return spy
 
     def logged(original, log, row, *args):
         meter.seconds.update({p: row["seconds"].get(p, 0.0) for p in PHASES if p != "rest"})
@@ -199,11 +172,14 @@ def train_ours(run: Run, meter: Meter) -> Path:
         meter.step()
         return result
 
+    def tokens(batch) -> int:
+        return len(batch.token_T)
+
     spies = (
         (train.data, "step_problems", before_step),
-        (TorchEngine, "_forward", sampled),
-        (Policy, "loss", trained),
-        (Policy, "logprob", recomputed),
+        (TorchEngine, "_forward", counted("rollout", torch.numel)),
+        (Policy, "loss", counted("train", tokens)),
+        (Policy, "logprob", counted("old", tokens)),
         (train.Log, "step", logged),
     )
     with ExitStack() as stack:
@@ -298,37 +274,22 @@ def train_trl(run: Run, meter: Meter) -> Path:
 
 
 def trl_arguments(config: Config) -> dict:
-    """TRL's names for the values of `config`, then what it takes to be quick on a CPU."""
+    """TRL's names for the values of `config`, then what it takes to be quick on a CPU. The loss
+    type alone would leave the division by the std in place."""
     return {
-        "output_dir": f"{config.out}-trl",
-        "seed": config.seed,
-        "max_steps": config.steps * config.minibatches,
-        "loss_type": "dr_grpo",
-        "scale_rewards": "none",  # the loss type alone leaves the division by the std in place
-        "num_generations": config.group_size,
-        "max_completion_length": config.max_new_tokens,
-        "temperature": config.temperature,
-        "beta": config.kl_coef,
-        "epsilon": config.clip_low,
-        "per_device_train_batch_size": config.minibatch_size,
-        "gradient_accumulation_steps": 1,
-        "steps_per_generation": config.minibatches,
-        "shuffle_dataset": False,
-        "learning_rate": config.lr,
-        "lr_scheduler_type": "constant",
-        "adam_beta1": config.beta1,
-        "adam_beta2": config.beta2,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        "optim": "adamw_torch_fused",
+        **dict(output_dir=f"{config.out}-trl", seed=config.seed, shuffle_dataset=False),
+        **dict(loss_type="dr_grpo", scale_rewards="none"),
+        **dict(beta=config.kl_coef, epsilon=config.clip_low, temperature=config.temperature),
+        **dict(num_generations=config.group_size, max_completion_length=config.max_new_tokens),
+        **dict(max_steps=config.steps * config.minibatches, gradient_accumulation_steps=1),
+        **dict(per_device_train_batch_size=config.minibatch_size),
+        **dict(steps_per_generation=config.minibatches),
+        **dict(learning_rate=config.lr, lr_scheduler_type="constant", optim="adamw_torch_fused"),
+        **dict(adam_beta1=config.beta1, adam_beta2=config.beta2, weight_decay=config.weight_decay),
+        **dict(max_grad_norm=config.max_grad_norm),
         "model_init_kwargs": {"dtype": config.dtype, "attn_implementation": "sdpa"},
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
+        **dict(logging_strategy="no", save_strategy="no", disable_tqdm=True),
+        **peer_losses.QUIET,
     }
 
 
@@ -350,8 +311,8 @@ def prompts_in_order(config: Config):
 def launch(run: Run) -> dict:
     """The child's `result.json`. What it prints is shown if it fails."""
     Path(run.folder).mkdir(parents=True)
-    threads = {"OMP_NUM_THREADS": str(run.threads), "OMP_WAIT_POLICY": "passive"}
-    env = os.environ | threads | {"TOKENIZERS_PARALLELISM": "false"}
+    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    env = os.environ | one_thread | {"TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "bench.experiments.peers", "--child", json.dumps(vars(run))]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -363,39 +324,28 @@ def launch(run: Run) -> dict:
 def measure_speed(args: argparse.Namespace, model: str, folder: Path, minibatches: int) -> dict:
     """trainer -> summary of its turns."""
     turns = {name: [] for name in TRAINERS}
-    for turn in range(args.turns):
-        for name in TRAINERS:
-            run = Run(
-                trainer=name,
-                model=model,
-                folder=f"{folder}/{minibatches}-{turn}-{name}",
-                seed=turn,
-                steps=args.steps,
-                minibatches=minibatches,
-                threads=args.threads,
-            )
-            result = launch(run)
-            turns[name].append(result | {"accuracy": held_out(result["hf"], config_of(run))})
-            message = f"# {minibatches} optimizer steps, turn {turn}, {name}"
-            print(f"{message}: {mean_step(result):.3f} s/step", file=sys.stderr)
+    for turn, name in product(range(args.turns), TRAINERS):
+        size = dict(seed=turn, steps=args.steps, minibatches=minibatches)
+        run_folder = f"{folder}/{minibatches}-{turn}-{name}"
+        run = Run(trainer=name, model=model, folder=run_folder, **size)
+        result = launch(run)
+        turns[name].append(result | {"accuracy": held_out(result["hf"], config_of(run))})
+        message = f"# {minibatches} optimizer steps, turn {turn}, {name}"
+        print(f"{message}: {mean_step(result):.3f} s/step", file=sys.stderr)
     return {name: summary(results) for name, results in turns.items()}
 
 
 def held_out(hf: str, config: Config) -> dict[str, float]:
     """Accuracy on the held-out problems, greedy and sampled, with the repository's evaluator."""
     tokenizer, template = byte_tokenizer(), get_template(config.template)
-    engine = TorchEngine(
-        hf, tokenizer, dtype=torch.float32, device=torch.device("cpu"), batch=256, max_tokens=256
-    )
+    how = dict(dtype=torch.float32, device=torch.device("cpu"), batch=256, max_tokens=256)
+    engine = TorchEngine(hf, tokenizer, **how)
     problems, _ = tokenize(data.load_problems("arithmetic_heldout"), template, tokenizer, 64)
     sampler, accuracy = Sampler(engine, tokenizer, seed=0), {}
     with Grader(template.answer) as grader:
         for name, samples, temperature in (("greedy", 1, 0.0), ("sampled", 3, 1.0)):
-            sampling = Sampling(
-                max_new_tokens=config.max_new_tokens,
-                stop_token_ids=(tokenizer.eos_token_id,),
-                temperature=temperature,
-            )
+            stop = dict(stop_token_ids=(tokenizer.eos_token_id,), temperature=temperature)
+            sampling = Sampling(max_new_tokens=config.max_new_tokens, **stop)
             scored = evaluate(sampler, grader, problems, samples, sampling)
             accuracy[name] = summarize(scored)["accuracy"]
     return accuracy
@@ -486,18 +436,15 @@ def speed_table(minibatches: str, trainers: dict) -> str:
 def draw(speed: dict, path: Path) -> None:
     """Left: seconds a step, stacked by phase. Then, for each number of optimizer steps, reward
     against wall time."""
-    figure, axes = new_figure(1, 1 + len(speed), (4.4 * (1 + len(speed)), 3.6))
-    bars = {}
+    size = (4.4 * (1 + len(speed)), 3.6)
+    figure, (bars, *axes) = harness.new_figure(1, 1 + len(speed), size)
+    seconds = {}
     for minibatches, trainers in speed.items():
-        bars |= {f"{name}, {minibatches}": side["seconds"] for name, side in trainers.items()}
-    bottom = [0.0] * len(bars)
-    for phase in PHASES:
-        heights = [seconds[phase] for seconds in bars.values()]
-        axes[0].bar(list(bars), heights, bottom=bottom, label=phase)
-        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    axes[0].set(title="seconds per step", xlabel="trainer, optimizer steps per rollout", ylabel="s")
-    axes[0].legend(fontsize=7)
-    for axis, (minibatches, trainers) in zip(axes[1:], speed.items(), strict=True):
+        seconds |= {f"{name}, {minibatches}": side["seconds"] for name, side in trainers.items()}
+    harness.stacked_bars(bars, seconds, PHASES)
+    bars.set(title="seconds per step", ylabel="trainer, optimizer steps per rollout", xlabel="s")
+    bars.legend(fontsize=7)
+    for axis, (minibatches, trainers) in zip(axes, speed.items(), strict=True):
         for i, (name, side) in enumerate(trainers.items()):
             for turn, curve in enumerate(side["curves"]):
                 style = dict(color=f"C{i}", lw=1.2, label=None if turn else name)
@@ -506,7 +453,7 @@ def draw(speed: dict, path: Path) -> None:
         axis.set(title=title, xlabel="wall time, s", ylim=(0, 1))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    save_figure(figure, path, dpi=130)
+    harness.save_figure(figure, path, dpi=130)
 
 
 def smooth(values: list[float], width: int = 5) -> list[float]:
@@ -515,14 +462,11 @@ def smooth(values: list[float], width: int = 5) -> list[float]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.command_line(__doc__)
     add = parser.add_argument
     add("--steps", type=int, default=30, help="rollouts of a run, 3 or more (30)")
     add("--turns", type=int, default=3, help="runs of each trainer, seeds 0, 1, ... (3)")
     add("--minibatches", type=int, nargs="+", default=[4, 1], help="optimizer steps (4 1)")
-    add("--threads", type=int, default=1, help="of either trainer (1)")
     add("--out", type=Path, default=RESULTS / "peers", help="without suffix")
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -540,28 +484,23 @@ def main(argv: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     distributed.start()
-    cache = ROOT / "runs" / "warmup"
-    model = str(
-        cached_tiny_model(Warmup(), cache, lambda text: print(f"# {text}", file=sys.stderr))
-    )
-    report = {
-        "where": provenance() | {name: installed(name) for name in PEERS},
-        "threads": args.threads,
-        "steps": args.steps,
-        "turns": args.turns,
-    }
+    log = partial(print, "#", file=sys.stderr)
+    model = str(cached_tiny_model(Warmup(), ROOT / "runs" / "warmup", log))
+    where = harness.provenance() | {name: installed(name) for name in PEERS}
+    report = {"where": where, "steps": args.steps, "turns": args.turns}
     with tempfile.TemporaryDirectory() as folder:
-        report["loss"] = measure_loss(model, Path(folder))
-        report["advantage"] = measure_advantages(model, Path(folder))
-        tables = loss_table(report["loss"]), advantage_table(report["advantage"]), WHY
-        print(*tables, sep="\n\n", end="\n\n", flush=True)
+        report["loss"] = peer_losses.measure_loss(model, Path(folder))
+        report["advantage"] = peer_losses.measure_advantages(model, Path(folder))
+        losses, advantages = report["loss"], report["advantage"]
+        tables = peer_losses.loss_table(losses), peer_losses.advantage_table(advantages)
+        print(*tables, peer_losses.WHY, sep="\n\n", end="\n\n", flush=True)
         report["speed"] = speed = {}
         for minibatches in args.minibatches:
             speed[str(minibatches)] = measure_speed(args, model, Path(folder), minibatches)
             print(speed_table(str(minibatches), speed[str(minibatches)]), end="\n\n", flush=True)
     distributed.stop()
     draw(speed, args.out.with_suffix(".png"))
-    print(write_json(args.out.with_suffix(".json"), report))
+    print(harness.write_json(args.out.with_suffix(".json"), report))
 
 
 if __name__ == "__main__":

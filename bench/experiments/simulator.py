@@ -264,22 +264,12 @@ RECIPE_MODELS = {"oat_zero_7b": "Qwen2.5-7B", "oat_zero_1_5b": "Qwen2.5-1.5B"}
 def recipe(name: str, **changes) -> Setup:
     """train.py's setup of a recipe."""
     c = RECIPES[name]()
-    job = Setup(
-        model=RECIPE_MODELS[name],
-        steps=c.steps,
-        prompts=c.prompts_per_step,
-        group=c.group_size,
-        minibatches=c.minibatches,
-        cap=c.max_new_tokens,
-        eval_every=c.eval_every,
-        save_every=c.save_every,
-        slots=c.sampler_batch,
-        microbatch=c.tokens_per_microbatch,
-        forwards=int(c.old_logprob == "recompute"),
-        drop=c.drops_zero_advantage,
-        checkpointing=c.checkpointing,
-    )
-    return replace(job, **changes)
+    alike = ("steps", "minibatches", "eval_every", "save_every", "checkpointing")
+    job = {key: getattr(c, key) for key in alike}
+    job |= dict(model=RECIPE_MODELS[name], prompts=c.prompts_per_step, group=c.group_size)
+    job |= dict(cap=c.max_new_tokens, slots=c.sampler_batch, microbatch=c.tokens_per_microbatch)
+    job |= dict(forwards=int(c.old_logprob == "recompute"), drop=c.drops_zero_advantage)
+    return Setup(**job | changes)
 
 
 def ledger(s: Setup, m: Machine) -> Ledger:
@@ -288,14 +278,9 @@ def ledger(s: Setup, m: Machine) -> Ledger:
     lm = shape(s.model)
     tokens = s.microbatch if s.batching == "packed" else s.microbatch * (s.prompt + s.cap)
     logits = 0 if s.fused_head else m.rates.naive_logits_held * tokens * lm.config.vocab_size
-    config = replace(
-        RECIPES["oat_zero_7b"](),
-        checkpointing=s.checkpointing,
-        tokens_per_microbatch=tokens,
-        max_new_tokens=s.cap,
-        sampler_batch=s.slots,
-        tp=s.tp,
-    )
+    changes = dict(checkpointing=s.checkpointing, tokens_per_microbatch=tokens, tp=s.tp)
+    changes |= dict(max_new_tokens=s.cap, sampler_batch=s.slots)
+    config = replace(RECIPES["oat_zero_7b"](), **changes)
     gpu_bytes = int(m.gpus[s.gpu].gib * 2**30 - logits)
     return make_ledger(config, lm.config, lm.parameters, s.prompt, s.shards, gpu_bytes)
 
@@ -303,15 +288,15 @@ def ledger(s: Setup, m: Machine) -> Ledger:
 def fitting(s: Setup, m: Machine) -> Setup:
     """The setup with its packed micro-batch halved until it fits. UserError if not even 1024 tokens
     do."""
-    while s.batching == "packed":
-        try:
-            ledger(s, m)
-            break
-        except UserError:
-            if s.microbatch <= 1024:
-                raise
-            s = replace(s, microbatch=s.microbatch // 2)
-    return s
+    if s.batching == "padded":
+        return s
+    try:
+        ledger(s, m)
+        return s
+    except UserError:
+        if s.microbatch <= 1024:
+            raise
+    return fitting(replace(s, microbatch=s.microbatch // 2), m)
 
 
 # ---- rollout
@@ -384,23 +369,16 @@ def drain(
     return seconds, tail, stopped + list(waiting)
 
 
-def draw(
-    s: Setup,
-    rng: np.random.Generator,
-    prompts: int,
-    group: int,
-    cap_share: float,
-    file: np.ndarray | None,
-) -> np.ndarray:
+def draw(s: Setup, rng: np.random.Generator, size: tuple[int, int], cap_share: float, file):
     """Response lengths [prompts, group]. They are lognormal, with questions of their own length, or
     drawn from those of a run in `file`."""
     if file is not None:
-        return rng.choice(file, (prompts, group))
+        return rng.choice(file, size)
     untruncated_mean = max(1.0, (s.mean - s.cap_share * s.cap) / (1 - s.cap_share))
-    question_noise = math.sqrt(s.between) * rng.normal(size=(prompts, 1))
-    noise = question_noise + math.sqrt(1 - s.between) * rng.normal(size=(prompts, group))
+    question_noise = math.sqrt(s.between) * rng.normal(size=(size[0], 1))
+    noise = question_noise + math.sqrt(1 - s.between) * rng.normal(size=size)
     length_PG = np.exp(math.log(untruncated_mean) - s.sigma**2 / 2 + s.sigma * noise)
-    length_PG[rng.random((prompts, group)) < cap_share] = s.cap
+    length_PG[rng.random(size) < cap_share] = s.cap
     return np.clip(length_PG, 1, s.cap).astype(int)
 
 
@@ -448,15 +426,10 @@ def cache_tokens(s: Setup, m: Machine) -> float:
 
 def plan(s: Setup, length_PG: np.ndarray, kept_P: np.ndarray, step: int) -> Plan:
     """What every rank trains on: packed as train.py does it, or in equal counts, padded."""
-    if s.batching == "packed":
-        return plan_packed(s, length_PG, kept_P, step)
-    return plan_padded(s, length_PG, step)
-
-
-def plan_packed(s: Setup, length_PG: np.ndarray, kept_P: np.ndarray, step: int) -> Plan:
-    length_B = length_PG.ravel()
+    if s.batching == "padded":
+        return plan_padded(s, length_PG, step)
+    length_B, planned = length_PG.ravel(), []
     kept_B = np.repeat(kept_P | (not s.drop), s.group)
-    planned = []
     for chosen in pack.minibatches(len(length_B), s.minibatches, 0, step):
         tokens = {i: s.prompt + int(length_B[i]) for i in chosen if kept_B[i]}
         ranks = pack.microbatches(tokens, s.trainers, s.microbatch * s.sp)
@@ -474,12 +447,9 @@ def plan_padded(s: Setup, length_PG: np.ndarray, step: int) -> Plan:
     for part in np.array_split(np.arange(len(order)), s.minibatches):
         planned.append([])
         for i in range(part[0], part[-1] + 1, s.microbatch):
-            planned[-1].append([pad(rank[i : i + s.microbatch]) for rank in ranks])
+            rows = [rank[i : i + s.microbatch] for rank in ranks]
+            planned[-1].append([[int(row.max())] * len(row) for row in rows])
     return planned
-
-
-def pad(lengths: np.ndarray) -> list[int]:
-    return [int(lengths.max())] * len(lengths)
 
 
 def pass_seconds(s: Setup, m: Machine, responses: list[int], training: bool) -> float:
@@ -583,7 +553,7 @@ def evaluation(s: Setup, m: Machine, rng: np.random.Generator, file: np.ndarray 
     sizes = [sum(EVAL_SETS.values())] if s.one_eval else EVAL_SETS.values()
     whole, seconds = replace(s, carry=0.0), 0.0
     for size in sizes:
-        length_PG = draw(s, rng, size, 1, s.eval_cap_share, file)
+        length_PG = draw(s, rng, (size, 1), s.eval_cap_share, file)
         seconds += sample(whole, m, length_PG, [])[0]
     return (s.steps // s.eval_every + 2) / s.steps * seconds
 
@@ -616,7 +586,7 @@ def simulate(
     warm = 4 if s.carry else 0  # steps until as much is carried out of a step as into it
     for step in range(-warm, draws):
         rng = np.random.default_rng((seed, step + warm))
-        length_PG = draw(s, rng, s.prompts, s.group, s.cap_share, file)
+        length_PG = draw(s, rng, (s.prompts, s.group), s.cap_share, file)
         rounds = [sample(s, m, part, carried) for part in np.array_split(length_PG, s.calls)]
         seconds, tail_seconds, unfinished = zip(*rounds, strict=True)
         carried = unfinished[-1] if s.carry else []

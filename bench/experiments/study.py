@@ -30,7 +30,6 @@ difference lies within +-5 points (two one-sided tests at 5 %). Curves are means
 95 % t-interval.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -48,16 +47,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from bench.harness import (
-    RESULTS,
-    ROOT,
-    markdown,
-    new_figure,
-    provenance,
-    save_figure,
-    spread,
-    write_json,
-)
+from bench import harness
+from bench.harness import RESULTS, ROOT, markdown, new_figure, save_figure, spread
 from drgrpo.config import tiny
 from drgrpo.run.files import read_jsonl
 from drgrpo.tiny.warmup import Warmup, cached_tiny_model
@@ -106,9 +97,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.command_line(__doc__)
     every, jobs = list(SETTINGS), os.cpu_count()
     add = parser.add_argument
     add("--settings", nargs="+", choices=every, default=every, metavar="NAME", help="which of them")
@@ -155,18 +144,8 @@ def train_one(setting: Setting, model: Path, out: Path, algo: str, seed: int) ->
     evals = out / "eval.jsonl"
     if evals.exists() and read_jsonl(evals)[-1]["step"] == setting.steps:
         return
-    fields = {
-        "recipe": "tiny",
-        "model": model,
-        "engine": "torch",
-        "algo": algo,
-        "seed": seed,
-        "steps": setting.steps,
-        "eval_every": EVAL_EVERY,
-        "save_every": 0,
-        "out": out,
-        **setting.train,
-    }
+    fields = dict(recipe="tiny", model=model, engine="torch", algo=algo, seed=seed, out=out)
+    fields |= dict(steps=setting.steps, eval_every=EVAL_EVERY, save_every=0, **setting.train)
     command = [sys.executable, "train.py"]
     for name, value in fields.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
@@ -230,13 +209,9 @@ def difference(ours: list[float | None], baseline: list[float | None]) -> dict:
     d = np.array([a - b for a, b in pairs if a is not None and b is not None])
     test, every = stats.ttest_1samp(d, 0.0), 2 ** len(d)
     flips = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=every)
-    return {
-        "mean": d.mean(),
-        "interval": list(test.confidence_interval(0.95)),
-        "p": test.pvalue,
-        "p_sign_flip": flips.pvalue,
-        "seeds": len(d),
-    }
+    ps = {"p": test.pvalue, "p_sign_flip": flips.pvalue}
+    interval = list(test.confidence_interval(0.95))
+    return {"mean": d.mean(), "interval": interval, "seeds": len(d), **ps}
 
 
 def equivalence(ours: list[float], baseline: list[float]) -> dict:
@@ -250,17 +225,17 @@ def equivalence(ours: list[float], baseline: list[float]) -> dict:
     return measured | {"margin": MARGIN, "equivalent": bool(p < 0.05)}
 
 
-FIGURES = {
-    "study.png": {
-        "accuracy": "held-out accuracy",
-        "len_incorrect": "length of wrong answers",
-        "truncated_frac": "truncated share",
-    },
-    "study_details.png": {
-        "reward_mean": "training reward",
-        "len_correct": "length of right answers",
-        "entropy": "entropy (nats per token)",
-    },
+FIGURES = {  # file: (column, title) of every panel
+    "study.png": (
+        ("accuracy", "held-out accuracy"),
+        ("len_incorrect", "length of wrong answers"),
+        ("truncated_frac", "truncated share"),
+    ),
+    "study_details.png": (
+        ("reward_mean", "training reward"),
+        ("len_correct", "length of right answers"),
+        ("entropy", "entropy (nats per token)"),
+    ),
 }
 
 
@@ -285,18 +260,13 @@ def report(settings: dict[str, Setting], runs: Path, out: Path) -> None:
         arms = {}
         for algo in setting.algos:
             arms[algo] = [ends(folder(runs, name, algo, seed)) for seed in range(setting.seeds)]
-        rows[name] = {
-            "train": setting.train,
-            "warmup": setting.warmup,
-            "steps": setting.steps,
-            "runs": arms,
-            "against_drgrpo": compare(arms),
-        }
+        what = {key: getattr(setting, key) for key in ("train", "warmup", "steps")}
+        rows[name] = what | {"runs": arms, "against_drgrpo": compare(arms)}
     study = {name: s for name, s in settings.items() if len(s.algos) > 2}
     for name, columns in FIGURES.items():
         draw(study, runs, out / name, columns)
-    result = {"where": provenance(), "pooled_evaluations": POOLED, "settings": rows}
-    line = write_json(out / "study.json", result)
+    result = {"where": harness.provenance(), "pooled_evaluations": POOLED, "settings": rows}
+    line = harness.write_json(out / "study.json", result)
     redraw(rows, out)
     print(line)
 
@@ -404,14 +374,14 @@ def curve(run: Path, column: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return tuple(zip(*points, strict=True))
 
 
-def draw(settings: dict[str, Setting], runs: Path, path: Path, columns: dict[str, str]) -> None:
+def draw(settings: dict[str, Setting], runs: Path, path: Path, columns: tuple) -> None:
     """A row per set-up, a panel per column: mean over seeds with its 95 % t-interval."""
     if not settings:
         return
     shape, size = (len(settings), len(columns)), (12, 3.1 * len(settings))
     figure, axes = new_figure(*shape, size, squeeze=False, sharex=True, sharey="col")
     for row, (name, setting) in zip(axes, settings.items(), strict=True):
-        for axis, (column, title) in zip(row, columns.items(), strict=True):
+        for axis, (column, title) in zip(row, columns, strict=True):
             for algo, color in COLORS.items():
                 folders = [folder(runs, name, algo, seed) for seed in range(setting.seeds)]
                 draw_mean(axis, [curve(run, column) for run in folders], color, ALGOS[algo])

@@ -14,17 +14,18 @@ is read off the gradient of the hidden states that the trainer's own path gives:
 group. Then groups have different shares of right answers. The formula is compared with both.
 """
 
-import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import train
-from bench.harness import RESULTS, markdown, new_figure, provenance, save_figure, write_json
+from bench import harness
+from bench.harness import RESULTS, command_line, markdown
 from drgrpo import distributed
 from drgrpo.advantage import group_advantage
 from drgrpo.config import RECIPES
@@ -38,8 +39,7 @@ VOCABULARY, WIDTH = 64, 16
 """A made-up LM head. Every token of response i is token i, by which it is found again."""
 
 
-@dataclass(frozen=True)
-class Objective:
+class Objective(NamedTuple):
     """`formula` takes the response's length n, its group's std, the number B of responses and all
     their tokens T."""
 
@@ -48,28 +48,23 @@ class Objective:
     formula: Callable[[int, float, int, int], float]
 
 
+PPO, DAPO = "mean per response (PPO code): 1 / (B n)", "mean over tokens (DAPO, verl): 1 / (T std)"
 OBJECTIVES = {
     "drgrpo": Objective("Dr. GRPO: 1 / (B C)", "C0", lambda n, std, B, T: 1 / (B * BUDGET)),
     "grpo": Objective("GRPO: 1 / (B n std)", "C3", lambda n, std, B, T: 1 / (B * n * std)),
-    "grpo_length": Objective(
-        "mean per response (PPO code): 1 / (B n)", "C1", lambda n, std, B, T: 1 / (B * n)
-    ),
-    "dapo": Objective(
-        "mean over tokens (DAPO, verl): 1 / (T std)", "C2", lambda n, std, B, T: 1 / (T * std)
-    ),
+    "grpo_length": Objective(PPO, "C1", lambda n, std, B, T: 1 / (B * n)),
+    "dapo": Objective(DAPO, "C2", lambda n, std, B, T: 1 / (T * std)),
 }
 """Paper, Eq. 3, Fig. 1 and App. A. DAPO: Yu et al. 2025, Eq. 8."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where token_weight.* go")
     args = parser.parse_args()
-    result = {"where": provenance()} | measure()
+    result = {"where": harness.provenance()} | measure()
     draw(result, args.out / "token_weight.png")
-    print(table(result), write_json(args.out / "token_weight.json", result), sep="\n\n")
+    print(table(result), harness.write_json(args.out / "token_weight.json", result), sep="\n\n")
 
 
 def measure() -> dict:
@@ -96,24 +91,16 @@ def points(algo: str, reward_PG: Tensor, lengths_PG: list) -> list[dict]:
             weight_N, advantage = weights[p * GROUP + g], abs(reward_PG[p, g].item() - mean)
             low, high = weight_N.min().item() / advantage, weight_N.max().item() / advantage
             formula = OBJECTIVES[algo].formula(length, std, reward_PG.numel(), tokens)
-            rows.append(
-                {"length": length, "std": std, "low": low, "high": high, "formula": formula}
-            )
+            rows.append(dict(length=length, std=std, low=low, high=high, formula=formula))
     return rows
 
 
 def token_weights(algo: str, reward_PG: Tensor, lengths_PG: list) -> list[Tensor]:
     """|d loss / d log-prob| of every token of each response, through the trainer's path."""
     generator = torch.Generator().manual_seed(0)
-    config = replace(
-        RECIPES["oat_zero_7b"](),
-        algo=algo,
-        prompts_per_step=len(reward_PG),
-        group_size=GROUP,
-        minibatches=1,
-        max_new_tokens=BUDGET,
-        tokens_per_microbatch=2**30,
-    )
+    size = dict(prompts_per_step=len(reward_PG), group_size=GROUP, max_new_tokens=BUDGET)
+    whole = dict(minibatches=1, tokens_per_microbatch=2**30)
+    config = replace(RECIPES["oat_zero_7b"](), algo=algo, **size, **whole)
     rollouts = []
     for i, length in enumerate(length for group in lengths_PG for length in group):
         completion = Completion([i] * length, [0.0] * length, True)
@@ -122,11 +109,9 @@ def token_weights(algo: str, reward_PG: Tensor, lengths_PG: list) -> list[Tensor
     [[batch]] = train.plan_updates(config, rollouts, advantage_PG, 1, torch.device("cpu"))
     hidden_ND = torch.randn(len(batch.target_N), WIDTH, generator=generator, requires_grad=True)
     head_VD = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    inputs = hidden_ND, head_VD, batch.target_N, batch.advantage_N
     scale = 1 / (config.minibatch_size * config.max_new_tokens)  # as in train.train_minibatch
-    loss, _ = linear_drgrpo_loss(
-        hidden_ND, head_VD, batch.target_N, batch.advantage_N, scale=scale, backend="torch"
-    )
-    loss.backward()
+    linear_drgrpo_loss(*inputs, scale=scale, backend="torch")[0].backward()
     # The gradient is a multiple of d log-prob / d hidden, and the multiple is the weight.
     with torch.no_grad():
         slope_ND = head_VD[batch.target_N] - torch.softmax(hidden_ND @ head_VD.T, -1) @ head_VD
@@ -140,12 +125,9 @@ def table(result: dict) -> str:
     rows = []
     for algo, objective in OBJECTIVES.items():
         by_length, by_std = result["by_length"][algo], result["by_std"][algo]
-        length, std = (
-            by_length[0]["low"] / by_length[-1]["low"],
-            by_std[-1]["low"] / by_std[3]["low"],
-        )
-        off = f"{worst(by_length + by_std):.0e}"
-        rows.append([objective.label, f"{length:.0f} x", f"{std:.2f} x", off])
+        length = f"{by_length[0]['low'] / by_length[-1]['low']:.0f} x"
+        std = f"{by_std[-1]['low'] / by_std[3]['low']:.2f} x"
+        rows.append([objective.label, length, std, f"{worst(by_length + by_std):.0e}"])
     return markdown([*heads, "off the formula"], rows)
 
 
@@ -161,7 +143,7 @@ PANELS = {  # part of the result, what it varies, label
 
 
 def draw(result: dict, path: Path) -> None:
-    figure, axes = new_figure(1, 2, (11, 3.6))
+    figure, axes = harness.new_figure(1, 2, (11, 3.6))
     sizes = (10, 8, 6, 4)  # so that none hides another
     for axis, (part, (x, label)) in zip(axes, PANELS.items(), strict=True):
         for size, (algo, objective) in zip(sizes, OBJECTIVES.items(), strict=True):
@@ -173,7 +155,7 @@ def draw(result: dict, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_xscale("log")
     axes[0].legend(fontsize=8, title="points: the loss; lines: the formula", title_fontsize=8)
-    save_figure(figure, path)
+    harness.save_figure(figure, path)
 
 
 if __name__ == "__main__":
