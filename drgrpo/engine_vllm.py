@@ -43,7 +43,8 @@ class VLLMEngine:
             from vllm import LLM
         except ImportError as error:
             raise UserError(
-                f"--engine vllm needs vLLM ({error}): `make env-test` installs it, or use --engine torch"
+                f"--engine vllm needs vLLM ({error}): install it with `make env-test`, or use "
+                "--engine torch"
             ) from error
         # LLM() seeds the global random generators anew.
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
