@@ -119,12 +119,6 @@ def test_asked_to_stop_it_saves_and_ends_in_good_order(
     assert_same_run(straight, tmp_path / "asked")
 
 
-def test_a_time_limit_saves_and_stops(warm_model, tmp_path, capsys):
-    rows = run(small(warm_model, tmp_path / "limit", steps=50, max_hours=1e-6))
-    assert len(rows) == 1 and "stopping after step 1: --max-hours" in capsys.readouterr().out
-    assert (tmp_path / "limit" / "hf" / "config.json").exists()
-
-
 @pytest.mark.parametrize("pattern", ["state/*.distcp", "trainer.json"])
 def test_a_damaged_checkpoint_costs_one_step_and_nothing_else(
     warm_model, straight, tmp_path, capsys, pattern
