@@ -24,7 +24,7 @@ from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss_ref
 from drgrpo.model import Objective, Policy, load_policy
 from drgrpo.pack import Sequence
 from drgrpo.rollout import Sampler, sample_seed
-from drgrpo.run import checkpoint, summary
+from drgrpo.run import checkpoint, folder, summary
 from drgrpo.run.files import append_jsonl, read_jsonl
 from drgrpo.run.log import Log
 from drgrpo.types import Batch, Completion, Problem, Rollout, Sampling, UserError
@@ -268,6 +268,12 @@ def note_call(monkeypatch, notes: list, owner, name: str, describe) -> None:
     monkeypatch.setattr(owner, name, noted)
 
 
+def describe_update(config, policy, optimizer, batches, lr, check_parity) -> str:
+    has_old = all(batch.old_logprob_N is not None for batch in batches)
+    has_ref = all(batch.ref_logprob_N is not None for batch in batches)
+    return f"update lr {lr:g}, parity {check_parity}, old {has_old}, reference {has_ref}"
+
+
 @pytest.fixture
 def notes(monkeypatch) -> list:
     """What a run does, in order: the phases of the watchdog, and the calls of the sampler, of the
@@ -282,7 +288,7 @@ def notes(monkeypatch) -> list:
     for name in ("sync", "sleep", "close"):
         note_call(monkeypatch, notes, TorchEngine, name, lambda *args, name=name: name)
     calls = (
-        (train, "train_minibatch", lambda *args: f"update lr {args[4]:g}, parity {args[5]}"),
+        (train, "train_minibatch", describe_update),
         (train, "evaluate_sets", lambda *args: f"{args[4]} x T={args[5].temperature:g}"),
         (checkpoint, "write", lambda config, now, *args: f"write {now.step}"),
         (checkpoint, "commit", lambda config, step: f"commit {step}"),
@@ -296,19 +302,40 @@ def notes(monkeypatch) -> list:
 
 
 def test_a_run_does_its_work_in_this_order(random_model, tmp_path, notes):
-    settings = {"lr": 0.5, "warmup_steps": 4, "eval_samples": 3, "watchdog_minutes": 7.0}
+    settings = {"lr": 0.5, "warmup_steps": 4, "kl_coef": 0.1}
+    settings |= {"eval_samples": 3, "watchdog_minutes": 7.0}
     run(micro(random_model, tmp_path / "run", **settings))
     evaluation = ["1 x T=0", "3 x T=1"]
 
     def step(number, first, second):
         sample = ["rollout:", "grade:", "pack:", "sleep", "old:"]
-        update = ["train:", f"update lr {first}, parity True", f"update lr {second}, parity False"]
-        return [*sample, *update, "sync:", "sync", "eval:", *evaluation * (number == 2), "save:"]
+        logprobs = "old True, reference True"
+        updates = [f"update lr {first}, parity True, {logprobs}"]
+        updates += [f"update lr {second}, parity False, {logprobs}"]
+        return [
+            *sample,
+            "train:",
+            *updates,
+            "sync:",
+            "sync",
+            "eval:",
+            *evaluation * (number == 2),
+            "save:",
+        ]
 
     start = ["watch 7 minutes", "sync", "track False ''", *evaluation]
     last = ["write 2", "row 2", "commit 2", "finish:", "summary", "close"]
     steps = [*step(1, 0.125, 0.25), "row 1", *step(2, 0.375, 0.5)]
     assert notes == [*start, *steps, *last]
+
+
+def test_another_config_does_not_touch_the_run(random_model, tmp_path, notes):
+    config = micro(random_model, tmp_path / "run")
+    folder.open_run(config, 0, {})
+    message = r"another config \(algo='drgrpo' there, 'grpo' now\).*--out .*run-grpo"
+    with pytest.raises(UserError, match=message):
+        train.main(replace(config, algo="grpo"))
+    assert not notes
 
 
 def test_a_step_samples_its_own_problems_with_seeds_of_its_own(
@@ -446,14 +473,6 @@ def test_a_complete_run_is_left_as_it_is(base, warm_model, capsys):
     before = (base[0] / "metrics.jsonl").read_text()
     train.main(small(warm_model, base[0]))
     assert "is complete at step 2" in capsys.readouterr().out
-    assert (base[0] / "metrics.jsonl").read_text() == before
-
-
-def test_another_config_does_not_touch_the_run(base, warm_model):
-    before = (base[0] / "metrics.jsonl").read_text()
-    message = r"another config \(algo='drgrpo' there, 'grpo' now\).*--out .*base-grpo"
-    with pytest.raises(UserError, match=message):
-        train.main(small(warm_model, base[0], algo="grpo"))
     assert (base[0] / "metrics.jsonl").read_text() == before
 
 
