@@ -12,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 CUDA   := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo cuda)
 EXTRA  := $(or $(CUDA),cpu)
-# Byte code is written by the first import, of what is imported. Compiling every file takes pip 20 s.
+# The first import compiles what it needs. Compiling every file takes pip 20 s.
 PIP    := $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -48,7 +48,7 @@ env-test: $(VENV)/installed-test
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "needs Python 3.11 to 3.13: make PYTHON=python3.12"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade 'pip>=25.1'  # the pip of Python 3.11 takes 8 s longer
+	$(PIP) --upgrade 'pip>=25.1'
 	@echo "installing the $(EXTRA) build of torch and what the trainer needs"
 	$(PIP) -e '.[$(EXTRA)]'
 	touch $@

@@ -56,11 +56,10 @@ def test_the_papers_recipe():
         ("--recipe tiny --learning-rate 1", "unknown option '--learning-rate'"),
         ("--recipe tiny --minibatchs 2", "did you mean '--minibatches'"),
         ("--recipe tiny --minibatches 3", "try --minibatches 2 or 4"),
-        ("--recipe tiny --prompts-per-step 0", "--prompts-per-step 0 must be a positive number"),
-        ("--recipe tiny --tp 0", "--tp 0 must be a positive number"),
         ("--recipe tiny --lr nan", "--lr nan must be a positive number"),
+        ("--recipe tiny --temperature inf", "--temperature inf must be a positive number"),
         ("--recipe tiny --group-size 1", "use 2 or more"),
-        ("--recipe tiny --old-logprob none", "--minibatches 1"),
+        ("--recipe tiny --old-logprob none --minibatches 2", "--minibatches 1"),
         ("--recipe tiny --top-p 0.9", "log-probs of the whole distribution"),
         ("--recipe tiny --top-k=20", "log-probs of the whole distribution"),
         ("--recipe tiny --algo grpo --kl-coef 0.1", "use drgrpo, grpo_std or rloo"),
@@ -71,6 +70,19 @@ def test_mistakes_are_named_with_the_way_out(argv, message):
     with pytest.raises(UserError) as error:
         parse_args(argv.split())
     assert message in str(error.value)
+
+
+POSITIVE = (
+    *("prompts-per-step", "group-size", "max-new-tokens", "max-prompt-tokens", "steps", "keep"),
+    *("minibatches", "tokens-per-microbatch", "sampler-batch", "tp", "dp-replicate"),
+    *("temperature", "lr"),
+)
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_what_must_be_positive_is_refused_at_zero(name):
+    with pytest.raises(UserError, match=rf"--{name} 0(\.0)? must be a positive number"):
+        parse_args(["--recipe", "tiny", f"--{name}", "0"])
 
 
 def test_a_kl_penalty_keeps_every_response():

@@ -57,6 +57,10 @@ def test_json_files(tmp_path):
     assert load_problems(write(tmp_path / "set.json", json.dumps(ROWS))) == PROBLEMS
 
 
+def test_a_colon_in_the_name_of_a_file_names_no_split(tmp_path):
+    assert load_problems(jsonl(tmp_path / "set:1.jsonl", ROWS)) == PROBLEMS
+
+
 def test_parquet(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pyarrow.Table.from_pylist([ROWS[0], {"problem": "2+2?", "answer": "4"}])
@@ -87,7 +91,7 @@ ASDIV = [
     {"body": "Ann has 9.", "question": "How many?", "answer": "9 (apples)"},
     {"body": "Two of them.", "question": "Which?", "answer": "3; 5"},
 ]
-GSM8K = [{"question": "q", "answer": "so 30,000\n#### 30,000"}]
+GSM8K = [{"question": "q", "answer": "a #### mark\n#### 30,000"}]
 REPOS = {
     "rasbt/math_full_minus_math500": {"train": MATH},
     "openai/gsm8k": {"train": GSM8K, "test": []},
@@ -227,6 +231,7 @@ def test_what_needs_the_datasets_library_is_left_to_the_loading(tmp_path, monkey
         ("math_trian.jsonl", r"no 'math_trian.jsonl' in .*; did you mean 'math_train.jsonl'\?"),
         ("nowhere/set.jsonl", "there is no folder nowhere"),
         ("./someone/set", "there is no folder someone"),
+        ("some/where/set", "there is no folder some/where"),
         ("math_lvl3-5", r"did you mean 'math_lvl3to5'\?.*sets known by name are math_12k, "),
         ("set.csv", r"unknown file type '.csv'; use .jsonl"),
     ],

@@ -3,8 +3,10 @@
 import socket
 
 import pytest
+import torch.distributed as dist
 
-from drgrpo.distributed import check_restarts, gather, shard
+from drgrpo import distributed
+from drgrpo.distributed import any_rank, check_restarts, gather, rank_zero_first, shard
 from drgrpo.types import UserError
 from runs import assert_close_run, finish, launch, small
 
@@ -74,5 +76,32 @@ def test_restarts_that_would_hang_are_refused(monkeypatch):
     check_restarts()
 
 
-def test_shard_and_gather_are_inverse(group_of_one):
-    assert gather(shard(list("abcde"))) == list("abcde")
+SHARDS = {1: [["a", "e"], ["b"], ["c"], ["d"]], 2: [["a", "c", "e"]] * 2 + [["b", "d"]] * 2}
+"""How four processes share five items, with one and with two processes to a sampler."""
+
+
+@pytest.mark.parametrize("tp", SHARDS)
+def test_samplers_share_the_items_and_gather_them_in_order(monkeypatch, tp):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    for rank, expected in enumerate(SHARDS[tp]):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        assert shard(list("abcde"), tp) == expected
+    monkeypatch.setattr(distributed, "gather_lists", lambda items: SHARDS[tp])
+    assert gather(["c"], tp) == list("abcde")
+
+
+def test_a_flag_of_one_process_is_a_flag_of_all(monkeypatch):
+    monkeypatch.setattr(distributed, "gather_lists", lambda flags: [[False], flags])
+    assert any_rank(True) and not any_rank(False)
+
+
+@pytest.mark.parametrize(
+    ("rank", "order"), [(0, ["fill", "barrier"]), (1, ["barrier", "fill"])], ids=["0", "1"]
+)
+def test_rank_0_fills_a_cache_before_the_others_read_it(monkeypatch, rank, order):
+    notes = []
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "barrier", lambda: notes.append("barrier"))
+    with rank_zero_first():
+        notes.append("fill")
+    assert notes == order

@@ -1,6 +1,7 @@
 """The PyTorch sampler: what it reports is what the model computes, and a sample depends on its own
 seed alone. Then the order in which vLLM is called, on an imitation of it."""
 
+import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,19 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from drgrpo.config import RECIPES
 from drgrpo.engine import make_engine, resolve_engine, stop_token_ids
 from drgrpo.engine_torch import sample_token, uniforms
-from drgrpo.types import Request, Sampling, UserError
+from drgrpo.engine_vllm import cache_size, prepare_environment, to_completion
+from drgrpo.types import Completion, Request, Sampling, UserError
 
 CPU = torch.device("cpu")
 
 
-def build(path: str, tokenizer, name: str = "torch", max_tokens=1024, sleep=False):
-    config = replace(RECIPES["tiny"](), engine=name, sampler_batch=16)
-    return make_engine(config, path, tokenizer, CPU, max_tokens, sleep=sleep)
+def build(path: str, tokenizer, name: str = "torch", max_tokens=1024, tp=1, **options):
+    config = replace(RECIPES["tiny"](), engine=name, sampler_batch=16, tp=tp)
+    return make_engine(config, path, tokenizer, CPU, max_tokens, **options)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,9 @@ def test_a_response_ends_with_its_stop_token_or_at_the_limit(engine):
 def test_a_stop_string_ends_a_response_and_stays_in_it(engine, tokenizer):
     texts = [tokenizer.decode(c.token_ids) for c in engine.generate(requests(48), sampling())]
     needle = next(text[10:12] for text in texts if text[10:12].isascii() and len(text) > 14)
-    for free, c in zip(texts, engine.generate(requests(48), sampling(stop=(needle,))), strict=True):
+    for free, c in zip(
+        texts, engine.generate(requests(48), sampling(stop=("~~~~", needle))), strict=True
+    ):
         text = tokenizer.decode(c.token_ids)
         assert text == (free[: free.index(needle) + len(needle)] if needle in free else free)
         assert c.finished == (needle in text or c.token_ids[-1] == 256)
@@ -134,6 +138,13 @@ def test_sampled_tokens_follow_the_distribution():
         torch.testing.assert_close(logprob_B, expected.log()[token_B])
 
 
+def test_no_random_number_gives_a_token_without_probability():
+    """Not the smallest one, nor one that rounding lifts to the sum of all probabilities."""
+    logits_BV = torch.tensor([[-1e9, 0.0, 0.0]] * 2)
+    token_B, _ = sample_token(logits_BV, torch.tensor([0.0, 1.0], dtype=torch.float64), 1.0)
+    assert token_B.tolist() == [1, 2]
+
+
 def test_uniforms_are_splitmix64():
     """The first outputs of the published generator from state 0."""
     outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
@@ -161,8 +172,21 @@ def test_auto_is_torch_without_a_gpu_and_vllm_with_one():
     assert resolve_engine("vllm", CPU) == "vllm"
 
 
-def test_stop_tokens_are_the_models_own(random_model, tokenizer):
-    assert stop_token_ids(random_model, tokenizer) == (256,)
+@pytest.mark.parametrize(
+    ("generation", "tokenizer", "expected"),
+    [
+        (256, 256, (256,)),
+        ([7, 8], 9, (7, 8, 9)),
+        (7, None, (7,)),
+        (None, 9, (9,)),
+        (None, None, ()),
+    ],
+)
+def test_stop_tokens_are_those_of_the_model_and_of_its_tokenizer(
+    tmp_path, generation, tokenizer, expected
+):
+    GenerationConfig(eos_token_id=generation).save_pretrained(tmp_path)
+    assert stop_token_ids(str(tmp_path), SimpleNamespace(eos_token_id=tokenizer)) == expected
 
 
 # ---- the calls of vLLM, in order: what a GPU would need, on an imitation that records them
@@ -211,6 +235,44 @@ def test_sync_wakes_the_weights_loads_wakes_the_cache_and_resets_it(imitation, m
     assert engine.llm.calls == [*awake, "sleep 2", *asleep, *awake]
 
 
+def test_vllm_is_made_as_the_config_says(imitation):
+    """And it samples from the whole distribution, whatever the model's own settings are."""
+    settings = imitation(max_tokens=77, kv_cache_gb=2.0, tp=2).llm.settings
+    expected = {
+        "model": "model",
+        "dtype": "float32",
+        "max_model_len": 77,
+        "max_num_seqs": 16,
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "external_launcher",
+        "kv_cache_memory_bytes": 2 * 2**30,
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+    }
+    assert expected.items() <= settings.items()
+    assert imitation().llm.settings["distributed_executor_backend"] is None
+
+
+def test_only_a_gpu_gives_a_cache_without_a_size_what_it_has_left():
+    assert cache_size(0.0, on_gpu=True) == {"gpu_memory_utilization": 0.9}
+    assert cache_size(0.0, on_gpu=False) == {"kv_cache_memory_bytes": 2**28}
+    assert cache_size(3.0, on_gpu=True) == {"kv_cache_memory_bytes": 3 * 2**30}
+
+
+def test_variables_that_the_user_has_set_are_kept(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"VLLM_LOGGING_LEVEL": "DEBUG"})
+    prepare_environment(on_gpu=False)
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+@pytest.mark.parametrize(("reason", "finished"), [("stop", True), ("length", False)])
+def test_a_response_of_vllm_is_finished_if_a_stop_rule_ended_it(reason, finished):
+    entries = [{5: SimpleNamespace(logprob=-1.0)}, {6: SimpleNamespace(logprob=-2.0)}]
+    output = SimpleNamespace(logprobs=entries, token_ids=(5, 6), finish_reason=reason)
+    assert to_completion(output) == Completion([5, 6], [-1.0, -2.0], finished)
+
+
 def test_an_engine_that_must_stay_awake_is_not_put_to_sleep(imitation):
     engine = imitation(sleep=False)
     assert engine.llm.settings["enable_sleep_mode"] is False
@@ -219,11 +281,12 @@ def test_an_engine_that_must_stay_awake_is_not_put_to_sleep(imitation):
     assert engine.llm.calls == ["load a b", "reset"]
 
 
-def test_a_missing_weight_is_an_error_before_the_engine_samples(imitation):
+def test_other_weights_than_at_first_are_an_error(imitation):
     engine = imitation(sleep=True)
     engine.sync(WEIGHTS)
-    with pytest.raises(RuntimeError, match=r"other names than at first: \['b'\]"):
-        engine.sync(WEIGHTS[:1])
+    for weights in (WEIGHTS[:1], [*WEIGHTS, ("c", torch.ones(1))]):
+        with pytest.raises(RuntimeError, match=r"other names than at first: \['[bc]'\]"):
+            engine.sync(weights)
 
 
 def test_vllm_that_is_not_installed_is_refused_with_the_way_out(monkeypatch):

@@ -11,15 +11,19 @@ from operator import itemgetter
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT, SHARED_DATA
 from drgrpo import distributed
 from drgrpo.config import RECIPES
 from drgrpo.data import BENCHMARKS
+from drgrpo.engine_torch import TorchEngine
 from drgrpo.evaluation import run as run_module
-from drgrpo.evaluation.config import parse_args
+from drgrpo.evaluation.config import Command, EvalConfig, parse_args
+from drgrpo.rollout import sample_seed
 from drgrpo.run.cli import user_errors
 from drgrpo.run.files import append_jsonl, read_jsonl
+from drgrpo.types import Problem, Sampling
 from rows import response_row
 
 eval_py = importlib.import_module("eval")
@@ -163,12 +167,76 @@ def test_mistakes_are_answered_before_torch_is_imported(flags, status):
     assert done.stdout.splitlines()[-1] == f"{status} False", done
 
 
-def test_plain_modules_import_no_torch():
-    code = (
-        "import sys; from drgrpo import config, data, grade, templates, types\n"
-        "assert 'torch' not in sys.modules"
+# ---- the order of things
+
+
+@pytest.fixture
+def command(random_model, tmp_path) -> Command:
+    """Two questions for a model that knows nothing: one is short, and one leaves room for four
+    tokens only."""
+    config = EvalConfig(
+        model=random_model,
+        out=str(tmp_path / "out"),
+        template="none",
+        temperature=0.7,
+        seed=5,
+        max_new_tokens=8,
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    problems = [Problem(0, "1+1", "2"), Problem(1, "1" * 1020, "2")]
+    return Command(mode="evaluate", config=config, paths=[], sets={"set": problems})
+
+
+def test_the_settings_reach_the_sampler_and_the_comparison(command, monkeypatch, capsys):
+    calls, compared, original = [], [], TorchEngine.generate
+
+    def generate(self, requests, sampling, *args):
+        calls.append((sampling, [r.seed for r in requests]))
+        return original(self, requests, sampling, *args)
+
+    monkeypatch.setattr(TorchEngine, "generate", generate)
+    monkeypatch.setattr(eval_py.compare, "compare", lambda *args: compared.append(args))
+    config, sets = replace(command.config, template="r1"), {"set": command.sets["set"][:1]}
+    notices, paths = ["set: 1 of 9000 rows is left out"], ["paper"]
+    eval_py.main(replace(command, config=config, sets=sets, notices=notices, paths=paths))
+    sampling = Sampling(
+        max_new_tokens=8, stop_token_ids=(256,), temperature=0.7, stop=("</answer>",)
+    )
+    assert calls == [(sampling, [sample_seed(5, 0, 0, 0)])]
+    assert compared == [(["paper", config.out], config.out)]
+    assert "data: set: 1 of 9000 rows is left out" in capsys.readouterr().out
+
+
+def test_prompt_and_response_end_at_the_positions_of_the_model(command):
+    eval_py.main(command)
+    rows = read_jsonl(command.config.folder / "responses.jsonl")
+    assert [row["tokens"] for row in rows] == [8, 4]
+
+
+def test_a_prompt_of_all_positions_leaves_no_room_for_a_response(command, tokenizer):
+    problems = [Problem(i, "1" * n, "2") for i, n in enumerate((1023, 1024))]
+    (part,) = run_module.make_parts(command.config, {"set": problems}, tokenizer, 1024)
+    assert [len(p.prompt_ids) for p in part.problems] == [1023, 0]
+
+
+def test_only_rank_0_writes(command, monkeypatch, capsys):
+    distributed.start()
+    monkeypatch.setattr(distributed, "start", lambda tp: (1, 1, torch.device("cpu")))
+    eval_py.main(command)
+    assert capsys.readouterr().out == "" and not list(command.config.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({"model": "org/name"}, "runs/eval/org--name"),
+        ({"model": "DIR"}, "DIR/eval"),
+        ({"model": "DIR", "out": "here"}, "here"),
+    ],
+    ids=["hub name", "folder", "--out"],
+)
+def test_where_an_evaluation_writes(tmp_path, settings, folder):
+    settings["model"] = settings["model"].replace("DIR", str(tmp_path))
+    assert str(EvalConfig(**settings).folder) == folder.replace("DIR", str(tmp_path))
 
 
 # ---- interrupted, and resumed

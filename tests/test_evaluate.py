@@ -1,8 +1,12 @@
 """Scores are means over all problems, dropped ones included. Equal answers to a problem are one
 vote, whatever the truth is."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch.distributed as dist
+
+from drgrpo import distributed
 from drgrpo.evaluation.evaluate import (
     Scored,
     answer,
@@ -92,6 +96,15 @@ def test_every_problem_is_answered_graded_and_returned_in_order(sampler, problem
 def test_a_process_without_problems_has_no_results(sampler):
     with Grader("hash") as grader:
         assert evaluate(sampler, grader, [], 1, SAMPLING) == []
+
+
+def test_processes_that_share_an_engine_answer_every_problem_once(sampler, problems, monkeypatch):
+    monkeypatch.setattr(distributed, "gather_lists", lambda items: [items, items])
+    with Grader("hash") as grader:
+        shared = evaluate(replace(sampler, tp=1), grader, problems, 1, SAMPLING)
+        assert len(shared) == 16, "two engines"
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        assert len(evaluate(replace(sampler, tp=2), grader, problems, 1, SAMPLING)) == 8
 
 
 def test_training_gets_one_row_per_set_from_one_call_of_the_sampler(sampler, problems):

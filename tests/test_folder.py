@@ -47,7 +47,7 @@ def test_another_config_is_refused_with_a_name_for_its_own_folder(config, change
 
 def test_fields_that_decide_only_when_and_how_may_change(config):
     folder.open_run(config, 0, {})
-    folder.check(replace(config, steps=500, save_every=7, keep=9, parity="warn"))
+    folder.check(replace(config, steps=500, save_every=7, keep=9, max_hours=2.0))
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(config):

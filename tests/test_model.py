@@ -5,10 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from drgrpo import model
+from drgrpo.kernels.linear_drgrpo import linear_logprob
 from drgrpo.model import (
     EXPENSIVE,
     Objective,
@@ -196,6 +200,30 @@ def test_both_kernel_backends_train_the_same(random_model):
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
 
 
+def test_the_kernel_of_the_policy_computes_the_log_probs_too(random_model, monkeypatch):
+    backends = []
+
+    def noted(*args, backend, **options):
+        backends.append(backend)
+        return linear_logprob(*args, backend="torch", **options)
+
+    monkeypatch.setattr(model, "linear_logprob", noted)
+    load(random_model, kernel="triton").logprob(pack(sequences(1)))
+    assert backends == ["triton"]
+
+
+def test_gradients_are_summed_over_processes_in_float32(random_model, group_of_one, monkeypatch):
+    policies = []
+
+    def noted(module, mp_policy, **options):
+        policies.append(mp_policy)
+        return fully_shard(module, mp_policy=mp_policy, **options)
+
+    monkeypatch.setattr(model, "fully_shard", noted)
+    load(random_model, dtype=torch.bfloat16)
+    assert [p.reduce_dtype for p in policies] == [torch.float32] * 3, "two blocks and the root"
+
+
 def test_bfloat16_compute_keeps_master_weights_and_token_numbers_in_float32(
     random_model, group_of_one
 ):
@@ -275,6 +303,13 @@ def test_attention_backends_are_chosen_or_refused_by_name():
     assert resolve_attention("varlen", cuda, bf16) == "varlen"
     with pytest.raises(UserError, match="needs CUDA"):
         resolve_attention("varlen", CPU, bf16)
+
+
+def test_the_ranks_of_a_node_share_one_copy(monkeypatch):
+    """Eight processes with two copies: ranks 0 to 3 and ranks 4 to 7."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(model, "init_device_mesh", lambda kind, shape, mesh_dim_names: shape)
+    assert model.device_mesh(CPU, replicate=2) == (2, 4) and model.device_mesh(CPU, 1) == (8,)
 
 
 def test_max_positions(random_model):

@@ -47,6 +47,10 @@ def test_balance_is_within_five_percent_on_lognormal_lengths():
     assert max(tokens) / (sum(tokens) / 8) <= 1.05
 
 
+def test_the_next_rollout_goes_to_the_process_with_the_fewest_tokens():
+    assert balance({0: 10, 1: 3, 2: 3, 3: 3}, world=2) == [[0], [1, 2, 3]]
+
+
 def test_a_sequence_over_the_budget_goes_alone():
     assert fill([0, 1, 2], {0: 100, 1: 5, 2: 5}, budget=10) == [[0], [1, 2]]
 

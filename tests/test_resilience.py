@@ -8,7 +8,6 @@ import signal
 import pytest
 import torch
 
-import train
 from drgrpo.engine_torch import TorchEngine
 from drgrpo.run.folder import list_checkpoints
 from runs import assert_close_run, assert_same_run, finish, launch, metrics, run, small
@@ -113,12 +112,6 @@ def test_asked_to_stop_it_saves_and_ends_in_good_order(
     assert_same_run(straight, tmp_path / "asked")
 
 
-def test_a_time_limit_saves_and_stops(warm_model, tmp_path, capsys):
-    rows = run(small(warm_model, tmp_path / "limit", steps=50, max_hours=1e-6))
-    assert len(rows) == 1 and "stopping after step 1: --max-hours" in capsys.readouterr().out
-    assert (tmp_path / "limit" / "hf" / "config.json").exists()
-
-
 @pytest.mark.parametrize("pattern", ["state/*.distcp", "trainer.json"])
 def test_a_damaged_checkpoint_costs_one_step_and_nothing_else(
     warm_model, straight, tmp_path, capsys, pattern
@@ -195,18 +188,3 @@ def test_a_single_bad_step_is_skipped_and_training_goes_on(warm_model, tmp_path,
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", once)
     rows = run(small(warm_model, tmp_path / "once"))
     assert [r["skipped_updates"] for r in rows] == [1, 0] and rows[1]["grad_norm"] > 0
-
-
-def test_a_dry_run_measures_and_leaves_no_trace(warm_model, tmp_path, capsys):
-    train.main(
-        small(
-            warm_model,
-            tmp_path / "dry",
-            dry_run=True,
-            tokens_per_microbatch=2048,
-            checkpointing="full",
-        )
-    )
-    shown = capsys.readouterr().out
-    assert "memory ledger" in shown and "dry run: a micro-batch of 2 x 1024 tokens takes" in shown
-    assert not (tmp_path / "dry").exists()

@@ -3,7 +3,9 @@
 from itertools import pairwise
 
 import pytest
+import torch.distributed as dist
 
+from drgrpo import distributed
 from drgrpo.rollout import Sampler, sample_seed, tokenize, tokenize_sets
 from drgrpo.templates import get_template
 from drgrpo.types import Completion, Problem, Rollout, Sampling, UserError
@@ -53,6 +55,19 @@ def test_rewards_are_gathered_in_groups(tokenizer, group_of_one):
     sampler = Sampler(Echo(), tokenizer, seed=0)
     gathered, reward_PG = sampler.gather(rollouts, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], group_size=3)
     assert gathered == rollouts and reward_PG.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_processes_that_share_an_engine_sample_the_same_and_count_it_once(tokenizer, monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "gather_lists", lambda items: [items, items])
+    problems = [Problem(0, "", "1", [65]), Problem(1, "", "2", [66])]
+    sampler = Sampler(Echo(), tokenizer, seed=0, tp=2)
+    sampling = Sampling(max_new_tokens=9, stop_token_ids=(256,))
+    rollouts, _ = sampler.rollout(problems, 2, sampling, 1)
+    assert [r.problem.id for r in rollouts] == [0, 0, 1, 1]
+    gathered, reward_PG = sampler.gather(rollouts, [0.0, 1.0, 2.0, 3.0], group_size=2)
+    assert gathered == rollouts and reward_PG.tolist() == [[0, 1], [2, 3]]
 
 
 def test_sets_are_tokenized_and_overlap_is_logged(tokenizer):
