@@ -15,6 +15,8 @@ EXTRA  := $(or $(CUDA),cpu)
 # The first import compiles what it needs. Compiling every file takes pip 20 s.
 PIP    := $(BIN)/python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
+# Two processes on a CPU. Tests that use a GPU take turns.
+PYTEST := $(BIN)/python -m pytest -n $(if $(CUDA),0,2) --dist loadfile
 
 # At the size of the tiny model, a second OpenMP thread costs more by spinning than it brings.
 ifeq ($(CUDA),)
@@ -22,19 +24,22 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 endif
 
-.PHONY: train check test study gpu env env-test clean
+.PHONY: train check test lint study gpu env env-test clean
 .DEFAULT_GOAL := train
 
 train: env
 	$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) train.py --recipe tiny --out runs/tiny $(ARGS)
 
-check: env-test
-	$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not vllm" $(ARGS)
+check: lint
+	$(PYTEST) -q -m "not slow and not vllm" $(ARGS)
 
-test: env-test
-	$(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: lint
+	$(PYTEST) $(ARGS)
+
+lint: env-test
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
 
 study: env
 	$(BIN)/python -m bench.experiments.study $(ARGS)

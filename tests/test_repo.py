@@ -186,3 +186,31 @@ def test_a_wheel_holds_the_kernels_under_our_own_name(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"drgrpo"}
     library = {n for n in names if n.startswith("drgrpo/") and "kernels" not in n}
     assert library == {name(path) for path in LIBRARY}
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Assert, ast.Raise)
+READ_FIRST = [ROOT / "train.py", ROOT / "eval.py", *sorted((ROOT / "drgrpo").rglob("*.py"))]
+
+
+def size(node) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+def test_the_trainer_fits_on_a_few_screens():
+    source = (ROOT / "train.py").read_text()
+    assert len(source.splitlines()) <= 300
+    (main,) = (n for n in ast.parse(source).body if getattr(n, "name", "") == "main")
+    loops = [size(node) for node in ast.walk(main) if isinstance(node, ast.For)]
+    assert size(main) <= 125 and max(loops) <= 60
+    assert re.findall(r"^ +# (\d)\. ", source, re.MULTILINE) == list("1234567")
+
+
+@pytest.mark.parametrize("path", READ_FIRST, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_are_short_and_a_statement_has_one_comprehension(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name not in ("main", "_drgrpo_row_kernel"):
+            assert size(node) <= 70, node.name
+        if isinstance(node, SIMPLE):
+            inner = [n for n in ast.walk(node) if isinstance(n, COMPREHENSIONS)]
+            assert len(inner) <= 1, f"line {node.lineno}"
