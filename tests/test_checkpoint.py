@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drgrpo.config import RECIPES
@@ -89,8 +90,31 @@ def test_the_hf_folder_holds_the_policy(config, trained, tokenizer):
     saved = dict(loaded.named_parameters())
     for name, ours in trained[0].lm.named_parameters():
         assert torch.equal(ours.detach().to(torch.bfloat16), saved[name]), name
+    with safe_open(config.folder / "hf" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys(), "a tied head is saved once"  # noqa: SIM118
     eos = AutoTokenizer.from_pretrained(config.folder / "hf").eos_token_id
     assert eos == tokenizer.eos_token_id
+
+
+def test_the_manifest_holds_the_files_of_every_process(config, trained, tokenizer, monkeypatch):
+    monkeypatch.setattr(checkpoint, "gather_lists", lambda files: [files, [("other", "sum")]])
+    checkpoint.write(config, Progress(1, 0.0), *trained, tokenizer)
+    manifest = json.loads((checkpoint.partial_path(config, 1) / "manifest.json").read_text())
+    assert manifest["other"] == "sum" and "trainer.json" in manifest
+
+
+def test_other_ranks_write_no_weights(trained, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 1)
+    checkpoint.save_hf(tmp_path / "hf", trained[0], tokenizer, torch.float32)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_save_starts_over_where_a_killed_one_left_something(config, trained, tokenizer):
+    """Under the temporary name, or under the final one, where files were damaged."""
+    for name in ("step-000001", "step-000001.partial"):
+        (config.folder / "checkpoints" / name / "hf").mkdir(parents=True)
+    save(config, 1, *trained, tokenizer)
+    assert newest(config) == "step-000001"
 
 
 def test_old_checkpoints_go_and_latest_points_at_the_newest(config, trained, tokenizer):

@@ -98,6 +98,7 @@ def test_it_scores_what_training_scores(warm_model, tmp_path):
         ("--grader strict", "unknown --grader 'strict'"),
         ("--modle x", "did you mean '--model'"),
         ("--samples 0", "--samples 0 must be at least 1"),
+        ("--sampler-batch 0", "--sampler-batch 0 must be at least 1"),
         ("--tp 2", "--tp 2 does not divide the 1 processes"),
         ("--temperatures 0.5,hot", "numbers with commas"),
         ("--temperatures -1", "temperature -1.0"),

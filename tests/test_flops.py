@@ -44,7 +44,11 @@ def test_the_width_of_a_head_is_the_configs_own_or_its_share_of_the_model():
     assert flops.head_dim(Qwen3Config(**sizes, head_dim=32)) == 32
 
 
-def test_the_peak_is_unknown_without_a_gpu():
+def test_the_peak_follows_the_name_of_the_gpu(monkeypatch):
+    peaks = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-40GB": 312e12, "Tesla T4": None}
+    for name, peak in peaks.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert flops.peak_flops(torch.device("cuda", 0)) == peak
     assert flops.peak_flops(CPU) is None
 
 

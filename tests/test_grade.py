@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from drgrpo import grade as grade_module
 from drgrpo.answers import (
     MAX_CHARS,
+    MAX_NESTING,
     MODES,
     equal_as_strings,
     extract,
@@ -286,14 +287,23 @@ def test_a_remembered_time_out_is_counted_for_every_response(monkeypatch):
         assert (grader.timeouts, grader.errors) == (3, 3)
 
 
-def test_cheap_decisions_start_no_worker():
+def test_cheap_decisions_ask_no_worker(monkeypatch):
+    monkeypatch.setattr(grade_module._Worker, "ask", lambda self, task: pytest.fail(str(task)))
     texts = ["no answer", boxed("12"), boxed("13"), boxed("\\dfrac 12"), boxed("")]
-    texts += [boxed("10{,}000"), boxed("x+" * 600 + "1"), boxed("(" * 50 + "x" + ")" * 50)]
-    texts += [boxed("9^{9^{9^9}}"), boxed("x^{99999}")]
-    truths = ["12", "12", "12.0", "\\frac12", "12", "10000", *["y+1"] * 4]
+    texts += [boxed("10{,}000"), boxed("-0.0")]
+    truths = ["12", "12", "12.0", "\\frac12", "12", "10000", "0"]
+    hopeless = ["x+" * 600 + "1", "(" * 50 + "x" + ")" * 50, "9^{9^{9^9}}", "x^{99999}", "1" * 200]
     with Grader("boxed") as grader:
-        assert scores(grader, texts, truths) == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, *[0.0] * 4]
-        assert not any(worker.process for worker in grader._workers)
+        assert scores(grader, texts, truths) == [0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+        assert not any(scores(grader, map(boxed, hopeless), ["y+1"] * 5))
+
+
+def test_the_limits_of_what_a_parser_sees_are_exact():
+    for length, decision in ((MAX_CHARS, None), (MAX_CHARS + 1, False)):
+        assert equal_as_strings("x" * length, ("y",), "boxed") is decision
+    nested = ["(" * depth + "x" + ")" * depth for depth in (MAX_NESTING, MAX_NESTING + 1)]
+    assert [too_complex(text) for text in nested] == [False, True]
+    assert [too_complex("1" * digits) for digits in (99, 100)] == [False, True]
 
 
 def test_hash_needs_no_library():

@@ -131,6 +131,11 @@ def test_an_evaluation_line_says_how_it_sampled(tmp_path, capsys):
     assert len(read_jsonl(tmp_path / "eval.jsonl")) == 2
 
 
+def test_square_brackets_are_no_markup(tmp_path, capsys):
+    Log(tmp_path, active=True).say("weights [bold]q[/bold] [0]")
+    assert capsys.readouterr().out == "weights [bold]q[/bold] [0]\n"
+
+
 def test_other_ranks_are_silent(tmp_path, capsys):
     log = Log(tmp_path, active=False)
     log.say("hello")

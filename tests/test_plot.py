@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from drgrpo.run.plot import plot, step_time
+from drgrpo.run.plot import curves, plot, step_time
 from drgrpo.types import UserError
 
 
@@ -40,6 +40,14 @@ def test_one_run_and_two(tmp_path):
     for runs in ([a], [a, b]):
         figures = plot(runs)
         assert [f.name for f in figures] == ["curves.png", "time.png"] and all(map(is_png, figures))
+
+
+def test_every_curve_holds_all_of_its_steps(tmp_path):
+    lines = [axis.get_lines() for axis in curves([write_run(tmp_path / "a")]).axes]
+    steps = [[list(line.get_xdata()) for line in axis] for axis in lines]
+    assert steps == [[[1, 2, 3]], [[0, 3]] * 2, [[1, 2, 3]] * 2], (
+        "greedy and sampled, right and wrong"
+    )
 
 
 def test_a_run_without_evaluation_or_right_answers(tmp_path):

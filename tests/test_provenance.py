@@ -44,6 +44,7 @@ def test_versions_of_what_grades_and_of_what_samples():
     assert {"math_verify", "sympy", "latex2sympy2_extended"} < versions().keys()
     assert "torch" not in versions()
     assert {"torch", "transformers"} <= versions("torch").keys()
+    assert "vllm" not in versions("torch") and "vllm" in versions("vllm")
 
 
 def test_a_start_is_described_by_commit_command_and_versions():

@@ -31,6 +31,8 @@ def write(out, rows: list[dict]) -> bytes:
 
 def test_an_empty_folder_has_nothing(tmp_path):
     assert resume_rows(tmp_path, REPORT, set()) == ([], {})
+    (tmp_path / "responses.jsonl").touch()
+    assert resume_rows(tmp_path, REPORT, set()) == ([], {})
 
 
 def test_rows_are_resumed_with_their_report(tmp_path):
