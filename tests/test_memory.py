@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from drgrpo.config import Config
-from drgrpo.run.memory import GIB, Ledger, ledger_of, make_ledger
+from drgrpo.run.memory import GIB, Ledger, ledger_of, make_ledger, plan_sampling
 from drgrpo.types import UserError
 
 
@@ -62,6 +62,11 @@ def test_vllm_stays_where_there_is_room_and_sleeps_where_there_is_none():
     assert ledger(shards=2, gb=80).sleep
     assert not ledger("1.5B", gb=80).sleep
     assert ledger(gb=80, sleep="on").sleep and not ledger(shards=2, gb=80, sleep="off").sleep
+
+
+def test_vllm_stays_if_half_of_the_cache_that_it_wants_fits_beside_training():
+    assert plan_sampling(CONFIG, wanted=10, free=30, training=24) == (False, 6)
+    assert plan_sampling(CONFIG, wanted=10, free=30, training=26) == (True, 10)
 
 
 @pytest.mark.parametrize("gb", [40, 80, 141])
