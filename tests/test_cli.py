@@ -45,6 +45,7 @@ def test_a_switch_needs_no_value(argv):
     [
         ([], "required: --name"),
         (["--name", "ann", "--pacee", "fast"], "did you mean '--pace'"),
+        (["--name", "ann", "--pac", "fast"], "did you mean '--pace'"),
         (["--name", "ann", "--loud", "maybe"], "neither true nor false"),
         (["--name", "ann", "--steps-per-mile", "x"], "invalid int value: 'x'"),
         (["--name", "ann", "stray"], "unexpected argument 'stray'"),

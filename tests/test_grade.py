@@ -375,6 +375,16 @@ def test_both_clocks_are_limited(monkeypatch, code, limit):
         grade_module._Worker(0.2).ask({"answer": "2/4", "truths": ["1/2"], "mode": "correct"})
 
 
+def test_a_worker_may_wait_for_its_next_answer_longer_than_the_limit():
+    worker, task = grade_module._Worker(0.05), {"answer": "2/4", "truths": ["1/2"]}
+    try:
+        assert worker.ask(task | {"mode": "correct"})
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.process.wait(timeout=0.7)  # the limit by the clock is 0.5 s
+    finally:
+        worker.stop()
+
+
 def test_a_worker_that_cannot_start_is_fatal(monkeypatch):
     monkeypatch.setattr(grade_module, "WORKER", (sys.executable, "-c", "raise SystemExit(1)"))
     with Grader("boxed") as grader, pytest.raises(RuntimeError, match="did not start"):

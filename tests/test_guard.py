@@ -3,12 +3,13 @@
 import os
 import signal
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from drgrpo.pack import pack
+from drgrpo.run import guard
 from drgrpo.run.guard import NonFinite, Stopper, Watchdog
 
 
@@ -26,12 +27,14 @@ def test_a_signal_is_noticed_once_and_then_acts_as_usual(number):
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
-def test_the_time_limit():
-    stopper = Stopper(max_hours=0.02 / 3600)
-    assert stopper.reason is None
-    time.sleep(0.03)
-    assert "--max-hours" in stopper.reason
-    assert Stopper(max_hours=0).reason is None
+def test_the_time_limit(monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(guard, "time", clock)
+    limited, free = Stopper(max_hours=2.0), Stopper()
+    for hours, reason in ((1.99, None), (2.01, "--max-hours 2")):
+        clock.now = 1000.0 + 3600 * hours
+        assert limited.reason == reason and free.reason is None
 
 
 def test_a_hang_is_named_by_rank_and_phase_and_ended(capfd):
@@ -65,11 +68,11 @@ def test_zero_minutes_is_never():
 
 
 def test_skipped_steps_keep_their_batches_and_three_in_a_row_end_the_run(tmp_path):
-    guard, batches = NonFinite(tmp_path, rank=1), [pack([])]
+    nonfinite, batches = NonFinite(tmp_path, rank=1), [pack([])]
     for step, applied in enumerate((False, False, True, False, False)):
-        guard.check(applied, batches, step, 0)
+        nonfinite.check(applied, batches, step, 0)
     with pytest.raises(FloatingPointError, match=r"3 optimizer steps in a row.*lower --lr"):
-        guard.check(False, batches, 5, 2)
+        nonfinite.check(False, batches, 5, 2)
     kept = sorted(p.name for p in tmp_path.iterdir())
     assert len(kept) == 5 and kept[-1] == "nonfinite-step-000005-update-2-rank-1.pt"
     assert torch.load(tmp_path / kept[0], weights_only=False)[0].max_seqlen == 1

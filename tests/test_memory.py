@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from drgrpo.config import Config
-from drgrpo.run.memory import GIB, Ledger, ledger_of, make_ledger
+from drgrpo.run.memory import GIB, Ledger, ledger_of, make_ledger, plan_sampling
 from drgrpo.types import UserError
 
 
@@ -42,6 +42,18 @@ def test_two_copies_of_the_model_are_sharded_over_half_of_the_processes():
     assert ledger(shards=8, dp_replicate=2) == ledger(shards=4)
 
 
+def test_a_micro_batch_needs_two_blocks_both_embeddings_and_the_gradient_of_the_head():
+    for name, embeddings in (("7B", 2), ("1.5B", 1)):  # the 1.5B model ties them
+        (lm, parameters), training = MODELS[name], ledger(name).training
+        vocabulary = lm.vocab_size * lm.hidden_size
+        block = (parameters - embeddings * vocabulary) / 28
+        gathered = 2 * (2 * vocabulary + 2 * block)  # bytes, in bfloat16
+        assert training["gathered weights"] * GIB == pytest.approx(gathered)
+        head = 4 * vocabulary + 2 * 4096 * lm.vocab_size
+        assert training["LM head"] * GIB == pytest.approx(head)
+        assert training["gradients"] * GIB == pytest.approx(4 * parameters / 8)
+
+
 def test_a_reference_model_is_kept_too():
     assert ledger(kl_coef=0.1).kept["reference"] == ledger().kept["master weights"]
 
@@ -62,6 +74,11 @@ def test_vllm_stays_where_there_is_room_and_sleeps_where_there_is_none():
     assert ledger(shards=2, gb=80).sleep
     assert not ledger("1.5B", gb=80).sleep
     assert ledger(gb=80, sleep="on").sleep and not ledger(shards=2, gb=80, sleep="off").sleep
+
+
+def test_vllm_stays_if_half_of_the_cache_that_it_wants_fits_beside_training():
+    assert plan_sampling(CONFIG, wanted=10, free=30, training=24) == (False, 6)
+    assert plan_sampling(CONFIG, wanted=10, free=30, training=26) == (True, 10)
 
 
 @pytest.mark.parametrize("gb", [40, 80, 141])

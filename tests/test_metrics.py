@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from drgrpo.config import RECIPES
 from drgrpo.pack import Sequence, pack
@@ -111,6 +112,21 @@ def test_a_tally_adds_up_micro_batches_and_takes_the_largest(group_of_one):
             "ratio_max": 0.36787944,
         }
     )
+
+
+def test_a_tally_over_two_processes_averages_their_losses_and_takes_the_largest(monkeypatch):
+    """Both hold the same micro-batch."""
+
+    def all_reduce(tensor, op=dist.ReduceOp.SUM):
+        tensor *= 2 if op == dist.ReduceOp.SUM else 1
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    tally, logprob_N = Tally(), torch.tensor([-1.0, -1.25])
+    stats = {"logprob": logprob_N, "clipped": torch.tensor([1, 0]), "log_ratio": 0 * logprob_N}
+    tally.add(pack([Sequence([1], [2, 2], [-1.5] * 2, 1.0)]), torch.tensor(0.5), stats)
+    expected = {"tokens": 4, "gap_sum": 1.5, "clipped": 2, "loss": 0.5, "kl_sum": 0}
+    assert tally.reduce() == expected | {"gap_max": 0.5, "ratio_max": 1}
 
 
 def test_samples_are_the_first_of_each_of_the_first_prompts():

@@ -105,7 +105,7 @@ def test_an_update_that_is_not_finite_changes_no_weight_and_is_no_parity_error(
     config, policy, optimizer = load(random_model)
     batch, before = responses(policy, 1.0), flat(policy.parameters())
     if fault == "loss":
-        batch.advantage_N = torch.full_like(batch.advantage_N, torch.nan)
+        batch.advantage_N, batch.sampler_logprob_N = torch.full((2, 10), torch.nan)
     else:
         nan = torch.tensor(torch.nan)
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: nan)
