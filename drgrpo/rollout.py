@@ -108,7 +108,8 @@ class Sampler:
                 grades[i] = grader.submit(text, prompts[i].answer)
 
         self.engine.generate(requests, sampling, finish)
-        return in_order(rollouts), in_order(grades)
+        count = len(prompts)
+        return in_order(rollouts, count), in_order(grades, count if grader else 0)
 
     def gather(
         self, rollouts: list[Rollout], rewards: list[float], group_size: int
@@ -122,6 +123,6 @@ class Sampler:
         return [rollout for rollout, _ in pairs], reward_PG
 
 
-def in_order(items: dict[int, Item]) -> list[Item]:
-    """The items by their index."""
-    return [items[i] for i in sorted(items)]
+def in_order(items: dict[int, Item], count: int) -> list[Item]:
+    """Items 0 to count - 1. KeyError if one is missing."""
+    return [items[i] for i in range(count)]

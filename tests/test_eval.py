@@ -278,6 +278,7 @@ def test_an_interrupted_evaluation_continues(uninterrupted, tmp_path, monkeypatc
     halves = tmp_path / "halves"
     with pytest.raises(KeyboardInterrupt):
         run(f"{flags} --out {halves}")
+    distributed.stop()  # as the end of the process would
     path, lines = halves / "responses.jsonl", expected.splitlines(keepends=True)
     assert path.read_bytes() == b"".join(lines[:6]), "three problems, two samples each"
     with open(path, "ab") as file:
