@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from drgrpo import distributed
 from drgrpo.evaluation.evaluate import (
+    Graders,
     Scored,
     answer,
     counters,
@@ -146,6 +147,19 @@ def test_a_prompt_that_does_not_fit_has_rows_without_a_response(sampler, tokeniz
     shown = [(r["id"], r["sample"], r["response"]) for r in rows]
     assert shown == [(1, 0, None), (1, 1, None), (3, 0, "#2"), (3, 1, "#2")]
     assert rows[0]["score"] == 0 and rows[2]["vote"] == rows[3]["vote"] == 0
+
+
+@pytest.mark.parametrize(("samples", "votes"), [(1, False), (2, True)])
+def test_several_samples_vote_through_the_grader_of_peers(sampler, monkeypatch, samples, votes):
+    graders, given = Graders("truth", "peers"), []
+
+    def evaluate(sampler, grader, problems, samples, sampling, peers):
+        given.append((grader, peers))
+        return []
+
+    monkeypatch.setattr("drgrpo.evaluation.evaluate.evaluate", evaluate)
+    answer(sampler, graders, [], samples, SAMPLING)
+    assert given == [("truth", "peers" if votes else None)]
 
 
 def test_answers_equal_as_mathematics_are_one_vote():
