@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drgrpo.config import RECIPES
+from drgrpo.model import load_policy
+from drgrpo.pack import pack
 from drgrpo.tiny import warmup
 from drgrpo.tiny.warmup import Warmup, build_tiny_model, cached_tiny_model, tiny_model
 
@@ -64,6 +66,27 @@ def test_a_warm_up_that_dies_leaves_no_model_under_the_final_name(tmp_path, monk
         cached_tiny_model(SHORT, tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".partial", ".lock"}
     assert (cached_tiny_model(SHORT, tmp_path) / "model.safetensors").exists()
+
+
+def test_every_response_ends_and_every_step_has_its_own_gradient(tmp_path, monkeypatch):
+    policies, sequences = [], []
+
+    def noted_load(*args, **options):
+        policies.append(load_policy(*args, **options))
+        return policies[-1]
+
+    def noted_pack(batch):
+        assert all(p.grad is None for p in policies[0].parameters())
+        sequences.extend(batch)
+        return pack(batch)
+
+    monkeypatch.setattr(warmup, "load_policy", noted_load)
+    monkeypatch.setattr(warmup, "pack", noted_pack)
+    build_tiny_model(SHORT, tmp_path)
+    warmup.train(SHORT, tmp_path)
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    assert len(lengths) == 16, "two steps of eight"
+    assert [sequence.token_ids.index(256) + 1 for sequence in sequences] == lengths
 
 
 def test_it_learns_to_imitate(tmp_path):
