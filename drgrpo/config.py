@@ -11,9 +11,9 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from drgrpo.run.cli import Parser, flag
+from drgrpo.run.cli import Parser, check_choices, flag
 from drgrpo.templates import get_template
 from drgrpo.types import UserError, check_name
 
@@ -152,7 +152,7 @@ class Config:
     """train on the longest possible micro-batch, log memory and projected hours, and stop"""
 
     def __post_init__(self) -> None:
-        self._check_choices()
+        check_choices(self)
         self._check_numbers()
         get_template(self.template)
         if self.group_size < 2:
@@ -179,11 +179,6 @@ class Config:
                 "B x max_new_tokens and this objective divides its tokens otherwise, so that the "
                 "penalty's weight would differ from yours; use drgrpo, grpo_std or rloo"
             )
-
-    def _check_choices(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal:
-                check_name(f"--{flag(name)}", getattr(self, name), get_args(kind))
 
     def _check_numbers(self) -> None:
         positive = (

@@ -7,13 +7,13 @@ import math
 from argparse import SUPPRESS
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from drgrpo import data
 from drgrpo.evaluation import responses
-from drgrpo.run.cli import Parser, flag
+from drgrpo.run.cli import Parser, check_choices, flag
 from drgrpo.templates import get_template
-from drgrpo.types import Problem, UserError, check_name, comma_list
+from drgrpo.types import Problem, UserError, comma_list
 
 MAY_CHANGE_ON_RESUME = {"out", "data_dir", "sampler_batch", "kv_cache_gb", "write_every"}
 """An interrupted evaluation may continue with other values of these fields."""
@@ -72,9 +72,7 @@ class EvalConfig:
     """folder for what is written (default: MODEL/eval, or runs/eval/NAME for a hub name)"""
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal:
-                check_name(f"--{flag(name)}", getattr(self, name), get_args(kind))
+        check_choices(self)
         for name in ("samples", "max_new_tokens", "sampler_batch", "write_every", "tp"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be at least 1")

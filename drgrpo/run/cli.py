@@ -61,6 +61,13 @@ def value_options(kind: Any) -> dict[str, Any]:
     return {"type": kind, "metavar": kind.__name__.upper()}
 
 
+def check_choices(settings: Any) -> None:
+    """UserError if a `Literal` field of a dataclass instance holds something else."""
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal:
+            check_name(f"--{flag(name)}", getattr(settings, name), get_args(kind))
+
+
 def parse_bool(text: str) -> bool:
     if text.lower() in ("true", "1", "yes", "on"):
         return True
