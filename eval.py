@@ -27,13 +27,12 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from drgrpo import distributed
 from drgrpo.engine import make_engine, resolve_engine
 from drgrpo.evaluation import analyze, compare, regrade, report
 from drgrpo.evaluation.run import Record, answer_parts, make_parts, unanswered
-from drgrpo.model import max_positions
+from drgrpo.model import load_tokenizer, max_positions
 from drgrpo.rollout import Sampler
 from drgrpo.run.log import Log
 
@@ -50,7 +49,7 @@ def main(command: Command) -> None:
         log.say(f"data: {notice}")
 
     # 2. prompts: every benchmark under every template and temperature
-    tokenizer, positions = AutoTokenizer.from_pretrained(config.model), max_positions(config.model)
+    tokenizer, positions = load_tokenizer(config.model), max_positions(config.model)
     parts = make_parts(config, command.sets, tokenizer, positions)
 
     # 3. what an interrupted call has answered already

@@ -39,14 +39,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer
 
 from drgrpo import distributed, pack, parity
 from drgrpo.advantage import group_advantage, token_weight
 from drgrpo.engine import make_engine, stop_token_ids
 from drgrpo.evaluation.evaluate import evaluate_sets
 from drgrpo.grade import Grade, Grader
-from drgrpo.model import Objective, Policy, load_policy, max_positions
+from drgrpo.model import Objective, Policy, load_policy, load_tokenizer, max_positions
 from drgrpo.rollout import Sampler, tokenize_sets
 from drgrpo.run import checkpoint, summary
 from drgrpo.run.dry_run import dry_run
@@ -64,7 +63,7 @@ from drgrpo.types import Batch, Rollout, Sampling
 def main(config: Config) -> None:
     # ---- Setup: the process group, and what watches over the run.
     folder.check(config)
-    rank, world, device = distributed.start(config.tp)
+    rank, world, device = distributed.start(config.tp, config.dp_replicate)
     log, dtype = Log(config.out, active=rank == 0), getattr(torch, config.dtype)
     log.say(f"config: {json.dumps(asdict(config))}\nderived: {config.derived()}")
     stopper, watchdog = Stopper(config.max_hours), Watchdog(rank, config.watchdog_minutes)
@@ -74,7 +73,7 @@ def main(config: Config) -> None:
     template = get_template(config.template)
     problems, eval_sets = data.load_sets(config, log.say)
     model_path = tiny_model(config, log.say) if config.model == "tiny" else config.model
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = load_tokenizer(model_path)
     longest = min(config.max_prompt_tokens, max_positions(model_path) - config.max_new_tokens)
     problems, eval_sets, dropped = tokenize_sets(
         problems, eval_sets, template, tokenizer, longest, log.say
@@ -179,7 +178,7 @@ def main(config: Config) -> None:
 
     # ---- The end: check that the last weights arrived, then show a table and figures.
     watchdog.enter("finish")
-    probe, _ = sampler.rollout(problems[: 8 * world], 4, sampling, step=-1)
+    probe, _ = sampler.rollout((problems * world)[: 8 * world], 4, sampling, step=-1)
     batch = pack.pack([pack.sequence(rollout, advantage=0.0) for rollout in probe], device)
     gap_N = (policy.logprob(batch) - batch.sampler_logprob_N).abs()
     parity.check(gap_N.mean().item(), gap_N.max().item(), dtype, config.parity, log.say)

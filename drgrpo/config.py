@@ -15,7 +15,7 @@ from typing import Literal
 
 from drgrpo.run.cli import Parser, check_choices, flag
 from drgrpo.templates import get_template
-from drgrpo.types import UserError, check_name
+from drgrpo.types import UserError, check_divides, check_name, world_size
 
 MAY_CHANGE_ON_RESUME = (
     *("out", "steps", "eval_every", "save_every", "keep", "max_hours", "resume", "parity"),
@@ -154,6 +154,7 @@ class Config:
     def __post_init__(self) -> None:
         check_choices(self)
         self._check_numbers()
+        self._check_ranges()
         get_template(self.template)
         if self.group_size < 2:
             raise UserError(
@@ -184,11 +185,27 @@ class Config:
         positive = (
             *("prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "steps"),
             *("minibatches", "tokens_per_microbatch", "sampler_batch", "temperature", "lr"),
+            "max_grad_norm",
             *("tp", "dp_replicate", "keep"),
         )
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be a positive number")
+
+    def _check_ranges(self) -> None:
+        from_zero = (
+            *("seed", "clip_low", "clip_high", "tis_cap", "kl_coef", "weight_decay"),
+            *("warmup_steps", "eval_every", "eval_samples", "save_every"),
+            *("kv_cache_gb", "max_hours", "watchdog_minutes"),
+        )
+        for name in from_zero:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"--{flag(name)} {getattr(self, name)} must be 0 or a positive number"
+                )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} must be at least 0 and below 1")
 
     @property
     def rollouts_per_step(self) -> int:
@@ -334,6 +351,16 @@ REFUSED = {
 }
 
 
+def check_model(name: str) -> None:
+    """UserError for a path without a model. Whether the hub has a name shows when it is loaded."""
+    is_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists()
+    if is_path and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"--model {name} holds no config.json; name a Hugging Face folder, as OUT/hf, or a hub "
+            "name"
+        )
+
+
 def parse_args(argv: list[str] | None = None) -> Config:
     """The recipe named by --recipe with the other flags on top. `--print-config` prints it and
     exits. UserError names what is wrong and the nearest valid thing."""
@@ -351,6 +378,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
     check_name("recipe", given["recipe"], RECIPES)
     config = replace(RECIPES[given["recipe"]](), **given)
     config = replace(config, out=config.out or f"runs/{config.recipe}")
+    check_divides(world_size(), tp=config.tp, dp_replicate=config.dp_replicate)
+    if config.model != "tiny":
+        check_model(config.model)
     if print_only:
         print(json.dumps(asdict(config), indent=2), config.derived(), sep="\n")
         raise SystemExit(0)

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from drgrpo.types import UserError
+from drgrpo.types import UserError, check_divides
 
 
-def start(tp: int = 1) -> tuple[int, int, torch.device]:
+def start(tp: int = 1, replicate: int = 1) -> tuple[int, int, torch.device]:
     """(rank, world size, device). Without torchrun, a group of one.
 
     Call it before vLLM is built, which would otherwise make a default group of size one. UserError
-    unless `tp`, the processes that share a sampler, divides the world size."""
+    unless `tp`, the processes that share a sampler, and `replicate`, the copies of the sharded
+    model, divide the world size."""
     check_restarts()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -27,8 +28,7 @@ def start(tp: int = 1) -> tuple[int, int, torch.device]:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world = dist.get_world_size()
-    if world % tp:
-        raise UserError(f"--tp {tp} does not divide the {world} processes")
+    check_divides(world, tp=tp, dp_replicate=replicate)
     return dist.get_rank(), world, device
 
 

@@ -23,7 +23,9 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss, linear_logprob
@@ -301,6 +303,14 @@ def recompute_activations(lm: PreTrainedModel, policy: str) -> None:
 def keep_matmuls(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """The decision for one op of a block, in the form that PyTorch asks for."""
     return CheckpointPolicy.MUST_SAVE if str(op) in EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or hub name. UserError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise UserError(f"--model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def max_positions(path: str) -> int:

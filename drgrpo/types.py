@@ -15,6 +15,7 @@ Shape suffixes, the same in every file:
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -43,6 +44,19 @@ def check_name(what: str, name: str, names: Iterable[str]) -> None:
     if name not in names:
         hint = nearest(name, names)
         raise UserError(f"unknown {what} {name!r}; {hint}there are {', '.join(names)}")
+
+
+def world_size() -> int:
+    """Processes that torchrun has started, 1 without it. Known before torch is imported."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def check_divides(world: int, **counts: int) -> None:
+    """UserError unless each option's count divides the number of processes."""
+    for name, count in counts.items():
+        if world % count:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {count} does not divide the {world} processes")
 
 
 def comma_list(text: str) -> list[str]:

@@ -176,6 +176,7 @@ def parsers_only(monkeypatch):
     """Nobody looks for the runs and the benchmarks that a page makes up."""
     for name in ("find", "read"):
         monkeypatch.setattr(evaluation.responses, name, lambda path: path)
+    monkeypatch.setenv("WORLD_SIZE", "16")  # two nodes, as docs/install.md has them
     monkeypatch.setattr(data, "benchmark_source", lambda name, folder: name)
     monkeypatch.setattr(data, "load_problems", lambda *args, **kwargs: [])
 

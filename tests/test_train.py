@@ -380,7 +380,7 @@ def test_a_time_limit_saves_and_stops_and_the_same_command_resumes(
 
 def test_only_rank_0_prints_and_records(random_model, tmp_path, monkeypatch, capsys):
     distributed.start()
-    monkeypatch.setattr(distributed, "start", lambda tp: (1, 1, CPU))
+    monkeypatch.setattr(distributed, "start", lambda *args: (1, 1, CPU))
     train.main(micro(random_model, tmp_path / "run"))
     assert capsys.readouterr().out == ""
     written = [p.name for p in (tmp_path / "run").rglob("*") if "partial" not in str(p)]
@@ -585,6 +585,15 @@ MATH_ROW = '{"problem": "What is 1 + 1?", "answer": "2"}\n'
         ("--train-data holes.jsonl", "no answer"),
         ("--minibatches 5", "--minibatches 4 or 8"),
         ("--out .", "is not empty and holds no run"),
+        ("--out math.jsonl", "math.jsonl is no folder to write to"),
+        ("--out math.jsonl/run", "math.jsonl is no folder to write to"),
+        ("--model ./no/such/model", "--model ./no/such/model holds no config.json"),
+        ("--tp 3", "--tp 3 does not divide the 1 processes"),
+        ("--dp-replicate 2", "--dp-replicate 2 does not divide the 1 processes"),
+        ("--seed -1", "--seed -1 must be 0 or a positive number"),
+        ("--clip-low -0.1", "--clip-low -0.1 must be 0 or a positive number"),
+        ("--beta2 1", "--beta2 1.0 must be at least 0 and below 1"),
+        ("--max-grad-norm 0", "--max-grad-norm 0.0 must be a positive number"),
     ],
 )
 def test_a_mistake_is_one_clear_line_before_torch_is_imported(tmp_path, extra, message):

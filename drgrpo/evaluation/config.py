@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from drgrpo import data
+from drgrpo.config import check_model
 from drgrpo.evaluation import responses
 from drgrpo.run.cli import Parser, check_choices, flag
+from drgrpo.run.folder import check_writable
 from drgrpo.templates import get_template
-from drgrpo.types import Problem, UserError, comma_list
+from drgrpo.types import Problem, UserError, check_divides, comma_list, world_size
 
 MAY_CHANGE_ON_RESUME = {"out", "data_dir", "sampler_batch", "kv_cache_gb", "write_every"}
 """An interrupted evaluation may continue with other values of these fields."""
@@ -145,7 +147,10 @@ def parse_args(argv: list[str] | None = None) -> Command:
     given = parser.parse(argv)
     paths = {name: given.pop(name) for name in FLAGS_OF_MODE if name in given}
     if given.get("model") and paths.keys() <= {"compare"}:
-        return evaluation(EvalConfig(**given), paths.get("compare", []))
+        check_model(given["model"])
+        config = EvalConfig(**given)
+        check_divides(world_size(), tp=config.tp)
+        return evaluation(config, paths.get("compare", []))
     if len(paths) != 1:
         raise UserError(
             "name a --model to evaluate, or one of --compare RUN RUN, --regrade FILE and "
@@ -163,7 +168,7 @@ def parse_args(argv: list[str] | None = None) -> Command:
     config = EvalConfig(**given)
     for path in files:
         if path != "paper":
-            responses.find(path)
+            responses.read(path)
     return Command(mode=mode, config=config, paths=files)
 
 
@@ -175,9 +180,18 @@ def evaluation(config: EvalConfig, against: list[str]) -> Command:
         )
     if against not in ([], ["paper"]):
         responses.read(*against)  # complete? It is needed when the scores are there, hours later.
+    check_writable(config.folder)
+    names = comma_list(config.benchmarks)
+    if not names:
+        raise UserError("--benchmarks is empty; name one of " + ", ".join(data.BENCHMARKS))
+    if against == ["paper"] and not set(names) & set(data.BENCHMARKS):
+        raise UserError(
+            f"--compare paper: the paper has no scores on {config.benchmarks}; it has "
+            f"{', '.join(data.BENCHMARKS)}"
+        )
     notices: list[str] = []
     sets = {}
-    for name in comma_list(config.benchmarks):
+    for name in names:
         named = name in data.BENCHMARKS
         source = data.benchmark_source(name, config.data_dir or None) if named else name
         sets[name] = data.load_problems(source, log=notices.append)

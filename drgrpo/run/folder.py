@@ -13,6 +13,7 @@ This file imports no torch, so that a wrong `--out` is reported at once.
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,7 @@ RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 def check(config: Config) -> None:
     """UserError unless the folder is empty or holds a run of this config. Writes nothing."""
     out = config.folder
+    check_writable(out)
     if not out.exists() or not any(out.iterdir()):
         return
     if not (out / "config.json").is_file():
@@ -47,6 +49,13 @@ def check(config: Config) -> None:
         raise UserError(
             f"--out {out} holds checkpoints and --resume is never; choose another --out"
         )
+
+
+def check_writable(out: Path) -> None:
+    """UserError unless files can be written into `out`, which may not exist yet."""
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--out {out}: {existing} is no folder to write to; choose another --out")
 
 
 def suffix(settings: dict, changed: list[str]) -> str:
