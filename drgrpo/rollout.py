@@ -1,6 +1,7 @@
 """Problems -> rollouts: tokenize, sample a group of responses for each, decode, start grading."""
 
 import hashlib
+import math
 import struct
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from drgrpo import distributed
 from drgrpo.data import overlap
 from drgrpo.engine import Engine
 from drgrpo.grade import Grade, Grader
+from drgrpo.parity import ParityError
 from drgrpo.templates import Template, encode
 from drgrpo.types import Completion, Problem, Request, Rollout, Sampling, UserError
 
@@ -92,7 +94,9 @@ class Sampler:
     ) -> tuple[list[Rollout], list[Future[Grade]]]:
         """`samples` responses to each problem of this process's shard, grouped by problem, and
         their grades. The grader may still be working on the grades: it starts with a response as
-        soon as that is complete, while others are sampled."""
+        soon as that is complete, while others are sampled.
+
+        ParityError if a log-prob is NaN or infinite."""
         prompts = [p for p in distributed.shard(problems, self.tp) for _ in range(samples)]
         requests = [
             Request(p.prompt_ids, sample_seed(self.seed, step, p.id, i % samples))
@@ -102,6 +106,11 @@ class Sampler:
         grades: dict[int, Future[Grade]] = {}
 
         def finish(i: int, completion: Completion) -> None:  # responses finish in any order
+            if not math.isfinite(sum(completion.logprobs)):
+                raise ParityError(
+                    "the sampler returned log-probs that are not finite. Its weights are damaged: "
+                    "look at the weight sync, where a layer may have been left out"
+                )
             text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             rollouts[i] = Rollout(prompts[i], completion, text)
             if grader:

@@ -1,5 +1,7 @@
 """Columns of metrics.jsonl against counts by hand."""
 
+import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -87,6 +89,13 @@ def test_a_step_without_gradient_or_without_a_right_answer_has_no_made_up_number
         assert row[column] is None, column
     skipped = row_of([UPDATE._replace(applied=False)])
     assert skipped["skipped_updates"] == 1 and skipped["grad_norm"] is None
+
+
+def test_a_number_that_is_not_finite_is_none_so_that_the_row_can_be_written():
+    """The ratio overflows where a log-prob moves by more than 88 nats."""
+    row = row_of([UPDATE._replace(ratio_max=math.inf, gap_sum=math.nan, kl_sum=math.nan)])
+    assert [row[name] for name in ("ratio_max", "parity_mean", "kl")] == [None] * 3
+    json.dumps(row, allow_nan=False)
 
 
 def test_a_tally_adds_up_micro_batches_and_takes_the_largest(group_of_one):

@@ -1,11 +1,13 @@
 """Problems become groups of rollouts; a sample's seed is its own."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch.distributed as dist
 
 from drgrpo import distributed
+from drgrpo.parity import ParityError
 from drgrpo.rollout import Sampler, sample_seed, tokenize, tokenize_sets
 from drgrpo.templates import get_template
 from drgrpo.types import Completion, Problem, Rollout, Sampling, UserError
@@ -48,6 +50,21 @@ def test_groups_are_contiguous_and_each_response_meets_its_grade(tokenizer, grou
     assert [r.text for r in rollouts] == ["ba"] * 3 + ["edc"] * 3, "without special tokens"
     assert [r.length for r in rollouts] == [3] * 3 + [4] * 3
     assert dropped == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_log_prob_that_is_not_finite_ends_the_run(tokenizer, group_of_one, bad):
+    """A sampler that misses a weight may hold uninitialized memory in its place. The loss of its
+    samples would be NaN, and the parity gate skips such a loss."""
+
+    class Broken(Echo):
+        def generate(self, requests, sampling, on_finish):
+            on_finish(0, Completion([1, 2], [-0.5, bad], True))
+
+    sampler = Sampler(Broken(), tokenizer, seed=0)
+    sampling = Sampling(max_new_tokens=9, stop_token_ids=(256,))
+    with pytest.raises(ParityError, match="not finite"):
+        sampler.rollout([Problem(0, "a", "1", [1])], 1, sampling, step=1)
 
 
 def test_rewards_are_gathered_in_groups(tokenizer, group_of_one):

@@ -1,5 +1,6 @@
 """What `metrics.jsonl` and `samples.jsonl` hold of a step. docs/metrics.md explains each column."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -75,7 +76,8 @@ def step_row(
     """One line of metrics.jsonl.
 
     Statistics of responses cover all of them. A token without advantage cannot be clipped, so
-    `clip_frac` covers all tokens too. `ratio_max`, `kl` and parity cover the tokens trained on."""
+    `clip_frac` covers all tokens too. `ratio_max`, `kl` and parity cover the tokens trained on.
+    A number that is not finite becomes None, because JSON has neither NaN nor infinity."""
     rewards, lengths = reward_PG.flatten().tolist(), [r.length for r in rollouts]
     right = [length for length, reward in zip(lengths, rewards, strict=True) if reward > 0]
     wrong = [length for length, reward in zip(lengths, rewards, strict=True) if reward <= 0]
@@ -83,7 +85,7 @@ def step_row(
     trained, first, sampled = sum(column(updates, "tokens")), updates[0], sum(lengths)
     logprobs = [sum(rollout.completion.logprobs) for rollout in rollouts]
     truncated = [not rollout.completion.finished for rollout in rollouts]
-    return {
+    row = {
         "step": now.step,
         "algo": config.algo,
         "reward_mean": fmean(rewards),
@@ -113,6 +115,7 @@ def step_row(
         "grader_error": grader.errors,
         "hours_used": now.hours_used,
     }
+    return {name: finite_or_none(value) for name, value in row.items()}
 
 
 def sample_rows(step: int, rollouts: list[Rollout], reward_PG: Tensor) -> list[dict[str, Any]]:
@@ -137,8 +140,12 @@ def column(updates: list[Update], name: str) -> list[float]:
     return [getattr(update, name) for update in updates]
 
 
+def finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def mean(values: Sequence[float]) -> float | None:
-    """None without values: JSON has no NaN."""
+    """None without values."""
     return fmean(values) if values else None
 
 
