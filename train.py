@@ -20,7 +20,7 @@ The file reads top to bottom: setup, then the loop
 from drgrpo import data
 from drgrpo.config import Config, parse_args
 from drgrpo.run import folder
-from drgrpo.run.cli import user_errors
+from drgrpo.run.cli import hard_exit, user_errors
 
 if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
     with user_errors():
@@ -293,6 +293,6 @@ def learning_rate(config: Config, update: int) -> float:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with hard_exit(), user_errors():
         main(CONFIG)
         distributed.stop()

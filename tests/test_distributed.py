@@ -1,6 +1,10 @@
 """Several processes do what one does, on one node and on two."""
 
+import os
 import socket
+import subprocess
+import sys
+from textwrap import indent
 
 import pytest
 import torch.distributed as dist
@@ -8,7 +12,7 @@ import torch.distributed as dist
 from drgrpo import distributed
 from drgrpo.distributed import any_rank, check_restarts, gather, rank_zero_first, shard
 from drgrpo.types import UserError
-from runs import assert_close_run, finish, launch, small
+from runs import ROOT, assert_close_run, finish, launch, small
 
 
 @pytest.mark.slow
@@ -105,3 +109,85 @@ def test_rank_0_fills_a_cache_before_the_others_read_it(monkeypatch, rank, order
     with rank_zero_first():
         notes.append("fill")
     assert notes == order
+
+
+# ---- an exception on one of several processes
+
+BLOCKED_CLEANUP = """
+import atexit, os, time
+atexit.register(time.sleep, 600)  # stands for vLLM's and NCCL's, which wait for the other processes
+rank = int(os.environ["RANK"])
+"""
+
+RAISE_IN_STEP_2 = """
+import train
+original, calls = train.train_minibatch, []
+def train_minibatch(*args):
+    calls.append(1)
+    if len(calls) == 3 and rank == {rank}:
+        raise RuntimeError("broken")
+    return original(*args)
+train.train_minibatch = train_minibatch
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_process_is_shown_and_ends_all(warm_model, tmp_path, rank):
+    prelude = BLOCKED_CLEANUP + RAISE_IN_STEP_2.format(rank=rank)
+    job = launch(small(warm_model, tmp_path / "run"), processes=2, prelude=prelude)
+    shown = finish(job, status=1)
+    assert f"[rank{rank}]: RuntimeError: broken" in shown and "step    1/2" in shown
+    assert "forcefully exiting" not in shown, "torchrun had to kill the other process after 30 s"
+
+
+def pair(body: str) -> list[tuple[int, str]]:
+    """Exit status and stderr of two processes that run the same Python in one group. No torchrun
+    watches over them."""
+    script = f"""{BLOCKED_CLEANUP}
+from drgrpo import distributed
+from drgrpo.run.cli import hard_exit, user_errors
+from drgrpo.types import UserError
+with hard_exit(), user_errors():
+    distributed.start()
+{indent(body, "    ")}
+"""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(s.getsockname()[1])}
+    command, jobs = [sys.executable, "-c", script], []
+    for rank in ("0", "1"):
+        env = {**os.environ, **address, "RANK": rank, "WORLD_SIZE": "2"}
+        jobs.append(subprocess.Popen(command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE))
+    try:
+        shown = [job.communicate(timeout=120)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    return [(job.returncode, text) for job, text in zip(jobs, shown, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("body", "statuses", "first", "message"),
+    [
+        ("assert rank == 0\ndistributed.any_rank(True)", [1, 1], 1, "[rank1]: AssertionError"),
+        (
+            "if rank == 0:\n    raise UserError('no such file')\ndistributed.any_rank(True)",
+            [2, 1],
+            0,
+            "error: no such file",
+        ),
+        (
+            "with distributed.rank_zero_first():\n    assert rank == 1",
+            [1, 1],
+            0,
+            "[rank0]: AssertionError",
+        ),
+    ],
+    ids=["a bug", "a mistake", "rank 0 goes first"],
+)
+def test_without_torchrun_the_other_process_ends_too(body, statuses, first, message):
+    ended = pair(body)
+    assert [status for status, _ in ended] == statuses
+    assert message in ended[first][1]
+    assert "RuntimeError" in ended[1 - first][1], "its collective fails"
