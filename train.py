@@ -98,7 +98,8 @@ def main(config: Config) -> None:
     summary.start(config, policy, engine.name, ledger, device, log)
     if config.dry_run:
         engine.sleep()
-        return dry_run(config, policy, optimizer, longest, log)
+        dry_run(config, policy, optimizer, longest, log)
+        return engine.close()
     if rank == 0:
         folder.open_run(config, done.step, machine(device.type))
     log.track(config.tensorboard, config.wandb, asdict(config))
@@ -178,10 +179,8 @@ def main(config: Config) -> None:
 
     # ---- The end: check that the last weights arrived, then show a table and figures.
     watchdog.enter("finish")
-    probe, _ = sampler.rollout((problems * world)[: 8 * world], 4, sampling, step=-1)
-    batch = pack.pack([pack.sequence(rollout, advantage=0.0) for rollout in probe], device)
-    gap_N = (policy.logprob(batch) - batch.sampler_logprob_N).abs()
-    parity.check(gap_N.mean().item(), gap_N.max().item(), dtype, config.parity, log.say)
+    gap = parity.probe(sampler, policy, problems, sampling, config.tokens_per_microbatch)
+    parity.check(*gap, dtype, config.parity, log.say)
     summary.finish(config, log)
     dist.barrier()
     engine.close()

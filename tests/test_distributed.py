@@ -167,6 +167,28 @@ with hard_exit(), user_errors():
     return [(job.returncode, text) for job, text in zip(jobs, shown, strict=True)]
 
 
+ONE_SEES_A_WRONG_SAMPLER = """
+import sys, torch
+from types import SimpleNamespace
+from drgrpo import pack, parity
+sequences = [pack.Sequence([1], [2, 3], [-1.0, -2.0], 0.0)] * rank  # rank 0 has none
+policy = SimpleNamespace(logprob=lambda batch: torch.full_like(batch.sampler_logprob_N, -1.0))
+mean, largest = parity.gap(policy, [pack.pack(sequences)])
+assert (mean, largest) == (0.5, 1.0)
+try:
+    parity.check(mean, largest, torch.float32)
+finally:
+    print("checked", file=sys.stderr)
+    distributed.any_rank(True)  # neither leaves before the other has its numbers
+"""
+
+
+@pytest.mark.slow
+def test_one_process_that_sees_a_wrong_sampler_stops_all():
+    for status, shown in pair(ONE_SEES_A_WRONG_SAMPLER):
+        assert status == 1 and "checked" in shown and "ParityError: trainer and sampler" in shown
+
+
 @pytest.mark.parametrize(
     ("body", "statuses", "first", "message"),
     [
