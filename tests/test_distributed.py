@@ -7,6 +7,7 @@ import sys
 from textwrap import indent
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from drgrpo import distributed
@@ -66,6 +67,26 @@ def test_processes_that_do_not_divide_are_refused(warm_model, tmp_path, flags):
 
     with pytest.raises(UserError, match="does not divide the 1 processes"):
         train.main(small(warm_model, tmp_path / "run", dtype="bfloat16", **flags))
+
+
+@pytest.mark.parametrize(("local_rank", "index"), [("3", 3), (None, 0)], ids=["torchrun", "alone"])
+def test_a_process_takes_its_own_gpu_and_two_backends(monkeypatch, local_rank, index):
+    """NCCL moves the tensors of GPUs. Gloo moves Python objects and the barriers."""
+    chosen, groups = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+
+    def init_process_group(backend, **options):
+        groups.append((backend, options.get("world_size")))
+
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    for name, value in (("LOCAL_RANK", local_rank), ("RANK", local_rank)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert distributed.start() == (3, 4, torch.device("cuda", index))
+    assert chosen == [torch.device("cuda", index)]
+    assert groups == [("cpu:gloo,cuda:nccl", None if local_rank else 1)]
 
 
 def test_restarts_that_would_hang_are_refused(monkeypatch):
