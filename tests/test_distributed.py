@@ -1,6 +1,7 @@
 """Several processes do what one does, on one node and on two."""
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -160,6 +161,24 @@ def test_an_exception_on_one_process_is_shown_and_ends_all(warm_model, tmp_path,
     shown = finish(job, status=1)
     assert f"[rank{rank}]: RuntimeError: broken" in shown and "step    1/2" in shown
     assert "forcefully exiting" not in shown, "torchrun had to kill the other process after 30 s"
+
+
+@pytest.mark.parametrize("script", ["train.py --recipe tiny --out {out}", "eval.py {eval}"])
+def test_both_scripts_leave_hard(random_model, tmp_path, monkeypatch, capsys, script):
+    (tmp_path / "set.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\n')
+    evaluation = f"--model {random_model} --benchmarks {tmp_path}/set.jsonl --out {tmp_path}/run"
+    command = script.format(out=tmp_path / "run", eval=evaluation).split()
+
+    def broken(*args):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(distributed, "start", broken)
+    monkeypatch.setattr(os, "_exit", lambda status: sys.exit(f"left with {status}"))
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="left with 1"):
+        runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+    assert "RuntimeError: broken" in capsys.readouterr().err
 
 
 def pair(body: str) -> list[tuple[int, str]]:
