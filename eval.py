@@ -17,7 +17,7 @@ same call continues an interrupted evaluation.
 """
 
 from drgrpo.evaluation.config import Command, Dtype, parse_args
-from drgrpo.run.cli import user_errors
+from drgrpo.run.cli import hard_exit, user_errors
 
 if __name__ == "__main__":  # a mistake on the command line is answered before torch is imported
     with user_errors():
@@ -92,7 +92,7 @@ def resolve_dtype(name: Dtype, device: torch.device) -> Dtype:
 def cli(command: Command) -> None:
     """Do what the command line asks for."""
     config, paths = command.config, command.paths
-    with user_errors():
+    with hard_exit(), user_errors():
         match command.mode:
             case "evaluate":
                 main(command)

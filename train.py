@@ -20,7 +20,7 @@ The file reads top to bottom: setup, then the loop
 from drgrpo import data
 from drgrpo.config import Config, parse_args
 from drgrpo.run import folder
-from drgrpo.run.cli import user_errors
+from drgrpo.run.cli import hard_exit, user_errors
 
 if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
     with user_errors():
@@ -98,7 +98,8 @@ def main(config: Config) -> None:
     summary.start(config, policy, engine.name, ledger, device, log)
     if config.dry_run:
         engine.sleep()
-        return dry_run(config, policy, optimizer, longest, log)
+        dry_run(config, policy, optimizer, longest, log)
+        return engine.close()
     if rank == 0:
         folder.open_run(config, done.step, machine(device.type))
     log.track(config.tensorboard, config.wandb, asdict(config))
@@ -178,10 +179,8 @@ def main(config: Config) -> None:
 
     # ---- The end: check that the last weights arrived, then show a table and figures.
     watchdog.enter("finish")
-    probe, _ = sampler.rollout((problems * world)[: 8 * world], 4, sampling, step=-1)
-    batch = pack.pack([pack.sequence(rollout, advantage=0.0) for rollout in probe], device)
-    gap_N = (policy.logprob(batch) - batch.sampler_logprob_N).abs()
-    parity.check(gap_N.mean().item(), gap_N.max().item(), dtype, config.parity, log.say)
+    gap = parity.probe(sampler, policy, problems, sampling, config.tokens_per_microbatch)
+    parity.check(*gap, dtype, config.parity, log.say)
     summary.finish(config, log)
     dist.barrier()
     engine.close()
@@ -293,6 +292,6 @@ def learning_rate(config: Config, update: int) -> float:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with hard_exit(), user_errors():
         main(CONFIG)
         distributed.stop()

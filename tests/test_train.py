@@ -315,7 +315,7 @@ rollout: | grade: | pack: | sleep | old:
 train: | update lr=0.375 gate=True old=True ref=True | finite True at 2.0
 update lr=0.5 gate=False old=True ref=True | finite True at 2.1
 sync: | sync | stopping False | eval: | 1 x T=0 | 3 x T=1 | save: | write 2 | row 2 | commit 2
-finish: | summary | close
+finish: | sleep | summary | close
 """
 
 
@@ -389,7 +389,9 @@ def test_only_rank_0_prints_and_records(random_model, tmp_path, monkeypatch, cap
 
 def test_a_dry_run_puts_the_sampler_to_sleep_first(random_model, tmp_path, notes):
     train.main(micro(random_model, tmp_path / "run", dry_run=True, tokens_per_microbatch=1024))
-    assert notes == ["watch 60 minutes", "sync", "sleep"] and not (tmp_path / "run").exists()
+    assert (
+        notes == ["watch 60 minutes", "sync", "sleep", "close"] and not (tmp_path / "run").exists()
+    )
 
 
 # ---- whole runs
