@@ -14,16 +14,12 @@ from torch.nn.functional import pad
 from drgrpo import pack
 from drgrpo.model import Policy
 from drgrpo.rollout import Sampler
-from drgrpo.types import Batch, Problem, Sampling
+from drgrpo.types import Batch, ParityError, Problem, Sampling
 
 LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 10.0)}
 """Mean and largest difference allowed, in nats, by compute type. In float32 on a CPU, the largest
 difference of seven tiny runs with either engine was 4.5e-5. The bfloat16 limits are guesses that no
 GPU has confirmed."""
-
-
-class ParityError(RuntimeError):
-    """The sampler does not hold the trainer's weights, or computes something else with them."""
 
 
 def check(

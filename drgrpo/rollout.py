@@ -17,9 +17,8 @@ from drgrpo import distributed
 from drgrpo.data import overlap
 from drgrpo.engine import Engine
 from drgrpo.grade import Grade, Grader
-from drgrpo.parity import ParityError
 from drgrpo.templates import Template, encode
-from drgrpo.types import Completion, Problem, Request, Rollout, Sampling, UserError
+from drgrpo.types import Completion, ParityError, Problem, Request, Rollout, Sampling, UserError
 
 Item = TypeVar("Item")
 

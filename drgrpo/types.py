@@ -32,6 +32,10 @@ class UserError(ValueError):
     and `eval.py` print it without a traceback and exit with status 2."""
 
 
+class ParityError(RuntimeError):
+    """The sampler does not hold the trainer's weights, or computes something else with them."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The most similar name, as a question to put into a message; empty if none is similar."""
     similar = difflib.get_close_matches(name, map(str, names), n=1, cutoff=0.4)

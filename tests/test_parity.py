@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from drgrpo.pack import Sequence, pack
-from drgrpo.parity import ParityError, check, gap, probe
+from drgrpo.parity import check, gap, probe
 from drgrpo.rollout import Sampler
-from drgrpo.types import Batch, Completion, Problem, Sampling
+from drgrpo.types import Batch, Completion, ParityError, Problem, Sampling
 
 DISAGREEMENTS = [
     pytest.param(2e-4, 5e-4, torch.float32, id="mean"),

@@ -7,10 +7,9 @@ import pytest
 import torch.distributed as dist
 
 from drgrpo import distributed
-from drgrpo.parity import ParityError
 from drgrpo.rollout import Sampler, sample_seed, tokenize, tokenize_sets
 from drgrpo.templates import get_template
-from drgrpo.types import Completion, Problem, Rollout, Sampling, UserError
+from drgrpo.types import Completion, ParityError, Problem, Rollout, Sampling, UserError
 
 
 class Echo:

@@ -29,7 +29,7 @@ from drgrpo.run import checkpoint, folder, summary
 from drgrpo.run.files import append_jsonl, read_jsonl
 from drgrpo.run.guard import NonFinite
 from drgrpo.run.log import Log
-from drgrpo.types import Batch, Completion, Problem, Rollout, Sampling, UserError
+from drgrpo.types import Batch, Completion, ParityError, Problem, Rollout, Sampling, UserError
 from runs import assert_close_run, assert_same_run, metrics, run, small
 
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_parity_is_the_mean_gap_of_a_token_and_is_checked_where_asked(random_mod
     rounding, wrong = responses(policy, *[1.0] * 5, gap=5e-5), responses(policy, 1.0, gap=5e-4)
     for batch, check_parity in ((rounding, True), (wrong, False)):
         train.train_minibatch(config, policy, optimizer, [batch], 0.0, check_parity)
-    with pytest.raises(parity.ParityError):
+    with pytest.raises(ParityError):
         train.train_minibatch(config, policy, optimizer, [wrong], 0.0, check_parity=True)
 
 
@@ -525,7 +525,7 @@ def test_a_sampler_that_missed_a_sync_stops_the_run(warm_model, tmp_path, monkey
             synced.append(original(self, named_weights))
 
     monkeypatch.setattr(TorchEngine, "sync", only_once)
-    with pytest.raises(parity.ParityError, match="disagree on fresh samples"):
+    with pytest.raises(ParityError, match="disagree on fresh samples"):
         run(small(warm_model, tmp_path / "stale"))
     assert len(metrics(tmp_path / "stale")) == 1, "the step on stale samples was trained on"
 
@@ -539,7 +539,7 @@ def test_the_last_sync_is_checked_too(warm_model, tmp_path, monkeypatch):
             original(self, named_weights)
 
     monkeypatch.setattr(TorchEngine, "sync", all_but_the_last)
-    with pytest.raises(parity.ParityError, match="disagree on fresh samples"):
+    with pytest.raises(ParityError, match="disagree on fresh samples"):
         run(small(warm_model, tmp_path / "stale"))
     assert len(metrics(tmp_path / "stale")) == 2
 
