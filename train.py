@@ -85,8 +85,8 @@ def main(config: Config) -> None:
 
     # ---- Setup: the sampler. It comes after the process group: vLLM would make one of its own.
     ledger = ledger_of(config, policy.lm, longest, world, device)
-    max_tokens, cache, sleep = longest + config.max_new_tokens, ledger.kv_cache, ledger.sleep
-    engine = make_engine(config, model_path, tokenizer, device, max_tokens, cache, sleep)
+    room = (longest + config.max_new_tokens, ledger.kv_cache, ledger.sleep)
+    engine = make_engine(config, model_path, tokenizer, device, *room, load_weights=False)
     engine.sync(policy.named_weights(dtype))
     sampler = Sampler(engine, tokenizer, config.seed, config.tp)
     sampling = Sampling(

@@ -145,7 +145,9 @@ def measure(
 
     with timed(row, "build_s", device):
         type_name = str(dtype).removeprefix("torch.")
-        choice = SimpleNamespace(engine=name, dtype=type_name, sampler_batch=256, tp=1)
+        choice = SimpleNamespace(
+            engine=name, dtype=type_name, sampler_batch=256, tp=1, batch_invariant=False
+        )
         room = prompt + budget, 8.0 if device.type == "cuda" else 0.05
         engine = make_engine(choice, folder, byte_tokenizer(), device, *room, sleeps)
     with timed(row, "first_sync_s", device):

@@ -21,7 +21,7 @@ MAY_CHANGE_ON_RESUME = (
     *("out", "steps", "eval_every", "save_every", "keep", "max_hours", "resume", "parity"),
     *("tensorboard", "wandb", "watchdog_minutes", "dry_run", "attention", "kernel"),
     *("checkpointing", "compile", "dp_replicate", "tokens_per_microbatch", "sleep"),
-    *("kv_cache_gb", "sampler_batch", "drop_zero_advantage"),
+    *("kv_cache_gb", "sampler_batch", "drop_zero_advantage", "batch_invariant"),
 )
 """A resumed run may change these fields. They decide when and how things are computed, and what is
 learned stays the same up to rounding."""
@@ -86,6 +86,8 @@ class Config:
     """processes that share one vLLM engine, for models that one GPU cannot sample"""
     sleep: Literal["auto", "on", "off"] = "auto"
     """vLLM frees its memory during training (on), keeps it (off), or the memory ledger decides"""
+    batch_invariant: bool = False
+    """vLLM on a GPU: samples do not depend on their batch, not even by rounding; slower"""
 
     # algorithm
     algo: Literal["drgrpo", "grpo", "grpo_length", "grpo_std", "rloo", "dapo"] = "drgrpo"
@@ -269,6 +271,7 @@ def tiny() -> Config:
         train_data="arithmetic",
         eval_data="arithmetic_heldout",
         template="arithmetic",
+        engine="torch",  # vLLM takes a minute to start on a GPU, as long as this run
         prompts_per_step=32,
         group_size=8,
         max_new_tokens=96,

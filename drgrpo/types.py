@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # a mistake on the command line is answered before torch is imported
     from torch import Tensor
 
+MAX_BATCHED_TOKENS = 8192
+"""Tokens of one forward pass of vLLM on a GPU. The memory ledger counts its activations."""
+
 Answer = str | float | int | list[str]
 """A ground truth. A list means that any one of its members is right (Minerva, OlympiadBench)."""
 

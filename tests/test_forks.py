@@ -77,7 +77,7 @@ def sampler(patch):
         def generate(self, requests, sampling, on_finish):
             return super().generate(requests, replace(sampling, max_new_tokens=3), on_finish)
 
-    def make_engine(config, path, tokenizer, device, max_tokens, *vllm_options):
+    def make_engine(config, path, tokenizer, device, max_tokens, *vllm_options, load_weights):
         options = {"dtype": torch.float32, "device": device, "batch": 8}
         return Silent(path, tokenizer, **options, max_tokens=max_tokens)
 

@@ -16,14 +16,16 @@ DISAGREEMENTS = [
     pytest.param(1e-6, 2e-3, torch.float32, id="one token"),
     pytest.param(0.06, 2, torch.bfloat16, id="bf16 mean"),
     pytest.param(1e-3, 11, torch.bfloat16, id="bf16 one token"),
+    pytest.param(0.02, 0.5, torch.float16, id="fp16 mean"),
+    pytest.param(1e-3, 3, torch.float16, id="fp16 one token"),
     pytest.param(math.nan, 0, torch.float32, id="nan"),
 ]
 
 
 @pytest.mark.parametrize(
     ("mean", "largest", "dtype"),
-    [(1e-6, 3e-5, torch.float32), (2e-2, 0.3, torch.bfloat16)],
-    ids=["fp32 rounding", "bf16 rounding"],
+    [(1e-6, 3e-5, torch.float32), (3e-2, 1.0, torch.bfloat16), (3e-3, 0.2, torch.float16)],
+    ids=["fp32 rounding", "bf16 rounding", "fp16 rounding"],
 )
 def test_rounding_passes(mean, largest, dtype):
     check(mean, largest, dtype)

@@ -66,6 +66,8 @@ class EvalConfig:
     """processes that share one vLLM engine, for models that one GPU cannot sample"""
     kv_cache_gb: float = 0.0
     """vLLM's KV cache per process; 0: what 0.9 of the GPU leaves, or 0.25 without a GPU"""
+    batch_invariant: bool = False
+    """vLLM on a GPU: answers do not depend on their batch, not even by rounding; slower"""
 
     # output
     write_every: int = 1024
