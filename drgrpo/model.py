@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -64,8 +65,10 @@ def sdpa_attention(
     query [1, H, T, d], key and value [1, K, T, d] -> [1, T, H, d]."""
     cu_seqlens, longest = options["cu_seq_lens_q"], options["max_length_q"]
     length_S = cu_seqlens.diff()
-    sequence_T = torch.repeat_interleave(torch.arange(len(length_S), device=query.device), length_S)
-    slot_T = torch.arange(query.shape[2], device=query.device) - cu_seqlens[sequence_T]
+    index_S, T = torch.arange(len(length_S), device=query.device), query.shape[2]
+    # Without `output_size`, a GPU would wait to learn the sum.
+    sequence_T = torch.repeat_interleave(index_S, length_S, output_size=T)
+    slot_T = torch.arange(T, device=query.device) - cu_seqlens[sequence_T]
 
     # The padding stands on the right, where a causal mask hides it.
     def pad(x: Tensor) -> Tensor:  # [1, H, T, d] -> [S, H, L, d]
@@ -265,10 +268,11 @@ def device_mesh(device: torch.device, replicate: int) -> DeviceMesh:
     world = dist.get_world_size()
     if world % replicate:
         raise UserError(f"--dp-replicate {replicate} does not divide the {world} processes")
-    if replicate == 1:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    shape = (replicate, world // replicate)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    with unset_fake_temporarily():  # a mesh holds real ranks, in a rehearsal too
+        if replicate == 1:
+            return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+        shape = (replicate, world // replicate)
+        return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 # ---- activation checkpointing

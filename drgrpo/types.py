@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # a mistake on the command line is answered before torch is imported
     from torch import Tensor
 
+MAX_BATCHED_TOKENS = 8192
+"""Tokens that vLLM processes at once at most. Its activations grow with them."""
+
 Answer = str | float | int | list[str]
 """A ground truth. A list means that any one of its members is right (Minerva, OlympiadBench)."""
 
