@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from drgrpo.run.cards import parse_machine
 from drgrpo.run.cli import Parser, check_choices, flag
 from drgrpo.templates import get_template
 from drgrpo.types import UserError, check_divides, check_name, world_size
@@ -366,7 +367,8 @@ def check_model(name: str) -> None:
 
 def parse_args(argv: list[str] | None = None) -> Config:
     """The recipe named by --recipe with the other flags on top. `--print-config` prints it and
-    exits. UserError names what is wrong and the nearest valid thing."""
+    exits. `--rehearse` rehearses it and exits with 0 if it fits, else 2. UserError names what is
+    wrong and the nearest valid thing."""
     recipes = "; ".join(f"{name}: {inspect.getdoc(recipe)}" for name, recipe in RECIPES.items())
     parser = Parser(
         Config,
@@ -376,15 +378,26 @@ def parse_args(argv: list[str] | None = None) -> Config:
     )
     parser.refused = REFUSED
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
+    parser.add_argument(
+        "--rehearse",
+        metavar="NxCARD",
+        help="say whether the run fits a machine such as 8xA100-80GB, without a GPU, and stop",
+    )
     given = parser.parse(argv)
-    print_only = given.pop("print_config")
+    print_only, rehearsed = given.pop("print_config"), given.pop("rehearse")
     check_name("recipe", given["recipe"], RECIPES)
     config = replace(RECIPES[given["recipe"]](), **given)
     config = replace(config, out=config.out or f"runs/{config.recipe}")
-    check_divides(world_size(), tp=config.tp, dp_replicate=config.dp_replicate)
+    machine = parse_machine(rehearsed) if rehearsed else None
+    world = machine.count if machine else world_size()
+    check_divides(world, tp=config.tp, dp_replicate=config.dp_replicate)
     if config.model != "tiny":
         check_model(config.model)
     if print_only:
         print(json.dumps(asdict(config), indent=2), config.derived(), sep="\n")
         raise SystemExit(0)
+    if machine:
+        from drgrpo.run.rehearse import rehearse
+
+        raise SystemExit(rehearse(config, machine))
     return config

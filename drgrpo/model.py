@@ -64,8 +64,10 @@ def sdpa_attention(
     query [1, H, T, d], key and value [1, K, T, d] -> [1, T, H, d]."""
     cu_seqlens, longest = options["cu_seq_lens_q"], options["max_length_q"]
     length_S = cu_seqlens.diff()
-    sequence_T = torch.repeat_interleave(torch.arange(len(length_S), device=query.device), length_S)
-    slot_T = torch.arange(query.shape[2], device=query.device) - cu_seqlens[sequence_T]
+    index_S, T = torch.arange(len(length_S), device=query.device), query.shape[2]
+    # Without `output_size`, a GPU would wait to learn the sum.
+    sequence_T = torch.repeat_interleave(index_S, length_S, output_size=T)
+    slot_T = torch.arange(T, device=query.device) - cu_seqlens[sequence_T]
 
     # The padding stands on the right, where a causal mask hides it.
     def pad(x: Tensor) -> Tensor:  # [1, H, T, d] -> [S, H, L, d]
