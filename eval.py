@@ -5,6 +5,7 @@
     python eval.py --model M --templates qwen_math,r1,none         the paper's Table 1
     python eval.py --compare RUN paper                             a run next to the published rows
     python eval.py --compare RUN_A RUN_B                           two runs, paired by problem
+    python eval.py --model M --reward my.py:function               a reward beside the accuracy
     python eval.py --regrade RUN/responses.jsonl --grader paper    grade again, without a model
     python eval.py --analyze RUN/responses.jsonl                   answering, exploring, reflecting
 
@@ -99,7 +100,7 @@ def cli(command: Command) -> None:
             case "compare":
                 compare.compare(paths, config.out)
             case "regrade":
-                regrade.regrade(paths[0], config.grader, config.out)
+                regrade.regrade(paths[0], config.grader, config.answer, config.out)
             case "analyze":
                 analyze.analyze(paths[0], config.out)
         distributed.stop()

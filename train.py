@@ -45,8 +45,8 @@ from drgrpo.advantage import group_advantage, token_weight
 from drgrpo.engine import make_engine, stop_token_ids
 from drgrpo.evaluation.evaluate import evaluate_sets
 from drgrpo.grade import Grade, Grader
-from drgrpo.model import Objective, Policy, load_policy, load_tokenizer, max_positions
-from drgrpo.rollout import Sampler, tokenize_sets
+from drgrpo.model import Objective, Policy, load_policy, load_tokenizer
+from drgrpo.rollout import Sampler, longest_prompt, tokenize_sets, with_grades
 from drgrpo.run import checkpoint, summary
 from drgrpo.run.dry_run import dry_run
 from drgrpo.run.flops import utilization
@@ -70,11 +70,11 @@ def main(config: Config) -> None:
     nonfinite = NonFinite(config.folder, rank)
 
     # ---- Setup: prompts.
-    template = get_template(config.template)
+    template = get_template(config.template, config.answer, config.system)
     problems, eval_sets = data.load_sets(config, log.say)
     model_path = tiny_model(config, log.say) if config.model == "tiny" else config.model
     tokenizer = load_tokenizer(model_path)
-    longest = min(config.max_prompt_tokens, max_positions(model_path) - config.max_new_tokens)
+    longest = longest_prompt(model_path, config.max_prompt_tokens, config.max_new_tokens)
     problems, eval_sets, dropped = tokenize_sets(
         problems, eval_sets, template, tokenizer, longest, log.say
     )
@@ -114,7 +114,7 @@ def main(config: Config) -> None:
                 log.evaluation(row | {"template": config.template})
 
     # ---- The loop: seven blocks a step.
-    with Grader(template.answer) as grader:
+    with Grader(template.answer, reward=config.reward) as grader:
         if done.step == 0:
             evaluate(step=0)
         group = config.group_size
@@ -122,14 +122,14 @@ def main(config: Config) -> None:
             timer = Stopwatch(watchdog.enter)
             prompts = data.step_problems(problems, step, config.prompts_per_step, config.seed)
 
-            # 1. Every process samples responses to its share of the prompts. Grading starts with
-            #    the first complete response.
+            # 1. Every process samples its share of the responses. Grading starts with the first.
             with timer("rollout"):
                 rollouts, grades = sampler.rollout(prompts, group, sampling, step, grader)
 
             # 2. Each response gets its reward. Then every process gets the whole step.
             with timer("grade"):
-                rewards = [reward(r, g.result()) for r, g in zip(rollouts, grades, strict=True)]
+                rollouts = with_grades(rollouts, grades)
+                rewards = [reward(rollout, rollout.grade) for rollout in rollouts]
             with timer("pack"):
                 engine.sleep()
                 rollouts, reward_PG = sampler.gather(rollouts, rewards, group)
@@ -187,8 +187,8 @@ def main(config: Config) -> None:
 
 
 def reward(rollout: Rollout, grade: Grade) -> float:
-    """1 for a right answer, 0 for a wrong one and for a truncated response. Yours goes here."""
-    return grade.score * rollout.completion.finished
+    """What `--reward` names: by default 1 for a right answer, 0 if wrong or truncated."""
+    return grade.reward
 
 
 def load_policies(

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from drgrpo import reward
 from drgrpo.run.cards import parse_machine
 from drgrpo.run.cli import Parser, check_choices, flag
-from drgrpo.templates import get_template
+from drgrpo.templates import AnswerRule, get_template
 from drgrpo.types import UserError, check_divides, check_name, world_size
 
 MAY_CHANGE_ON_RESUME = (
@@ -64,7 +65,13 @@ class Config:
     answer_field: str = "answer"
     """column of the ground truth"""
     template: str = "qwen_math"
-    """how a question becomes a prompt and where the answer stands: see drgrpo/templates.py"""
+    """question -> prompt: a name in drgrpo/templates.py, a file, or a text with {q}"""
+    system: str = ""
+    """system message of --template chat"""
+    answer: AnswerRule = "auto"
+    """where the answer stands: see drgrpo/answers.py; auto is the template's own rule"""
+    reward: str = "math"
+    """math, FILE.py:FUNCTION, or a sum as `math + 0.2*FILE.py:FUNCTION`: see docs/rewards.md"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped, and counted"""
 
@@ -158,7 +165,8 @@ class Config:
         check_choices(self)
         self._check_numbers()
         self._check_ranges()
-        get_template(self.template)
+        get_template(self.template, self.answer, self.system)
+        reward.parse(self.reward)
         if self.group_size < 2:
             raise UserError(
                 "--group-size 1 leaves no group to compare with, and every advantage would be 0; "
@@ -355,13 +363,24 @@ REFUSED = {
 }
 
 
+TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+
 def check_model(name: str) -> None:
     """UserError for a path without a model. Whether the hub has a name shows when it is loaded."""
-    is_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists()
-    if is_path and not (Path(name) / "config.json").is_file():
+    folder = Path(name)
+    if name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not folder.exists():
+        return
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"--model {name} holds no config.json; name a Hugging Face folder, as OUT/hf, or a hub "
             "name"
+        )
+    # transformers makes an empty tokenizer where there is none
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise UserError(
+            f"--model {name} holds no tokenizer; copy tokenizer.json and tokenizer_config.json of "
+            "its base model into it"
         )
 
 
@@ -393,6 +412,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     check_divides(world, tp=config.tp, dp_replicate=config.dp_replicate)
     if config.model != "tiny":
         check_model(config.model)
+    reward.check(config.reward)
     if print_only:
         print(json.dumps(asdict(config), indent=2), config.derived(), sep="\n")
         raise SystemExit(0)

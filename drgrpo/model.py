@@ -346,7 +346,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except OSError as error:
-        raise UserError(f"--model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"--model {path} cannot be loaded: {str(error).splitlines()[0]} Check the name and the "
+            "network, or download the model and name its folder"
+        ) from error
 
 
 def max_positions(path: str) -> int:

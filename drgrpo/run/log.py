@@ -109,8 +109,10 @@ class Log:
             return
         append_jsonl(self.out / "eval.jsonl", [row])
         how = "greedy" if row["temperature"] == 0 else f"T={row['temperature']:g} x{row['samples']}"
+        reward = f"reward {row['reward']:.3f}  " if "reward" in row else ""
         self.say(
             f"eval {row['step']:4d}  {row['benchmark']} {how}: accuracy {row['accuracy']:.3f}  "
+            f"{reward}"
             f"len right {number(row['len_correct'])} wrong {number(row['len_incorrect'])}  "
             f"cut {row['truncated_frac']:.1%}"
         )

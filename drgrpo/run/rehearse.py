@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from drgrpo.kernels import linear_drgrpo as head
 from drgrpo.model import Objective, Policy, attention_implementation, device_mesh, make_policy
 from drgrpo.pack import Sequence, pack
+from drgrpo.rollout import check_budget
 from drgrpo.run.cards import Machine, known_sizes
 from drgrpo.run.cli import flag
 from drgrpo.run.memory import (
@@ -255,7 +256,7 @@ def rehearse(config: Config, machine: Machine) -> int:
 
     A way out is printed only if its own rehearsal fits."""
     lm = lm_config(config.model)
-    check_room(config, lm)
+    check_budget(config.max_new_tokens, lm.max_position_embeddings)
     rehearsal, ledger = rehearsed_ledger(config, lm, machine)
     print(report(config, machine, rehearsal, ledger))
     print(f"{config.recipe} on {machine}: {verdict(ledger)}")
@@ -268,15 +269,6 @@ def rehearse(config: Config, machine: Machine) -> int:
             return 2
     print(f"no flags make it fit, and {LARGER[-1]} times as many GPUs do not either")
     return 2
-
-
-def check_room(config: Config, lm: PretrainedConfig) -> None:
-    """UserError if the model has no position for a prompt."""
-    if longest_prompt(config, lm) < 1:
-        raise UserError(
-            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: {config.model} "
-            f"has {lm.max_position_embeddings} positions"
-        )
 
 
 def rehearsed_ledger(
