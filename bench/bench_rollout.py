@@ -269,11 +269,14 @@ def ledger(policy: Policy, config: Config, device: torch.device) -> dict[str, fl
     """What the ledger counts for vLLM, in GiB, or why it says that nothing fits."""
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else 80 * GIB
-    lm = policy.lm
+    lm, items = policy.lm, {}
     try:
-        return make_ledger(config, lm.config, lm.num_parameters(), PROMPT, 1, total).sampling
+        phases = vars(make_ledger(config, lm.config, lm.num_parameters(), PROMPT, 1, total))
     except UserError as error:
         return str(error)
+    for phase in ("sampler", "sampling"):  # the others are the trainer's
+        items |= phases.get(phase, {})
+    return items
 
 
 # ---- one engine

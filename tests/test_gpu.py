@@ -123,7 +123,7 @@ def test_the_shares_of_the_time_leave_the_kernel_enough(tmp_path, monkeypatch, v
         limits[part.name] = rest * part.share / sum(p.share for p in parts[i:])
         rest -= limits[part.name]
     assert limits["kernel"] > 95
-    assert limits["rollout"] > (155 if vllm else 60)
+    assert limits["rollout"] > (180 if vllm else 60)
     assert min(limits.values()) > 10
 
 
