@@ -157,8 +157,8 @@ def kept_gib(parameters: int, shards: int) -> Sizes:
 def training_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: int) -> Sizes:
     """What a micro-batch adds, beside the gradients of those before it, at its highest moment.
 
-    The moments are the LM head, the backward pass of the last block, and the root's
-    reduce-scatter. FSDP2's root holds the embedding, the final norm and the LM head."""
+    The moments are the LM head, the backward pass of the last block, that of the embedding, and the
+    root's reduce-scatter. FSDP2's root holds the embedding, the final norm and the LM head."""
     element_size, tokens = config_bytes(config), fullest_tokens(config, lm)
     root, vocabulary = root_size(lm), lm.vocab_size * lm.hidden_size
     block = (parameters - root) / lm.num_hidden_layers
@@ -185,9 +185,16 @@ def training_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: 
         "LM head": element_size * vocabulary,
         "temporaries": tokens * (2 * lm.intermediate_size + 1.3 * lm.hidden_size) * element_size,
     }
+    at_embedding = {
+        "gathered weights": element_size * root,
+        "gradients": gradients + 4 * block,
+        # A tied weight has two gradients, and autograd may add them into a third.
+        "LM head": element_size * vocabulary * (3 if lm.tie_word_embeddings else 2),
+    }
     # Gradients and their float32 copy, then the copy and this process's share of it.
     at_root = {"gradients": gradients + max(element_size + 4, 4 + 4 / shards) * root}
-    moment = max(at_head, in_backward, at_root, key=lambda sizes: sum(sizes.values()))
+    moments = (at_head, in_backward, at_embedding, at_root)
+    moment = max(moments, key=lambda sizes: sum(sizes.values()))
     return {name: size / GIB for name, size in moment.items()}
 
 

@@ -5,8 +5,9 @@ process group. One process's fullest micro-batch runs forward and backward throu
 code, and PyTorch's memory trackers count what is allocated. What the ledger adds is Adam, vLLM and
 CUDA.
 
-Two things run otherwise than on a GPU. The LM head's products and its row pass are left out,
+Three things run otherwise than on a GPU. The LM head's products and its row pass are left out,
 because both write into buffers that exist. Attention is always the varlen kernel's fake in 16 bits.
+Autograd adds fake gradients into new memory, so that a tied embedding may count once too often.
 
 Two things are not counted: what an operator allocates and frees inside itself, such as the
 workspace of FlashAttention's backward pass, and what torch.compile saves.
