@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 10.0)}
+LIMITS = {torch.float32: (1e-4, 1e-3), torch.float16: (1e-2, 2.0), torch.bfloat16: (5e-2, 10.0)}
 """Mean and largest difference allowed, in nats, by compute type. In float32 on a CPU, the largest
 difference of seven tiny runs with either engine was 4.5e-5. The bfloat16 limits are guesses that no
-GPU has confirmed."""
+GPU has confirmed. The float16 limits are a fifth of them: its rounding error is an eighth."""
 
 
 class ParityError(RuntimeError):
