@@ -45,12 +45,13 @@ from drgrpo.advantage import group_advantage, token_weight
 from drgrpo.engine import make_engine, stop_token_ids
 from drgrpo.evaluation.evaluate import evaluate_sets
 from drgrpo.grade import Grade, Grader
+from drgrpo.lora import Adapter, WithoutAdapter, reference_model
 from drgrpo.model import Objective, Policy, load_policy, load_tokenizer
 from drgrpo.rollout import Sampler, longest_prompt, tokenize_sets, with_grades
 from drgrpo.run import checkpoint, summary
 from drgrpo.run.dry_run import dry_run
 from drgrpo.run.flops import utilization
-from drgrpo.run.guard import NonFinite, Stopper, Watchdog
+from drgrpo.run.guard import NonFinite, Stopper, Watchdog, advance
 from drgrpo.run.log import Log, Stopwatch
 from drgrpo.run.memory import ledger_of
 from drgrpo.run.metrics import Tally, Update, sample_rows, step_row
@@ -151,7 +152,7 @@ def main(config: Config) -> None:
                 for i, batches in enumerate(plan):
                     lr = learning_rate(config, (step - 1) * config.minibatches + i)
                     updates.append(train_minibatch(config, policy, optimizer, batches, lr, i == 0))
-                    nonfinite.check(updates[-1].applied, batches, step, i)
+                    nonfinite.check(not updates[-1].failed, batches, step, i)
 
             # 6. The sampler gets the new weights.
             with timer("sync"):
@@ -193,7 +194,7 @@ def reward(rollout: Rollout, grade: Grade) -> float:
 
 def load_policies(
     config: Config, path: str, device: torch.device
-) -> tuple[Policy, Policy | None, torch.optim.Optimizer]:
+) -> tuple[Policy, Policy | WithoutAdapter | None, torch.optim.Optimizer]:
     """The policy, the reference model of a KL penalty if there is one, and the optimizer."""
     tis_cap = config.tis_cap or None
     objective = Objective(
@@ -209,13 +210,12 @@ def load_policies(
         kernel=config.kernel,
         dp_replicate=config.dp_replicate,
     )
-    policy = load(checkpointing=config.checkpointing, compile=config.compile)
-    reference = load().requires_grad_(False) if config.kl_coef else None
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), config.lr, betas, weight_decay=config.weight_decay, fused=True
-    )
-    return policy, reference, optimizer
+    adapter = Adapter(config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    policy = load(adapter=adapter, checkpointing=config.checkpointing, compile=config.compile)
+    reference = reference_model(policy, load) if config.kl_coef else None
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    lr, betas, decay = config.lr, (config.beta1, config.beta2), config.weight_decay
+    return policy, reference, torch.optim.AdamW(trained, lr, betas, weight_decay=decay, fused=True)
 
 
 def plan_updates(
@@ -267,7 +267,7 @@ def train_minibatch(
         #     loss = -scale * sum(min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A))
         # kernels/linear_drgrpo.py computes it together with the LM head and its gradients.
         loss, stats = policy.loss(batch, scale)
-        loss.backward()
+        policy.scaler.scale(loss).backward()
         tally.add(batch, loss, stats)
     sums = tally.reduce()
     finite = math.isfinite(sums["loss"])
@@ -275,6 +275,7 @@ def train_minibatch(
         gap, dtype = sums["gap_sum"] / sums["tokens"], getattr(torch, config.dtype)
         parity.check(gap, sums["gap_max"], dtype, config.parity)
 
+    policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     applied = finite and math.isfinite(grad_norm)
@@ -283,7 +284,8 @@ def train_minibatch(
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad()
-    return Update(**sums, grad_norm=grad_norm, applied=applied, lr=lr)
+    loss_scale = advance(policy.scaler)
+    return Update(**sums, grad_norm=grad_norm, applied=applied, lr=lr, loss_scale=loss_scale)
 
 
 def learning_rate(config: Config, update: int) -> float:

@@ -7,15 +7,16 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss, linear_logprob
+from drgrpo.lora import NO_ADAPTER, Adapter, add_adapter, merged_weights
 from drgrpo.types import Batch, UserError
 
 # ---- attention inside each packed sequence
@@ -134,9 +136,17 @@ class Policy(nn.Module):
     It has no `forward`. FSDP2 treats `loss` and `logprob` as forward passes: before either it
     gathers the root's parameters, which are the embedding, the final norm and the LM head."""
 
-    def __init__(self, lm: PreTrainedModel, objective: Objective, kernel: str = "auto") -> None:
+    scaler: GradScaler  # of the loss; it does nothing but in float16
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        objective: Objective,
+        kernel: str = "auto",
+        adapter: Adapter = NO_ADAPTER,
+    ) -> None:
         super().__init__()
-        self.lm, self.objective, self.kernel = lm, objective, kernel
+        self.lm, self.objective, self.kernel, self.adapter = lm, objective, kernel, adapter
 
     def loss(self, batch: Batch, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, stats) of a micro-batch, as `linear_drgrpo_loss` returns them.
@@ -192,12 +202,11 @@ class Policy(nn.Module):
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, unsharded, in `dtype`, one at a time.
 
+        An adapter is merged into the weights that it changes: see drgrpo/lora.py.
+
         Under FSDP2 this is a collective, so all ranks have to iterate. A tied `lm_head.weight`
         comes under its own name too, because vLLM needs it."""
-        for name, tensor in self.lm.state_dict().items():
-            # The cast comes first: it halves the bytes to gather, and FSDP2 rounds the same way.
-            tensor = tensor.detach().to(dtype)
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return merged_weights(self.lm.state_dict(), self.adapter, dtype)
 
 
 def load_policy(
@@ -264,32 +273,52 @@ def make_policy(
     checkpointing: str = "none",
     compile: bool = False,
     dp_replicate: int = 1,
+    adapter: Adapter = NO_ADAPTER,
 ) -> Policy:
     """The policy of a causal LM that has one of the `ATTENTION` backends. The LM is used up.
 
-    Master weights are float32, and `dtype` is the type of the computation. FSDP2 shards the policy
-    if there are several processes or if `dtype` is not float32: it is also what keeps the master
-    weights apart from the bfloat16 ones. `dp_replicate` > 1 is HSDP, so many copies, each sharded
-    over world / dp_replicate processes. UserError if `dp_replicate` does not divide the world."""
+    Master weights are float32, and `dtype` is the type of the computation and of what an `adapter`
+    freezes. FSDP2 shards the policy if there are several processes or if `dtype` is not float32: it
+    is also what keeps the master weights apart from the 16-bit ones. `dp_replicate` > 1 is HSDP, so
+    many copies, each sharded over world / dp_replicate processes. UserError if `dp_replicate` does
+    not divide the world, or if `adapter` does not fit the LM."""
+    if adapter.rank:
+        add_adapter(lm, adapter)
     recompute_activations(lm, checkpointing)
-    policy = Policy(lm, objective, kernel).train()
+    policy = Policy(lm, objective, kernel, adapter).train()
+    policy.scaler = GradScaler(device.type, enabled=dtype == torch.float16)
     blocks = lm.base_model.layers
     if compile:
         for block in blocks:
             block.compile(dynamic=True)
     if dtype == torch.float32 and (not dist.is_initialized() or dist.get_world_size() == 1):
-        return policy.float().to(device)
+        return set_types(policy, dtype).to(device)
     mesh = device_mesh(device, dp_replicate)
     # Hidden states have the weights' type anyway. Advantages and log-probs must stay float32.
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks:
-        fully_shard(block.float(), mesh=mesh, mp_policy=precision)
-    fully_shard(policy.float(), mesh=mesh, mp_policy=precision)
+        fully_shard(set_types(block, dtype), mesh=mesh, mp_policy=precision)
+    fully_shard(set_types(policy, dtype), mesh=mesh, mp_policy=precision)
     for method in ("loss", "logprob"):
         register_fsdp_forward_method(policy, method)
     return policy.to(device)  # buffers
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def set_types(module: M, dtype: torch.dtype) -> M:
+    """The same module: trainable weights and buffers in float32, frozen weights in `dtype`.
+
+    FSDP2 shards both in one group, because it asks only for one type of trainable weights."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        wanted = dtype if frozen else torch.float32
+        if tensor.is_floating_point() and tensor.dtype != wanted:
+            tensor.data = tensor.data.to(wanted)
+    return module
 
 
 def device_mesh(device: torch.device, replicate: int) -> DeviceMesh:

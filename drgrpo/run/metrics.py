@@ -12,6 +12,7 @@ from torch import Tensor
 from drgrpo.config import Config
 from drgrpo.grade import Grader
 from drgrpo.run.checkpoint import Progress
+from drgrpo.run.guard import MIN_LOSS_SCALE
 from drgrpo.run.log import Stopwatch
 from drgrpo.types import Batch, Grade, Rollout
 
@@ -49,7 +50,8 @@ class Tally:
 
 class Update(NamedTuple):
     """One optimizer step over all processes. `gap`: |trainer - sampler| in nats per token.
-    `applied`: False if loss or gradient was not finite and the step was skipped."""
+    `applied`: False if loss or gradient was not finite and the step was skipped. `loss_scale`: that
+    of float16, or 1."""
 
     tokens: float
     gap_sum: float
@@ -61,6 +63,13 @@ class Update(NamedTuple):
     grad_norm: float
     applied: bool
     lr: float
+    loss_scale: float = 1.0
+
+    @property
+    def failed(self) -> bool:
+        """Skipped, and a smaller loss scale does not help. An overflow above the floor is normal in
+        float16: it is how the scale is found."""
+        return not self.applied and self.loss_scale <= MIN_LOSS_SCALE
 
 
 def step_row(
@@ -88,7 +97,7 @@ def step_row(
     trained, first, sampled = sum(column(updates, "tokens")), updates[0], sum(lengths)
     logprobs = [sum(rollout.completion.logprobs) for rollout in rollouts]
     truncated = [not rollout.completion.finished for rollout in rollouts]
-    row = {
+    row: dict[str, Any] = {
         "step": now.step,
         "algo": config.algo,
         "reward_mean": fmean(rewards),
@@ -104,7 +113,7 @@ def step_row(
         "kl": sum(column(updates, "kl_sum")) / trained if trained else None,
         "loss": mean(column(applied, "loss")),
         "grad_norm": mean(column(applied, "grad_norm")),
-        "skipped_updates": len(updates) - len(applied),
+        "skipped_updates": sum(column(updates, "failed")),
         "lr": updates[-1].lr,
         "parity_mean": first.gap_sum / first.tokens if first.tokens else None,
         "parity_max": first.gap_max if first.tokens else None,
@@ -119,6 +128,9 @@ def step_row(
         "grader_error": grader.errors,
         "hours_used": now.hours_used,
     }
+    if config.dtype == "float16":
+        row["loss_scale"] = updates[-1].loss_scale
+        row["overflowed_updates"] = len(updates) - len(applied) - sum(column(updates, "failed"))
     return {name: finite_or_none(value) for name, value in row.items()}
 
 
