@@ -179,7 +179,6 @@ class Config:
         self._check_numbers()
         self._check_ranges()
         get_template(self.template, self.answer, self.system)
-        reward.parse(self.reward)
         if self.group_size < 2:
             raise UserError(
                 "--group-size 1 leaves no group to compare with, and every advantage would be 0; "

@@ -36,20 +36,17 @@ for name, limit in limits.items():
     resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
 reply, names, passed = os.dup(1), {"__name__": "generated"}, 0
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-try:
-    exec(task["code"], names)
-    for test in task["tests"]:
-        try:
-            exec(test, names)
-            passed += 1
-        except Exception:
-            pass
-except BaseException:
-    passed = 0
+exec(task["code"], names)
+for test in task["tests"]:
+    try:
+        exec(test, names)
+        passed += 1
+    except Exception:
+        pass
 os.write(reply, f"{task['password']} {passed}".encode())
 """
-"""Runs the code and then each test. The password shows that the end was reached, and not an exit
-of the code."""
+"""Runs the code and then each test. The password shows that the end was reached. Code that fails or
+exits before has passed nothing."""
 
 
 def passes_tests(

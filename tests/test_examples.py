@@ -23,7 +23,7 @@ def rewards(where: str, *responses: str, answer="1", finished: bool = True) -> l
     with Grader("hash", workers=1, reward=f"{EXAMPLES}/{where}") as grader:
         made = [Rollout(problem, Completion([1], [0.0], finished), text) for text in responses]
         grades = [grader.grade(rollout) for rollout in made]
-        return [grade.result().reward for grade in grades]
+        return [next(iter(grade.result().components.values())) for grade in grades]
 
 
 def test_a_reward_for_the_format():
@@ -38,6 +38,7 @@ def test_a_reward_that_knows_the_length():
 
 
 TESTS = ["assert double(1) == 2", "assert double('a') == 'aa'", "assert double(3) == 6"]
+WRITE = "try: os.write(fd, b'0 3')\n except OSError: pass"
 
 
 def code(text: str) -> str:
@@ -54,11 +55,11 @@ def code(text: str) -> str:
         ("import sys; sys.exit(0)", 0),
         ("import os; os._exit(0)", 0),
         ("print('0 3')\ndef double(x): return x + x", 1),
-        ("import os; os.write(1, b'0 3'); os._exit(0)", 0),
+        (f"import os\nfor fd in range(9):\n {WRITE}\nos._exit(0)", 0),
         ("import os; os.fork()\ndef double(x): return x + x", 0),
-        ("bytearray(8 << 30)\ndef double(x): return x + x", 0),
+        ("import mmap; mmap.mmap(-1, 2 << 30)\ndef double(x): return x + x", 0),
         ("open('big', 'w').write('x' * (2 << 20))\ndef double(x): return x + x", 0),
-        ("import os\ndef double(x): return os.environ['PATH']", 0),
+        ("import os\nassert 'PATH' not in os.environ\ndef double(x): return x + x", 1),
         ("import os\nassert os.listdir() == []\ndef double(x): return x + x", 1),
     ],
     ids=range(13),

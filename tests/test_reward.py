@@ -21,16 +21,16 @@ from runs import assert_close_run, assert_same_run, finish, launch, metrics, run
 from test_grade import running
 
 FUNCTIONS = """
-import os, signal, subprocess, sys, time
+import mmap, os, signal, subprocess, sys, time
 
 ENDINGS = {
     "raise": lambda: 1 / 0,
     "exit": lambda: sys.exit(3),
     "os exit": lambda: os._exit(3),
     "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
-    "sleep": lambda: time.sleep(60),
+    "sleep": lambda: time.sleep(30) or 1,
     "loop": lambda: [None for i in iter(int, 1) if i],
-    "memory": lambda: bytearray(64 << 30),
+    "memory": lambda: len(mmap.mmap(-1, 6 << 30)),
     "recursion": lambda: ENDINGS["recursion"](),
     "nan": lambda: float("nan"),
     "inf": lambda: float("-inf"),
@@ -161,7 +161,8 @@ def test_a_right_file_passes_and_may_import_its_neighbour(tmp_path):
     (tmp_path / "neighbour.py").write_text("VALUE = 3")
     header = "(response, *, problem, answer, finished, **columns)"
     (tmp_path / "math.py").write_text(
-        f"import json, math, neighbour\ndef f{header}: return neighbour.VALUE\nprint('loaded')\n"
+        f"import math, neighbour; print('loaded')\n"
+        f"def f{header}: return neighbour.VALUE + 0 * math.pi\n"
         f"class C:\n    def __call__(self, **k): ...\ng = lambda *a, **k: math.pi"
     )
     check(f"{tmp_path}/math.py:f + {tmp_path}/math.py:g")
@@ -238,6 +239,15 @@ def test_the_first_traceback_is_shown_once(functions, capfd):
     shown = capfd.readouterr().err
     assert shown.count("ZeroDivisionError") == 1 and "mine.py" in shown and "'raise'" in shown
     assert shown.count("Traceback") == 1 and "nan" not in shown
+
+
+def test_an_exit_has_a_traceback_and_the_worker_lives_on(functions, capfd):
+    with Grader("hash", workers=1, reward=f"{functions}:ends") as grader:
+        pids = set()
+        for ending in ("exit", "raise", "negative"):
+            grader.grade(rollout(ending)).result()
+            pids |= {w.process.pid for w in grader.reward._pools["ends"].workers}
+    assert len(pids) == 1 and "SystemExit: 3" in capfd.readouterr().err
 
 
 def test_a_hang_says_which_limit_it_met(functions, capfd):

@@ -96,7 +96,6 @@ class EvalConfig:
                     f"--samples {self.samples} greedy answers would all be the same; "
                     "add --temperature 1"
                 )
-        reward.parse(self.reward)
         self.load_templates()
 
     def load_templates(self) -> list[Template]:
