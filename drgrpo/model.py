@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -313,12 +312,13 @@ def set_types(module: M, dtype: torch.dtype) -> M:
     """The same module: trainable weights and buffers in float32, frozen weights in `dtype`.
 
     FSDP2 shards both in one group, because it asks only for one type of trainable weights."""
-    for tensor in chain(module.parameters(), module.buffers()):
+
+    def cast(tensor: Tensor) -> Tensor:
         frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         wanted = dtype if frozen else torch.float32
-        if tensor.is_floating_point() and tensor.dtype != wanted:
-            tensor.data = tensor.data.to(wanted)
-    return module
+        return tensor.to(wanted) if tensor.is_floating_point() else tensor
+
+    return module._apply(cast)  # as `module.float()`, with a type for each tensor
 
 
 def device_mesh(device: torch.device, replicate: int) -> DeviceMesh:

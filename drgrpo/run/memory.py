@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from drgrpo.kernels.linear_drgrpo import CHUNK_LOGITS
+from drgrpo.kernels.linear_drgrpo import default_chunk_tokens
+from drgrpo.lora import ALL
 from drgrpo.run.flops import head_dim
-from drgrpo.types import MAX_BATCHED_TOKENS, UserError
+from drgrpo.types import MAX_BATCHED_TOKENS, UserError, comma_list
 
 if TYPE_CHECKING:  # drgrpo.config runs the rehearsal, which needs this file
     from drgrpo.config import Config
@@ -120,8 +121,9 @@ def draft_ledger(
 ) -> Ledger:
     """The same whether it fits or not. `training`: what a rehearsal found, else the formula's."""
     shards = world // config.dp_replicate
-    kept = kept_gib(parameters, shards)
-    if config.kl_coef:  # FSDP2 never frees what the root of a model without gradients gathers
+    kept = kept_gib(config, lm, parameters, shards)
+    if config.kl_coef and not config.lora_rank:  # LoRA's reference is the frozen base
+        # FSDP2 never frees what the root of a model without gradients gathers.
         kept["reference"] = kept["master weights"] + config_bytes(config) * root_size(lm) / GIB
     training = training or training_gib(config, lm, parameters, shards)
     sampler, sampling = sampler_gib(config, lm, parameters), sampling_gib(config, lm)
@@ -148,10 +150,12 @@ def draft_ledger(
 # ---- training
 
 
-def kept_gib(parameters: int, shards: int) -> Sizes:
-    """Master weights and Adam's two moments in float32, shared by `shards` processes."""
-    share = 4 * parameters / shards / GIB
-    return {"master weights": share, "Adam": 2 * share}
+def kept_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: int) -> Sizes:
+    """Weights and Adam's two moments, shared by `shards` processes. What is trained is float32, and
+    what LoRA freezes has the compute type."""
+    trained = trained_parameters(config, lm, parameters)
+    weights = 4 * trained + config_bytes(config) * (parameters - trained)
+    return {"master weights": weights / shards / GIB, "Adam": 8 * trained / shards / GIB}
 
 
 def training_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: int) -> Sizes:
@@ -162,52 +166,59 @@ def training_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: 
     element_size, tokens = config_bytes(config), fullest_tokens(config, lm)
     root, vocabulary = root_size(lm), lm.vocab_size * lm.hidden_size
     block = (parameters - root) / lm.num_hidden_layers
-    width = activation_widths(lm)
+    trained = trained_parameters(config, lm, parameters)
+    # LoRA trains nothing of the root.
+    trained_vocabulary, trained_root = (0, 0) if config.lora_rank else (vocabulary, root)
+    trained_block = (trained - trained_root) / lm.num_hidden_layers
+    width = activation_widths(config, lm)
     left = tokens * lm.num_hidden_layers * width[config.checkpointing] * element_size
     # A block's input is kept beside what is recomputed from it.
     kept_width = {"none": width["none"], "selective": width["selective"], "full": 0}
     recomputed = width["none"] - kept_width[config.checkpointing]
-    gradients = 4 * parameters / shards
+    gradients = 4 * trained / shards
     responses = tokens * config.max_new_tokens // longest_sequence(config, lm)
     head_inputs = lm.hidden_size * (tokens * (4 + element_size) + 2 * responses * element_size)
     at_head = {
         "gathered weights": element_size * (root + block),
         "gradients": gradients,
         "activations": left + head_inputs,
-        "LM head": 4 * vocabulary + logits_bytes(config, lm, responses),
+        "LM head": 4 * trained_vocabulary + logits_bytes(config, lm, responses),
         "temporaries": 0.0,
     }
     in_backward = {
         # The next block arrives while this one is used.
         "gathered weights": element_size * (root + 2 * block),
-        "gradients": gradients + 4 * block,
+        "gradients": gradients + 4 * trained_block,
         "activations": left + tokens * recomputed * element_size,
-        "LM head": element_size * vocabulary,
+        "LM head": element_size * trained_vocabulary,
         "temporaries": tokens * (2 * lm.intermediate_size + 1.3 * lm.hidden_size) * element_size,
     }
     at_embedding = {
         "gathered weights": element_size * root,
-        "gradients": gradients + 4 * block,
+        "gradients": gradients + 4 * trained_block,
         # A tied weight has two gradients, and autograd may add them into a third.
-        "LM head": element_size * vocabulary * (3 if lm.tie_word_embeddings else 2),
+        "LM head": element_size * trained_vocabulary * (3 if lm.tie_word_embeddings else 2),
     }
     # Gradients and their float32 copy, then the copy and this process's share of it.
-    at_root = {"gradients": gradients + max(element_size + 4, 4 + 4 / shards) * root}
+    at_root = {"gradients": gradients + max(element_size + 4, 4 + 4 / shards) * trained_root}
     moments = (at_head, in_backward, at_embedding, at_root)
     moment = max(moments, key=lambda sizes: sum(sizes.values()))
     return {name: size / GIB for name, size in moment.items()}
 
 
-def activation_widths(lm: PretrainedConfig) -> dict[str, int]:
+def activation_widths(config: Config, lm: PretrainedConfig) -> dict[str, int]:
     """Elements that a token leaves in a block for the backward pass, by checkpointing.
 
     A norm leaves its input in float32, what it normalizes, and its output. Attention leaves
     queries, keys, values and its output, and the MLP four products."""
     heads, keys = lm.num_attention_heads * head_dim(lm), 2 * kv_width(lm)
+    outputs = heads + keys + 2 * lm.hidden_size + 2 * lm.intermediate_size
     return {
         "none": 8 * lm.hidden_size + 2 * heads + keys + 4 * lm.intermediate_size,
-        # the block's input, and what `keep_matmuls` keeps
-        "selective": 3 * lm.hidden_size + 2 * heads + keys + 2 * lm.intermediate_size,
+        # The block's input, and what `keep_matmuls` keeps. LoRA has a second product per layer.
+        "selective": 3 * lm.hidden_size
+        + (2 * heads + keys + 2 * lm.intermediate_size)
+        + (outputs if config.lora_rank else 0),
         "full": lm.hidden_size,
     }
 
@@ -215,7 +226,7 @@ def activation_widths(lm: PretrainedConfig) -> dict[str, int]:
 def logits_bytes(config: Config, lm: PretrainedConfig, responses: int) -> int:
     """One chunk of the LM head's logits. They are float32 where log-probs are compared."""
     compared = config.old_logprob != "none" or config.kl_coef or config.tis_cap
-    chunk = min(max(CHUNK_LOGITS["cuda"] // lm.vocab_size // 128 * 128, 128), responses)
+    chunk = min(default_chunk_tokens(responses, lm.vocab_size, torch.device("cuda")), responses)
     return chunk * lm.vocab_size * (4 if compared else config_bytes(config))
 
 
@@ -298,6 +309,28 @@ def longest_sequence(config: Config, lm: PretrainedConfig) -> int:
 def fullest_tokens(config: Config, lm: PretrainedConfig) -> int:
     """Tokens of the fullest micro-batch. A longer sequence runs alone."""
     return max(config.tokens_per_microbatch, longest_sequence(config, lm))
+
+
+def trained_parameters(config: Config, lm: PretrainedConfig, parameters: int) -> int:
+    """All of them, or the elements of LoRA's two factors beside each targeted linear layer."""
+    if not config.lora_rank:
+        return parameters
+    heads, keys = lm.num_attention_heads * head_dim(lm), kv_width(lm)
+    hidden, inner = lm.hidden_size, lm.intermediate_size
+    inputs_and_outputs = {
+        "q_proj": hidden + heads,
+        "k_proj": hidden + keys,
+        "v_proj": hidden + keys,
+        "o_proj": heads + hidden,
+        "gate_proj": hidden + inner,
+        "up_proj": hidden + inner,
+        "down_proj": inner + hidden,
+    }
+    targets = comma_list(config.lora_targets)
+    widths = [
+        width for name, width in inputs_and_outputs.items() if targets == [ALL] or name in targets
+    ]
+    return lm.num_hidden_layers * config.lora_rank * sum(widths)
 
 
 def root_size(lm: PretrainedConfig) -> int:

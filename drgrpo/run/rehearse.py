@@ -38,6 +38,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from drgrpo.kernels import linear_drgrpo as head
+from drgrpo.lora import Adapter, add_adapter
 from drgrpo.model import Objective, Policy, attention_implementation, device_mesh, make_policy
 from drgrpo.pack import Sequence, pack
 from drgrpo.rollout import check_budget
@@ -172,8 +173,10 @@ def meta_model(config: Config, lm: PretrainedConfig) -> PreTrainedModel:
     if attention in ("auto", "flash_attn") and dtype != torch.float32:
         attention = "varlen"  # the same sizes, and no package
     implementation = attention_implementation(attention, torch.device("cuda"), dtype)
+    # A cast of fake weights would untie an embedding that is the LM head too.
+    dtype = dtype if config.lora_rank else torch.float32
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(lm, attn_implementation=implementation)
+        return AutoModelForCausalLM.from_config(lm, attn_implementation=implementation, dtype=dtype)
 
 
 def build_policy(config: Config, model: PreTrainedModel) -> Policy:
@@ -183,7 +186,7 @@ def build_policy(config: Config, model: PreTrainedModel) -> Policy:
     objective = Objective(
         config.clip_low, config.clip_high, tis_cap, config.temperature, config.kl_coef
     )
-    with mock.patch("drgrpo.model.device_mesh", real_mesh):
+    with mock.patch.multiple("drgrpo.model", device_mesh=real_mesh, add_adapter=meta_adapter):
         return make_policy(
             model,
             objective,
@@ -192,6 +195,7 @@ def build_policy(config: Config, model: PreTrainedModel) -> Policy:
             kernel="torch",
             checkpointing=config.checkpointing,
             dp_replicate=config.dp_replicate,
+            adapter=Adapter(config.lora_rank, config.lora_alpha, config.lora_targets, config.seed),
         )
 
 
@@ -199,6 +203,13 @@ def real_mesh(device: torch.device, replicate: int) -> DeviceMesh:
     """The mesh of the processes. It holds real ranks, also while other tensors are fake."""
     with unset_fake_temporarily():
         return device_mesh(device, replicate)
+
+
+def meta_adapter(lm: PreTrainedModel, adapter: Adapter) -> None:
+    """The adapter of a model on the meta device. peft moves modules in a way that fake tensors do
+    not support."""
+    with unset_fake_temporarily():
+        add_adapter(lm, adapter)
 
 
 def rehearse_training(config: Config, lm: PretrainedConfig, processes: int) -> Rehearsal:
@@ -210,7 +221,8 @@ def rehearse_training(config: Config, lm: PretrainedConfig, processes: int) -> R
         tracker = FSDPMemTracker(policy) if isinstance(policy, FSDPModule) else MemTracker()
         # The trackers watch calls of a module, and `loss` is a forward pass by another name.
         policy.forward = MethodType(Policy.loss, policy)
-        for parameter in policy.parameters():  # gradients of the micro-batches before this one
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        for parameter in trained:  # gradients of the micro-batches before this one
             parameter.grad = torch.zeros_like(parameter)
         with head_of_a_gpu() as logits, tracker:
             loss, _ = policy(batch, scale=1.0)
