@@ -4,6 +4,8 @@ handed over by reference.
 The comment beside a setting says what goes wrong without it. Most of these mistakes are silent.
 """
 
+import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from drgrpo.parity import ParityError
 from drgrpo.types import (
     MAX_BATCHED_TOKENS,
     Completion,
@@ -78,6 +81,9 @@ class VLLMEngine:
         # LLM() seeds the global random generators anew.
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
             self.llm = LLM(**arguments)
+        # At every sync it would warn of the rotary embedding, which has no weights. Another module
+        # of vLLM lists the weights that are missing.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel("ERROR")
         if on_gpu and dist.get_rank() == 0:
             warn_of_old_runner(self.llm)
         # On a CPU, vLLM's log-prob helper would spend 10 s in a C++ compiler. Dynamo is off during
@@ -121,7 +127,7 @@ class VLLMEngine:
             self.llm.wake_up(tags=["weights"])
         names: set[str] = set()
         self.llm.collective_rpc(**reload_arguments(record_names(named_weights, names)))
-        # vLLM does not notice a weight that is left out. The names are compared with those of the
+        # vLLM at most warns of a weight that is left out. The names are compared with those of the
         # first sync, and the parity gate guards the rest.
         if self.names is not None and names != self.names:
             changed = sorted(names ^ self.names)
@@ -304,10 +310,15 @@ def reload_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def to_completion(output: Any) -> Completion:
-    """A `Completion` from vLLM's `CompletionOutput`."""
+    """A `Completion` from vLLM's `CompletionOutput`. ParityError if a log-prob is not a number."""
     token_ids, logprobs = list(output.token_ids), output.logprobs
     if hasattr(logprobs, "start_indices"):  # flat: a position's sampled token comes first
         chosen = [logprobs.logprobs[i] for i in logprobs.start_indices]
     else:
         chosen = [entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=True)]
+    if not math.isfinite(sum(chosen)):
+        raise ParityError(
+            "vLLM gives log-probs that are not finite: its weights are not, or a part of a layer "
+            "never came and is whatever was in memory. Look at the weight sync"
+        )
     return Completion(token_ids, chosen, finished=output.finish_reason == "stop")
