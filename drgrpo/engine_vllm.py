@@ -154,8 +154,8 @@ class VLLMEngine:
 
 
 def prepare_environment(on_gpu: bool, dtype: torch.dtype, batch_invariant: bool = False) -> None:
-    """Set what vLLM and Triton read when they are imported. A variable that the user has set is
-    kept, except that `batch_invariant` is what the user asked for last."""
+    """Set what vLLM and Triton read from the environment, before either is imported. A variable
+    that the user has set is kept. Only `batch_invariant` overrides one."""
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: tensors go by reference
         "VLLM_NO_USAGE_STATS": "1",
