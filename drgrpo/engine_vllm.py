@@ -5,7 +5,6 @@ The comment beside a setting says what goes wrong without it. Most of these mist
 """
 
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -18,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from drgrpo.parity import ParityError
 from drgrpo.types import (
     MAX_BATCHED_TOKENS,
     Completion,
@@ -310,15 +308,10 @@ def reload_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def to_completion(output: Any) -> Completion:
-    """A `Completion` from vLLM's `CompletionOutput`. ParityError if a log-prob is not a number."""
+    """A `Completion` from vLLM's `CompletionOutput`."""
     token_ids, logprobs = list(output.token_ids), output.logprobs
     if hasattr(logprobs, "start_indices"):  # flat: a position's sampled token comes first
         chosen = [logprobs.logprobs[i] for i in logprobs.start_indices]
     else:
         chosen = [entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=True)]
-    if not math.isfinite(sum(chosen)):
-        raise ParityError(
-            "vLLM gives log-probs that are not finite: its weights are not, or a part of a layer "
-            "never came and is whatever was in memory. Look at the weight sync"
-        )
     return Completion(token_ids, chosen, finished=output.finish_reason == "stop")
