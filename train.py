@@ -20,7 +20,7 @@ The file reads top to bottom: setup, then the loop
 from drgrpo import data
 from drgrpo.config import Config, parse_args
 from drgrpo.run import folder
-from drgrpo.run.cli import user_errors
+from drgrpo.run.cli import hard_exit, user_errors
 
 if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
     with user_errors():
@@ -45,12 +45,13 @@ from drgrpo.advantage import group_advantage, token_weight
 from drgrpo.engine import make_engine, stop_token_ids
 from drgrpo.evaluation.evaluate import evaluate_sets
 from drgrpo.grade import Grade, Grader
-from drgrpo.model import Objective, Policy, load_policy, load_tokenizer, max_positions
-from drgrpo.rollout import Sampler, tokenize_sets
+from drgrpo.lora import Adapter, WithoutAdapter, reference_model
+from drgrpo.model import Objective, Policy, load_policy, load_tokenizer
+from drgrpo.rollout import Sampler, longest_prompt, tokenize_sets, with_grades
 from drgrpo.run import checkpoint, summary
 from drgrpo.run.dry_run import dry_run
 from drgrpo.run.flops import utilization
-from drgrpo.run.guard import NonFinite, Stopper, Watchdog
+from drgrpo.run.guard import NonFinite, Stopper, Watchdog, advance
 from drgrpo.run.log import Log, Stopwatch
 from drgrpo.run.memory import ledger_of
 from drgrpo.run.metrics import Tally, Update, sample_rows, step_row
@@ -70,11 +71,11 @@ def main(config: Config) -> None:
     nonfinite = NonFinite(config.folder, rank)
 
     # ---- Setup: prompts.
-    template = get_template(config.template)
+    template = get_template(config.template, config.answer, config.system)
     problems, eval_sets = data.load_sets(config, log.say)
     model_path = tiny_model(config, log.say) if config.model == "tiny" else config.model
     tokenizer = load_tokenizer(model_path)
-    longest = min(config.max_prompt_tokens, max_positions(model_path) - config.max_new_tokens)
+    longest = longest_prompt(model_path, config.max_prompt_tokens, config.max_new_tokens)
     problems, eval_sets, dropped = tokenize_sets(
         problems, eval_sets, template, tokenizer, longest, log.say
     )
@@ -98,7 +99,8 @@ def main(config: Config) -> None:
     summary.start(config, policy, engine.name, ledger, device, log)
     if config.dry_run:
         engine.sleep()
-        return dry_run(config, policy, optimizer, longest, log)
+        dry_run(config, policy, optimizer, longest, log)
+        return engine.close()
     if rank == 0:
         folder.open_run(config, done.step, machine(device.type))
     log.track(config.tensorboard, config.wandb, asdict(config))
@@ -113,7 +115,7 @@ def main(config: Config) -> None:
                 log.evaluation(row | {"template": config.template})
 
     # ---- The loop: seven blocks a step.
-    with Grader(template.answer) as grader:
+    with Grader(template.answer, reward=config.reward) as grader:
         if done.step == 0:
             evaluate(step=0)
         group = config.group_size
@@ -121,14 +123,14 @@ def main(config: Config) -> None:
             timer = Stopwatch(watchdog.enter)
             prompts = data.step_problems(problems, step, config.prompts_per_step, config.seed)
 
-            # 1. Every process samples responses to its share of the prompts. Grading starts with
-            #    the first complete response.
+            # 1. Every process samples its share of the responses. Grading starts with the first.
             with timer("rollout"):
                 rollouts, grades = sampler.rollout(prompts, group, sampling, step, grader)
 
             # 2. Each response gets its reward. Then every process gets the whole step.
             with timer("grade"):
-                rewards = [reward(r, g.result()) for r, g in zip(rollouts, grades, strict=True)]
+                rollouts = with_grades(rollouts, grades)
+                rewards = [reward(rollout, rollout.grade) for rollout in rollouts]
             with timer("pack"):
                 engine.sleep()
                 rollouts, reward_PG = sampler.gather(rollouts, rewards, group)
@@ -150,7 +152,7 @@ def main(config: Config) -> None:
                 for i, batches in enumerate(plan):
                     lr = learning_rate(config, (step - 1) * config.minibatches + i)
                     updates.append(train_minibatch(config, policy, optimizer, batches, lr, i == 0))
-                    nonfinite.check(updates[-1].applied, batches, step, i)
+                    nonfinite.check(not updates[-1].failed, batches, step, i)
 
             # 6. The sampler gets the new weights.
             with timer("sync"):
@@ -178,23 +180,21 @@ def main(config: Config) -> None:
 
     # ---- The end: check that the last weights arrived, then show a table and figures.
     watchdog.enter("finish")
-    probe, _ = sampler.rollout((problems * world)[: 8 * world], 4, sampling, step=-1)
-    batch = pack.pack([pack.sequence(rollout, advantage=0.0) for rollout in probe], device)
-    gap_N = (policy.logprob(batch) - batch.sampler_logprob_N).abs()
-    parity.check(gap_N.mean().item(), gap_N.max().item(), dtype, config.parity, log.say)
+    gap = parity.probe(sampler, policy, problems, sampling, config.tokens_per_microbatch)
+    parity.check(*gap, dtype, config.parity, log.say)
     summary.finish(config, log)
     dist.barrier()
     engine.close()
 
 
 def reward(rollout: Rollout, grade: Grade) -> float:
-    """1 for a right answer, 0 for a wrong one and for a truncated response. Yours goes here."""
-    return grade.score * rollout.completion.finished
+    """What `--reward` names: by default 1 for a right answer, 0 if wrong or truncated."""
+    return grade.reward
 
 
 def load_policies(
     config: Config, path: str, device: torch.device
-) -> tuple[Policy, Policy | None, torch.optim.Optimizer]:
+) -> tuple[Policy, Policy | WithoutAdapter | None, torch.optim.Optimizer]:
     """The policy, the reference model of a KL penalty if there is one, and the optimizer."""
     tis_cap = config.tis_cap or None
     objective = Objective(
@@ -210,13 +210,12 @@ def load_policies(
         kernel=config.kernel,
         dp_replicate=config.dp_replicate,
     )
-    policy = load(checkpointing=config.checkpointing, compile=config.compile)
-    reference = load().requires_grad_(False) if config.kl_coef else None
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), config.lr, betas, weight_decay=config.weight_decay, fused=True
-    )
-    return policy, reference, optimizer
+    adapter = Adapter(config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    policy = load(adapter=adapter, checkpointing=config.checkpointing, compile=config.compile)
+    reference = reference_model(policy, load) if config.kl_coef else None
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    lr, betas, decay = config.lr, (config.beta1, config.beta2), config.weight_decay
+    return policy, reference, torch.optim.AdamW(trained, lr, betas, weight_decay=decay, fused=True)
 
 
 def plan_updates(
@@ -268,7 +267,7 @@ def train_minibatch(
         #     loss = -scale * sum(min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A))
         # kernels/linear_drgrpo.py computes it together with the LM head and its gradients.
         loss, stats = policy.loss(batch, scale)
-        loss.backward()
+        policy.scaler.scale(loss).backward()
         tally.add(batch, loss, stats)
     sums = tally.reduce()
     finite = math.isfinite(sums["loss"])
@@ -276,6 +275,7 @@ def train_minibatch(
         gap, dtype = sums["gap_sum"] / sums["tokens"], getattr(torch, config.dtype)
         parity.check(gap, sums["gap_max"], dtype, config.parity)
 
+    policy.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     applied = finite and math.isfinite(grad_norm)
@@ -284,7 +284,8 @@ def train_minibatch(
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad()
-    return Update(**sums, grad_norm=grad_norm, applied=applied, lr=lr)
+    loss_scale = advance(policy.scaler)
+    return Update(**sums, grad_norm=grad_norm, applied=applied, lr=lr, loss_scale=loss_scale)
 
 
 def learning_rate(config: Config, update: int) -> float:
@@ -293,6 +294,6 @@ def learning_rate(config: Config, update: int) -> float:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with hard_exit(), user_errors():
         main(CONFIG)
         distributed.stop()

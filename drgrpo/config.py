@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from drgrpo import reward
+from drgrpo.run.cards import parse_machine
 from drgrpo.run.cli import Parser, check_choices, flag
-from drgrpo.templates import get_template
+from drgrpo.templates import AnswerRule, get_template
 from drgrpo.types import UserError, check_divides, check_name, world_size
 
 MAY_CHANGE_ON_RESUME = (
@@ -25,6 +27,11 @@ MAY_CHANGE_ON_RESUME = (
 )
 """A resumed run may change these fields. They decide when and how things are computed, and what is
 learned stays the same up to rounding."""
+
+LORA_LR_FACTOR = 10
+"""A recipe's `lr` is the one of full training. Without --lr, LoRA trains with this multiple of it.
+"LoRA Without Regret" (Thinking Machines, 2025) finds the factor at alpha 32, for every rank, in RL
+too. oat's LoRA example has 5e-5 at rank 1, where full training has 1e-6."""
 
 TOKENS_WEIGHED = ("grpo", "grpo_length", "dapo")
 """Objectives whose tokens do not all weigh the same: see `drgrpo.advantage.token_weight`."""
@@ -42,7 +49,7 @@ class Config:
     # model
     model: str = ""
     """Hugging Face folder or hub name of the initial policy; `tiny` builds a 0.1 M parameter one"""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """compute type of policy and sampler; master weights and optimizer state are float32"""
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
     """packed attention: flash_attn (package), varlen (in PyTorch, CUDA only), sdpa (anywhere)"""
@@ -52,6 +59,14 @@ class Config:
     """activations recomputed in the backward pass: none, all but matmul outputs, or whole blocks"""
     compile: bool = False
     """torch.compile every block"""
+
+    # LoRA
+    lora_rank: int = 0
+    """train an adapter of this rank on a frozen model, see docs/lora.md; 0 trains every weight"""
+    lora_alpha: int = 32
+    """the adapter's output is multiplied by lora_alpha / lora_rank"""
+    lora_targets: str = "all-linear"
+    """linear layers that get an adapter: comma-separated names, such as q_proj,v_proj, or all"""
 
     # data
     train_data: str = ""
@@ -63,7 +78,13 @@ class Config:
     answer_field: str = "answer"
     """column of the ground truth"""
     template: str = "qwen_math"
-    """how a question becomes a prompt and where the answer stands: see drgrpo/templates.py"""
+    """question -> prompt: a name in drgrpo/templates.py, a file, or a text with {q}"""
+    system: str = ""
+    """system message of --template chat"""
+    answer: AnswerRule = "auto"
+    """where the answer stands: see drgrpo/answers.py; auto is the template's own rule"""
+    reward: str = "math"
+    """math, FILE.py:FUNCTION, or a sum as `math + 0.2*FILE.py:FUNCTION`: see docs/rewards.md"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped, and counted"""
 
@@ -109,7 +130,7 @@ class Config:
 
     # optimizer (AdamW)
     lr: float = 1e-6
-    """learning rate, constant after warmup_steps"""
+    """learning rate, constant after warmup_steps; with LoRA, 10 times the recipe's if not given"""
     warmup_steps: int = 0
     """optimizer steps of linear warm-up"""
     beta1: float = 0.9
@@ -157,7 +178,8 @@ class Config:
         check_choices(self)
         self._check_numbers()
         self._check_ranges()
-        get_template(self.template)
+        get_template(self.template, self.answer, self.system)
+        reward.parse(self.reward)
         if self.group_size < 2:
             raise UserError(
                 "--group-size 1 leaves no group to compare with, and every advantage would be 0; "
@@ -187,7 +209,7 @@ class Config:
         positive = (
             *("prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "steps"),
             *("minibatches", "tokens_per_microbatch", "sampler_batch", "temperature", "lr"),
-            "max_grad_norm",
+            *("max_grad_norm", "lora_alpha"),
             *("tp", "dp_replicate", "keep"),
         )
         for name in positive:
@@ -198,7 +220,7 @@ class Config:
         from_zero = (
             *("seed", "clip_low", "clip_high", "tis_cap", "kl_coef", "weight_decay"),
             *("warmup_steps", "eval_every", "eval_samples", "save_every"),
-            *("kv_cache_gb", "max_hours", "watchdog_minutes"),
+            *("kv_cache_gb", "max_hours", "watchdog_minutes", "lora_rank"),
         )
         for name in from_zero:
             if not 0 <= getattr(self, name) < math.inf:
@@ -239,12 +261,18 @@ class Config:
 
     def derived(self) -> str:
         """The numbers that follow from the config, each with its formula."""
-        return (
+        shown = (
             f"{self.rollouts_per_step} rollouts/step = {self.prompts_per_step} prompts x "
             f"{self.group_size} samples; {self.minibatches} optimizer steps of "
             f"{self.minibatch_size} responses each; loss / ({self.minibatch_size} x "
             f"{self.max_new_tokens})"
         )
+        if self.lora_rank:
+            shown += (
+                f"; LoRA of rank {self.lora_rank} on {self.lora_targets}, scaled by "
+                f"{self.lora_alpha}/{self.lora_rank}, lr {self.lr:g}"
+            )
+        return shown
 
 
 def nearest_divisors(n: int, k: int) -> list[str]:
@@ -343,7 +371,59 @@ def oat_zero_3b() -> Config:
     )
 
 
-RECIPES = {recipe.__name__: recipe for recipe in (tiny, oat_zero_1_5b, oat_zero_3b, oat_zero_7b)}
+# ---- recipes for one card. Batches, minibatches and the normalizer count responses over all
+# processes, so that the number of cards changes hours and memory only. The reference's batch flags
+# are per device, and its 1.5B script did not learn on one card (understand-r1-zero, issue 31).
+
+
+def gsm8k_0_5b() -> Config:
+    """GSM8K with a 0.5B instruct model on one 24 GB card."""
+    # python train.py --recipe gsm8k_0_5b --rehearse 1xRTX4090-24GB
+    return replace(
+        oat_zero_7b(),
+        recipe="gsm8k_0_5b",
+        model="Qwen/Qwen2.5-0.5B-Instruct",  # the smallest one that solves some of GSM8K
+        train_data="gsm8k",  # 7 473 problems
+        eval_data="gsm8k_test",  # 1 319 problems
+        template="qwen_math",  # the chat format of the model, with the system prompt of the paper
+        max_prompt_tokens=512,  # ours; no question has 1000 characters
+        max_new_tokens=1024,  # ours; the budget of MATH is for longer solutions
+        tokens_per_microbatch=8192,  # ours; a vocabulary of 152 k wants the memory
+        steps=116,  # ours; two epochs
+        save_every=16,  # ours; after each evaluation
+    )
+
+
+def math_1_5b() -> Config:
+    """The paper's 1.5B run on one 80 GB card."""
+    # python train.py --recipe math_1_5b --rehearse 1xA100-80GB
+    # On 24 GB:
+    # python train.py --recipe math_1_5b --lora-rank 32 --tokens-per-microbatch 4096
+    return replace(
+        oat_zero_1_5b(),
+        recipe="math_1_5b",
+        eval_data="math500",  # ours; the five sets take one card longer than a step
+        save_every=16,  # ours; 16 steps take one card hours
+    )
+
+
+def math_7b_lora() -> Config:
+    """The paper's 7B run with LoRA, on one 80 GB card."""
+    # python train.py --recipe math_7b_lora --rehearse 1xA100-80GB
+    return replace(
+        oat_zero_7b(),
+        recipe="math_7b_lora",
+        lora_rank=32,  # ours; rank 1 can be enough for RL ("LoRA Without Regret")
+        lora_alpha=32,  # "LoRA Without Regret"
+        lora_targets="all-linear",  # same; attention alone is worse
+        # lr is 10 times the 1e-6 of table 6, see LORA_LR_FACTOR
+        eval_data="math500",  # ours, as in math_1_5b
+        save_every=16,  # ours, as in math_1_5b
+    )
+
+
+_ALL = (tiny, gsm8k_0_5b, math_1_5b, math_7b_lora, oat_zero_1_5b, oat_zero_3b, oat_zero_7b)
+RECIPES = {recipe.__name__: recipe for recipe in _ALL}
 
 
 # ---- command line
@@ -354,19 +434,31 @@ REFUSED = {
 }
 
 
+TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+
 def check_model(name: str) -> None:
     """UserError for a path without a model. Whether the hub has a name shows when it is loaded."""
-    is_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists()
-    if is_path and not (Path(name) / "config.json").is_file():
+    folder = Path(name)
+    if name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not folder.exists():
+        return
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"--model {name} holds no config.json; name a Hugging Face folder, as OUT/hf, or a hub "
             "name"
+        )
+    # transformers makes an empty tokenizer where there is none
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise UserError(
+            f"--model {name} holds no tokenizer; copy tokenizer.json and tokenizer_config.json of "
+            "its base model into it"
         )
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
     """The recipe named by --recipe with the other flags on top. `--print-config` prints it and
-    exits. UserError names what is wrong and the nearest valid thing."""
+    exits. `--rehearse` rehearses it and exits with 0 if it fits, else 2. UserError names what is
+    wrong and the nearest valid thing."""
     recipes = "; ".join(f"{name}: {inspect.getdoc(recipe)}" for name, recipe in RECIPES.items())
     parser = Parser(
         Config,
@@ -376,15 +468,29 @@ def parse_args(argv: list[str] | None = None) -> Config:
     )
     parser.refused = REFUSED
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
+    parser.add_argument(
+        "--rehearse",
+        metavar="NxCARD",
+        help="say whether the run fits a machine such as 8xA100-80GB, without a GPU, and stop",
+    )
     given = parser.parse(argv)
-    print_only = given.pop("print_config")
+    print_only, rehearsed = given.pop("print_config"), given.pop("rehearse")
     check_name("recipe", given["recipe"], RECIPES)
     config = replace(RECIPES[given["recipe"]](), **given)
+    if config.lora_rank and "lr" not in given:
+        config = replace(config, lr=float(f"{LORA_LR_FACTOR * config.lr:.6g}"))
     config = replace(config, out=config.out or f"runs/{config.recipe}")
-    check_divides(world_size(), tp=config.tp, dp_replicate=config.dp_replicate)
+    machine = parse_machine(rehearsed) if rehearsed else None
+    world = machine.count if machine else world_size()
+    check_divides(world, tp=config.tp, dp_replicate=config.dp_replicate)
     if config.model != "tiny":
         check_model(config.model)
+    reward.check(config.reward)
     if print_only:
         print(json.dumps(asdict(config), indent=2), config.derived(), sep="\n")
         raise SystemExit(0)
+    if machine:
+        from drgrpo.run.rehearse import rehearse
+
+        raise SystemExit(rehearse(config, machine))
     return config

@@ -50,7 +50,10 @@ class Columns:
         """None for a row without question or answer."""
         question = " ".join(str(row.get(field) or "") for field in self.problem)
         answer = _answer(row.get(self.answer), self.read)
-        return Problem(id, question, answer) if question.strip() and answer is not None else None
+        if not question.strip() or answer is None:
+            return None
+        others = {k: cell for k, cell in row.items() if k not in (*self.problem, self.answer)}
+        return Problem(id, question, answer, columns=others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,9 @@ def _level(row: dict[str, Any]) -> int:
     return int(str(row["level"]).split()[-1])  # "Level 5" or 5
 
 
+# The worked solution ends in "#### answer".
+_GSM8K = Columns(("question",), read=lambda text: text.rpartition("####")[2].strip())
+
 HUB = {
     # 12 000 rows: MATH without the 500 problems of MATH500, so that training never sees them.
     "math_12k": HubSet("rasbt/math_full_minus_math500", "train"),
@@ -72,14 +78,9 @@ HUB = {
     "math_lvl3to5": HubSet(
         "rasbt/math_full_minus_math500", "train", Columns(keep=lambda row: _level(row) in (3, 4, 5))
     ),
-    # 7 473 rows. The worked solution ends in "#### answer". The paper's copy holds the test split
-    # too: never use that copy.
-    "gsm8k": HubSet(
-        "openai/gsm8k",
-        "train",
-        Columns(("question",), read=lambda text: text.rpartition("####")[2].strip()),
-        config="main",
-    ),
+    # 7 473 and 1 319 rows. The paper's copy of the first holds the second too: never use that copy.
+    "gsm8k": HubSet("openai/gsm8k", "train", _GSM8K, config="main"),
+    "gsm8k_test": HubSet("openai/gsm8k", "test", _GSM8K, config="main"),
     # 2 305 rows. Answers look like "9 (apples)". A row with several answers ("3; 5") is left out.
     "asdiv": HubSet(
         "EleutherAI/asdiv",

@@ -3,20 +3,20 @@
 The LM head is fused with the loss. FSDP2 shards the weights over the processes.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
@@ -27,8 +27,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss, linear_logprob
+from drgrpo.lora import NO_ADAPTER, Adapter, add_adapter, merged_weights
 from drgrpo.types import Batch, UserError
 
 # ---- attention inside each packed sequence
@@ -48,7 +50,7 @@ def varlen_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     starts, longest = options["cu_seq_lens_q"], options["max_length_q"]
     settings: dict[str, Any] = {"scale": options.get("scaling"), "window_size": (-1, 0)}
-    # Since 2.13, torch asks for this flag where heads share keys and values. 2.11 lacks the flag.
+    # Since 2.12, torch asks for this flag where heads share keys and values. 2.11 lacks the flag.
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         settings["enable_gqa"] = True
     out_THd = varlen_attn(query, key, value, starts, starts, longest, longest, **settings)
@@ -64,8 +66,10 @@ def sdpa_attention(
     query [1, H, T, d], key and value [1, K, T, d] -> [1, T, H, d]."""
     cu_seqlens, longest = options["cu_seq_lens_q"], options["max_length_q"]
     length_S = cu_seqlens.diff()
-    sequence_T = torch.repeat_interleave(torch.arange(len(length_S), device=query.device), length_S)
-    slot_T = torch.arange(query.shape[2], device=query.device) - cu_seqlens[sequence_T]
+    index_S, T = torch.arange(len(length_S), device=query.device), query.shape[2]
+    # Without `output_size`, a GPU would wait to learn the sum.
+    sequence_T = torch.repeat_interleave(index_S, length_S, output_size=T)
+    slot_T = torch.arange(T, device=query.device) - cu_seqlens[sequence_T]
 
     # The padding stands on the right, where a causal mask hides it.
     def pad(x: Tensor) -> Tensor:  # [1, H, T, d] -> [S, H, L, d]
@@ -86,7 +90,7 @@ def no_mask(*args: Any, **kwargs: Any) -> None:
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that `auto` stands for here, or `name`. UserError if `name` cannot run here."""
     flash_runs = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    installed = importlib.util.find_spec("flash_attn") is not None
+    installed = is_flash_attn_2_available()  # FlashAttention-4 is a package of the same name
     if name == "auto" and flash_runs:
         return "flash_attn" if installed else "varlen"
     if name in ("auto", "sdpa"):
@@ -98,8 +102,8 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> st
         )
     if name == "flash_attn" and not installed:
         raise UserError(
-            "--attention flash_attn needs the package flash-attn; install it, or use "
-            "--attention varlen"
+            "--attention flash_attn needs the package flash-attn 2.3.3 or newer, and not "
+            "flash-attn-4; install it, or use --attention varlen"
         )
     return name
 
@@ -132,9 +136,17 @@ class Policy(nn.Module):
     It has no `forward`. FSDP2 treats `loss` and `logprob` as forward passes: before either it
     gathers the root's parameters, which are the embedding, the final norm and the LM head."""
 
-    def __init__(self, lm: PreTrainedModel, objective: Objective, kernel: str = "auto") -> None:
+    scaler: GradScaler  # of the loss; it does nothing but in float16
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        objective: Objective,
+        kernel: str = "auto",
+        adapter: Adapter = NO_ADAPTER,
+    ) -> None:
         super().__init__()
-        self.lm, self.objective, self.kernel = lm, objective, kernel
+        self.lm, self.objective, self.kernel, self.adapter = lm, objective, kernel, adapter
 
     def loss(self, batch: Batch, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, stats) of a micro-batch, as `linear_drgrpo_loss` returns them.
@@ -190,12 +202,11 @@ class Policy(nn.Module):
     def named_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every weight under its Hugging Face name, unsharded, in `dtype`, one at a time.
 
+        An adapter is merged into the weights that it changes: see drgrpo/lora.py.
+
         Under FSDP2 this is a collective, so all ranks have to iterate. A tied `lm_head.weight`
         comes under its own name too, because vLLM needs it."""
-        for name, tensor in self.lm.state_dict().items():
-            # The cast comes first: it halves the bytes to gather, and FSDP2 rounds the same way.
-            tensor = tensor.detach().to(dtype)
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return merged_weights(self.lm.state_dict(), self.adapter, dtype)
 
 
 def load_policy(
@@ -211,12 +222,45 @@ def load_policy(
 
     The checkpoint is read in its own type, and each block becomes float32 just before it is
     sharded. So a process holds 2 bytes a parameter on the host, and on the device its shard and
-    one unsharded block. UserError if `attention` cannot run here."""
+    one unsharded block. UserError if `attention` cannot run here, or if the model computes what a
+    `Policy` does not."""
     implementation = attention_implementation(attention, device, dtype)
+    check_architecture(path)
     lm = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", attn_implementation=implementation
     )
     return make_policy(lm, objective, dtype=dtype, device=device, **options)
+
+
+PLAIN = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+}
+"""Fields of a model's config, each with the value that changes nothing."""
+
+
+def check_architecture(path: str) -> None:
+    """UserError if the model at `path` computes what a `Policy` would leave out in silence.
+
+    The attention functions attend to all earlier tokens. The fused head multiplies hidden states by
+    the LM head's weight and does nothing else to the logits."""
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    found = {name: getattr(config, name, None) for name in PLAIN}
+    found = {name: value for name, value in found.items() if value not in (None, PLAIN[name])}
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - {"full_attention"}:
+        found["layer_types"] = ", ".join(sorted(layers - {"full_attention"}))
+    elif not layers and getattr(config, "sliding_window", None):
+        found["sliding_window"] = config.sliding_window
+    if found:
+        fields = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise UserError(
+            f"--model {path} has {fields} in its config, and packed training knows full attention "
+            "and plain logits only; use another model, for example Qwen2.5, Qwen3 or Llama, or "
+            "remove a sliding window that no sequence reaches from the config.json of a copy"
+        )
 
 
 def make_policy(
@@ -229,32 +273,52 @@ def make_policy(
     checkpointing: str = "none",
     compile: bool = False,
     dp_replicate: int = 1,
+    adapter: Adapter = NO_ADAPTER,
 ) -> Policy:
     """The policy of a causal LM that has one of the `ATTENTION` backends. The LM is used up.
 
-    Master weights are float32, and `dtype` is the type of the computation. FSDP2 shards the policy
-    if there are several processes or if `dtype` is not float32: it is also what keeps the master
-    weights apart from the bfloat16 ones. `dp_replicate` > 1 is HSDP, so many copies, each sharded
-    over world / dp_replicate processes. UserError if `dp_replicate` does not divide the world."""
+    Master weights are float32, and `dtype` is the type of the computation and of what an `adapter`
+    freezes. FSDP2 shards the policy if there are several processes or if `dtype` is not float32: it
+    is also what keeps the master weights apart from the 16-bit ones. `dp_replicate` > 1 is HSDP, so
+    many copies, each sharded over world / dp_replicate processes. UserError if `dp_replicate` does
+    not divide the world, or if `adapter` does not fit the LM."""
+    if adapter.rank:
+        add_adapter(lm, adapter)
     recompute_activations(lm, checkpointing)
-    policy = Policy(lm, objective, kernel).train()
+    policy = Policy(lm, objective, kernel, adapter).train()
+    policy.scaler = GradScaler(device.type, enabled=dtype == torch.float16)
     blocks = lm.base_model.layers
     if compile:
         for block in blocks:
             block.compile(dynamic=True)
     if dtype == torch.float32 and (not dist.is_initialized() or dist.get_world_size() == 1):
-        return policy.float().to(device)
+        return set_types(policy, dtype).to(device)
     mesh = device_mesh(device, dp_replicate)
     # Hidden states have the weights' type anyway. Advantages and log-probs must stay float32.
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in blocks:
-        fully_shard(block.float(), mesh=mesh, mp_policy=precision)
-    fully_shard(policy.float(), mesh=mesh, mp_policy=precision)
+        fully_shard(set_types(block, dtype), mesh=mesh, mp_policy=precision)
+    fully_shard(set_types(policy, dtype), mesh=mesh, mp_policy=precision)
     for method in ("loss", "logprob"):
         register_fsdp_forward_method(policy, method)
     return policy.to(device)  # buffers
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def set_types(module: M, dtype: torch.dtype) -> M:
+    """The same module: trainable weights and buffers in float32, frozen weights in `dtype`.
+
+    FSDP2 shards both in one group, because it asks only for one type of trainable weights."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        wanted = dtype if frozen else torch.float32
+        if tensor.is_floating_point() and tensor.dtype != wanted:
+            tensor.data = tensor.data.to(wanted)
+    return module
 
 
 def device_mesh(device: torch.device, replicate: int) -> DeviceMesh:
@@ -281,6 +345,7 @@ EXPENSIVE = {
     "aten._flash_attention_forward.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
     "torch_attn._varlen_attn.default",
     "flash_attn._flash_attn_varlen_forward.default",
 }
@@ -310,7 +375,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except OSError as error:
-        raise UserError(f"--model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"--model {path} cannot be loaded: {str(error).splitlines()[0]} Check the name and the "
+            "network, or download the model and name its folder"
+        ) from error
 
 
 def max_positions(path: str) -> int:

@@ -8,6 +8,13 @@ that the sampler was synced to, so the two log-probs of a response differ by rou
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
+from torch.nn.functional import pad
+
+from drgrpo import pack
+from drgrpo.model import Policy
+from drgrpo.rollout import Sampler
+from drgrpo.types import Batch, ParityError, Problem, Sampling
 
 LIMITS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 10.0), torch.float16: (1e-2, 2.0)}
 """Mean and largest difference allowed, in nats, by compute type. No GPU has confirmed them.
@@ -23,10 +30,6 @@ the random model was off by 0.14, because its errors grow from layer to layer.
 
 float16: its rounding error is an eighth of bfloat16's, and so were the random model's means (0.018
 against 0.14 with 28 layers)."""
-
-
-class ParityError(RuntimeError):
-    """The sampler does not hold the trainer's weights, or computes something else with them."""
 
 
 def check(
@@ -51,3 +54,34 @@ def check(
     if mode == "stop":
         raise ParityError(message)
     log(f"WARNING: {message}")
+
+
+def probe(
+    sampler: Sampler, policy: Policy, problems: list[Problem], sampling: Sampling, budget: int
+) -> tuple[float, float]:
+    """The `gap` of 32 fresh responses per process. The sampler sleeps afterwards.
+
+    As in a training step, it sleeps before the policy computes, and a micro-batch holds at most
+    `budget` tokens: there may be no memory for more."""
+    rank, world, samples = dist.get_rank(), dist.get_world_size(), 4
+    chosen = (problems * world)[: 8 * world]
+    rollouts, _ = sampler.rollout(chosen, samples, sampling, step=-1)
+    sampler.engine.sleep()
+    rollouts, _ = sampler.gather(rollouts, [0.0] * len(rollouts), samples)
+    sequences = {i: pack.sequence(r, advantage=0.0) for i, r in enumerate(rollouts)}
+    device = next(policy.parameters()).device
+    return gap(policy, pack.shard(sequences, rank, world, budget, device))
+
+
+def gap(policy: Policy, batches: list[Batch]) -> tuple[float, float]:
+    """Mean and largest |trainer - sampler|, in nats per token, over the batches of all processes.
+
+    It is collective. Every process brings the same number of batches, some perhaps empty, and gets
+    the same two numbers, so that `check` raises on all processes or on none."""
+    gap_N = torch.cat([(policy.logprob(b) - b.sampler_logprob_N).abs() for b in batches])
+    gap_N = gap_N.double().cpu()
+    sums = torch.stack([gap_N.sum(), torch.tensor(float(len(gap_N)), dtype=torch.float64)])
+    largest = pad(gap_N, (0, 1)).amax()  # 0 if there is no token
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return (sums[0] / sums[1]).item(), largest.item()

@@ -34,7 +34,10 @@ Cost, for T = 16384, D = 3584, V = 152064 in bf16:
 Precision. `logits_dtype` chooses the type of Z. The default is fp32 where log-probs are compared
 with those of another pass, because a bf16 logit of 25 is off by up to 0.06 nats. It is the inputs'
 type otherwise. fp32 logits take 2 C V bytes more. dZ has the inputs' type in both cases; a 16-bit
-dZ lies in the upper half of its fp32 row.
+dZ lies in the upper half of its fp32 row. In fp16 the power of two of `scale` and the incoming
+scalar wait for the backward pass, so that neither can make dZ vanish or overflow. A token with
+|w rho A| / temperature above 6.5e4 makes dZ infinite all the same, and no loss scale cures that: a
+ratio of e^11 with a negative advantage, which has no upper clip, or an advantage of that size.
 
 Shapes: T tokens, D model width, V vocabulary, C tokens of a chunk.
 

@@ -94,7 +94,7 @@ ASDIV = [
 GSM8K = [{"question": "q", "answer": "a #### mark\n#### 30,000"}]
 REPOS = {
     "rasbt/math_full_minus_math500": {"train": MATH},
-    "openai/gsm8k": {"train": GSM8K, "test": []},
+    "openai/gsm8k": {"train": GSM8K, "test": [{"question": "t", "answer": "#### 7"}]},
     "EleutherAI/asdiv": {"validation": ASDIV},
     "HuggingFaceH4/aime_2024": {"train": [{"problem": "p", "answer": "025"}]},
     "AI-MO/aimo-validation-amc": {"train": [{"problem": "p", "answer": 142.0}]},
@@ -131,12 +131,17 @@ def hub(monkeypatch):
     return library
 
 
+def math(level: int) -> Problem:
+    return Problem(level - 1, f"p{level}", str(level), columns={"level": f"Level {level}"})
+
+
 @pytest.mark.parametrize(
     ("name", "problems"),
     [
-        ("math_12k", [Problem(i - 1, f"p{i}", str(i)) for i in range(1, 6)]),
-        ("math_lvl3to5", [Problem(i - 1, f"p{i}", str(i)) for i in range(3, 6)]),
+        ("math_12k", [math(level) for level in range(1, 6)]),
+        ("math_lvl3to5", [math(level) for level in range(3, 6)]),
         ("gsm8k", [Problem(0, "q", "30,000")]),
+        ("gsm8k_test", [Problem(0, "t", "7")]),
         ("asdiv", [Problem(0, "Ann has 9. How many?", "9")]),
         ("aime24", [Problem(0, "p", "025")]),
         ("amc", [Problem(0, "p", 142.0)]),
@@ -147,11 +152,12 @@ def hub(monkeypatch):
 )
 def test_named_sets(hub, name, problems):
     assert load_problems(name) == problems
-    assert hub.requests == [(HUB[name].repo, "main" if name == "gsm8k" else None)]
+    assert hub.requests == [(HUB[name].repo, "main" if name.startswith("gsm8k") else None)]
 
 
 def test_every_name_is_tested():
-    assert set(HUB) == {*BENCHMARKS, "math_12k", "math_lvl3to5", "gsm8k", "asdiv"}
+    others = {"math_12k", "math_lvl3to5", "gsm8k", "gsm8k_test", "asdiv"}
+    assert set(HUB) == {*BENCHMARKS, *others}
 
 
 def test_hub_name_with_split(hub):

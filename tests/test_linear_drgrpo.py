@@ -186,6 +186,20 @@ def test_fp16_gradients_survive_a_tiny_scale(backend, small_blocks):
 
 
 @both
+@pytest.mark.parametrize(("log_ratio", "finite"), [(10.0, True), (12.0, False)])
+@pytest.mark.parametrize("scale", [1e-12, 1e-6])
+def test_fp16_overflows_at_a_large_ratio_whatever_the_scale(
+    backend, log_ratio, finite, scale, small_blocks
+):
+    """|ratio x advantage| above 65504, as the module's docstring has it."""
+    case = make(3, 8, 64, torch.float16, on_policy=True)
+    _, stats = linear_drgrpo_loss_ref(*case.grad_inputs())
+    case.old_logprob, case.advantage = stats["logprob"] - log_ratio, -torch.ones(3, device=DEVICE)
+    *_, dhidden, dweight = run(linear_drgrpo_loss, case, backend=backend, scale=scale)
+    assert bool(dhidden.isfinite().all() and dweight.isfinite().all()) == finite
+
+
+@both
 def test_linear_logprob(backend, small_blocks):
     case = make(7, 8, 130, spread=4.0)
     hidden, weight, target, _ = case.grad_inputs()

@@ -87,6 +87,17 @@ def test_gemms_that_are_not_needed_are_not_done(tape, backend, hidden, weight, g
 
 
 @both
+def test_a_frozen_head_has_no_buffer_for_its_gradient(tape, backend, small_blocks):
+    """What LoRA trains: the largest tensor is a chunk of logits."""
+    T, D, V, chunk = 4, 64, 100, 2
+    hidden, weight, *rest = make(T, D, V, on_policy=True).grad_inputs(weight=False)
+    loss, _ = linear_drgrpo_loss(hidden, weight, *rest, backend=backend, chunk_tokens=chunk)
+    loss.backward()
+    assert tape.largest <= max(T * D, chunk * (V + 15)) < V * D / 4
+    assert weight.grad is None and hidden.grad.any()
+
+
+@both
 def test_without_grad_mode_there_is_one_gemm(tape, backend, small_blocks):
     for context in (torch.no_grad, torch.inference_mode):
         tape.gemms = 0

@@ -1,14 +1,15 @@
 """Problems become groups of rollouts; a sample's seed is its own."""
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch.distributed as dist
 
 from drgrpo import distributed
-from drgrpo.rollout import Sampler, sample_seed, tokenize, tokenize_sets
+from drgrpo.rollout import Sampler, longest_prompt, sample_seed, tokenize, tokenize_sets
 from drgrpo.templates import get_template
-from drgrpo.types import Completion, Problem, Rollout, Sampling, UserError
+from drgrpo.types import Completion, ParityError, Problem, Rollout, Sampling, UserError
 
 
 class Echo:
@@ -31,9 +32,9 @@ class Graders:
     def __init__(self):
         self.texts = []
 
-    def submit(self, text, answer):
-        self.texts.append(text)
-        return f"{text}={answer}"
+    def grade(self, rollout):
+        self.texts.append(rollout.text)
+        return f"{rollout.text}={rollout.problem.answer}"
 
 
 def test_groups_are_contiguous_and_each_response_meets_its_grade(tokenizer, group_of_one):
@@ -48,6 +49,21 @@ def test_groups_are_contiguous_and_each_response_meets_its_grade(tokenizer, grou
     assert [r.text for r in rollouts] == ["ba"] * 3 + ["edc"] * 3, "without special tokens"
     assert [r.length for r in rollouts] == [3] * 3 + [4] * 3
     assert dropped == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_log_prob_that_is_not_finite_ends_the_run(tokenizer, group_of_one, bad):
+    """A sampler that misses a weight may hold uninitialized memory in its place. The loss of its
+    samples would be NaN, and the parity gate skips such a loss."""
+
+    class Broken(Echo):
+        def generate(self, requests, sampling, on_finish):
+            on_finish(0, Completion([1, 2], [-0.5, bad], True))
+
+    sampler = Sampler(Broken(), tokenizer, seed=0)
+    sampling = Sampling(max_new_tokens=9, stop_token_ids=(256,))
+    with pytest.raises(ParityError, match="not finite"):
+        sampler.rollout([Problem(0, "a", "1", [1])], 1, sampling, step=1)
 
 
 def test_rewards_are_gathered_in_groups(tokenizer, group_of_one):
@@ -85,6 +101,19 @@ def test_overlong_prompts_are_dropped_and_counted(tokenizer):
     problems = [Problem(0, "a" * 5, "1"), Problem(1, "a" * 6, "1"), Problem(2, "a", "1")]
     kept, dropped = tokenize(problems, get_template("none"), tokenizer, longest=5)
     assert [p.id for p in kept] == [0, 2] and dropped == 1
+
+
+@pytest.mark.parametrize(("budget", "most", "longest"), [(8, 1024, 1016), (1000, 1024, 24)])
+def test_a_prompt_gets_what_the_response_leaves(random_model, budget, most, longest):
+    assert longest_prompt(random_model, most, budget) == longest
+    assert longest_prompt(random_model, 10, budget) == 10
+
+
+@pytest.mark.parametrize("budget", [1024, 9000])
+def test_a_budget_beyond_the_positions_names_both_numbers(random_model, budget):
+    message = rf"--max-new-tokens {budget} .* 1024 positions .* at most 1023 are allowed"
+    with pytest.raises(UserError, match=message):
+        longest_prompt(random_model, 1024, budget)
 
 
 def test_no_prompt_that_fits_is_an_error(tokenizer):

@@ -1,13 +1,15 @@
 """Checkpoints: complete or absent, and resumed exactly.
 
-    OUT/checkpoints/step-000050/   state/         weights and optimizer, sharded
+    OUT/checkpoints/step-000050/   state/         trained weights and optimizer, sharded
                                    hf/            for transformers, vLLM and eval.py
-                                   trainer.json   step, hours, config
+                                   adapter/       with LoRA, for peft
+                                   trainer.json   step, hours, config, loss scale
                                    manifest.json  checksum of every file
     OUT/checkpoints/latest         -> the newest complete one
-    OUT/hf                         -> its hf/
+    OUT/hf, OUT/adapter            -> its hf/ and adapter/
 
-Weights, the optimizer's state and the step number are all that the trainer needs to resume.
+Trained weights, the optimizer's state, the step number and the loss scale of float16 are all that
+the trainer needs to resume. Weights that LoRA freezes come from the model that the run began with.
 Rollouts are functions of (seed, step, problem, sample), and the order of the data is one of
 (seed, epoch).
 """
@@ -24,11 +26,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers import PreTrainedTokenizerBase
 
 from drgrpo.config import Config
 from drgrpo.distributed import gather_lists, shard
+from drgrpo.lora import save_adapter
 from drgrpo.model import Policy
 from drgrpo.run.files import write_json
 from drgrpo.run.folder import list_checkpoints
@@ -52,19 +55,32 @@ def resume(
     path = newest_intact(config.folder, log)
     if path is None:
         return Progress()
-    weights, optimizer_state = get_state_dict(policy, optimizer)
-    state: dict[str, Any] = {"weights": weights, "optimizer": optimizer_state}
+    state = trained_state(policy, optimizer)
     dcp.load(state, checkpoint_id=path / "state")
     set_state_dict(
-        policy, optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"]
+        policy,
+        optimizer,
+        model_state_dict=state["weights"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=False),  # frozen weights are not in it
     )
     saved = json.loads((path / "trainer.json").read_text())
+    policy.scaler.load_state_dict(saved.get("loss_scale"))
     done = Progress(saved["step"], saved["hours_used"])
     if done.step >= config.steps:
         log(f"{config.out} is complete at step {done.step}: raise --steps, or choose another --out")
     else:
         log(f"resumed from {path} after step {done.step}")
     return done
+
+
+def trained_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights that are trained, and the optimizer's state, by name."""
+    weights, optimizer_state = get_state_dict(policy, optimizer)
+    for name, weight in policy.named_parameters(remove_duplicate=False):  # a tied head has two
+        if not weight.requires_grad:
+            del weights[name]
+    return {"weights": weights, "optimizer": optimizer_state}
 
 
 def newest_intact(out: Path, log: Callable[[str], None] = print) -> Path | None:
@@ -113,11 +129,14 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    weights, optimizer_state = get_state_dict(policy, optimizer)
-    dcp.save({"weights": weights, "optimizer": optimizer_state}, checkpoint_id=partial / "state")
+    dcp.save(trained_state(policy, optimizer), checkpoint_id=partial / "state")
     save_hf(partial / "hf", policy, tokenizer, getattr(torch, config.dtype))
+    if policy.adapter.rank:
+        save_adapter(policy.lm, partial / "adapter", write=dist.get_rank() == 0)
     if dist.get_rank() == 0:
         about = {"processes": dist.get_world_size(), "config": asdict(config)}
+        if scale := policy.scaler.state_dict():
+            about["loss_scale"] = scale
         write_json(partial / "trainer.json", progress._asdict() | about)
     dist.barrier()
     names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())
@@ -134,7 +153,8 @@ def commit(config: Config, step: int) -> None:
     shutil.rmtree(final, ignore_errors=True)  # a damaged one, or this step would not run again
     partial_path(config, step).rename(final)
     replace_symlink(final.parent / "latest", final.name)
-    replace_symlink(config.folder / "hf", "checkpoints/latest/hf")
+    for name in ["hf", "adapter"] if config.lora_rank else ["hf"]:
+        replace_symlink(config.folder / name, f"checkpoints/latest/{name}")
     for old in list_checkpoints(config.folder)[config.keep :]:
         shutil.rmtree(old)
 

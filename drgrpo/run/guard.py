@@ -1,4 +1,5 @@
-"""What keeps a long run safe: orders to stop, time limits, hangs, non-finite gradients."""
+"""What keeps a long run safe: orders to stop, time limits, hangs, non-finite gradients, float16's
+loss scale."""
 
 import faulthandler
 import os
@@ -11,10 +12,14 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch.amp import GradScaler
 
 from drgrpo.types import Batch
 
 MAX_SKIPPED_IN_A_ROW = 3  # optimizer steps with a non-finite loss or gradient
+
+MIN_LOSS_SCALE = 1.0
+"""A gradient that overflows at this scale is not the scale's fault. Without a scale it is 1."""
 
 
 class Stopper:
@@ -89,3 +94,13 @@ class NonFinite:
                 f"Their batches are in {self.out}/nonfinite-*.pt. The last checkpoint is intact: "
                 "resume with a lower --lr"
             )
+
+
+def advance(scaler: GradScaler) -> float:
+    """The loss scale of the optimizer step that ends here. The next one has half of it after an
+    overflow, and twice after 2000 steps without: PyTorch's defaults, with a floor."""
+    scale = scaler.get_scale()
+    scaler.update()
+    if scaler.get_scale() < MIN_LOSS_SCALE:
+        scaler.update(MIN_LOSS_SCALE)
+    return scale

@@ -1,5 +1,6 @@
 """What `metrics.jsonl` and `samples.jsonl` hold of a step. docs/metrics.md explains each column."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ from torch import Tensor
 from drgrpo.config import Config
 from drgrpo.grade import Grader
 from drgrpo.run.checkpoint import Progress
+from drgrpo.run.guard import MIN_LOSS_SCALE
 from drgrpo.run.log import Stopwatch
-from drgrpo.types import Batch, Rollout
+from drgrpo.types import Batch, Grade, Rollout
 
 SAMPLES_LOGGED = 32  # prompts of a step whose first response goes into samples.jsonl
 
@@ -48,7 +50,8 @@ class Tally:
 
 class Update(NamedTuple):
     """One optimizer step over all processes. `gap`: |trainer - sampler| in nats per token.
-    `applied`: False if loss or gradient was not finite and the step was skipped."""
+    `applied`: False if loss or gradient was not finite and the step was skipped. `loss_scale`: that
+    of float16, or 1."""
 
     tokens: float
     gap_sum: float
@@ -60,6 +63,13 @@ class Update(NamedTuple):
     grad_norm: float
     applied: bool
     lr: float
+    loss_scale: float = 1.0
+
+    @property
+    def failed(self) -> bool:
+        """Skipped, and a smaller loss scale does not help. An overflow above the floor is normal in
+        float16: it is how the scale is found."""
+        return not self.applied and self.loss_scale <= MIN_LOSS_SCALE
 
 
 def step_row(
@@ -74,19 +84,24 @@ def step_row(
 ) -> dict[str, Any]:
     """One line of metrics.jsonl.
 
-    Statistics of responses cover all of them. A token without advantage cannot be clipped, so
-    `clip_frac` covers all tokens too. `ratio_max`, `kl` and parity cover the tokens trained on."""
+    `rollouts` have their grades. A response is right if math is a component of the reward and finds
+    it right, or, without math, if its reward is positive. Statistics of responses cover all of
+    them. A token without advantage cannot be clipped, so `clip_frac` covers all tokens too.
+    `ratio_max`, `kl` and parity cover the tokens trained on. A
+    number that is not finite becomes None, because JSON has neither NaN nor infinity."""
     rewards, lengths = reward_PG.flatten().tolist(), [r.length for r in rollouts]
-    right = [length for length, reward in zip(lengths, rewards, strict=True) if reward > 0]
-    wrong = [length for length, reward in zip(lengths, rewards, strict=True) if reward <= 0]
+    pairs = list(zip(rollouts, rewards, strict=True))
+    right = [rollout.length for rollout, reward in pairs if is_right(rollout, reward)]
+    wrong = [rollout.length for rollout, reward in pairs if not is_right(rollout, reward)]
     applied, seconds = [update for update in updates if update.applied], timer.read()
     trained, first, sampled = sum(column(updates, "tokens")), updates[0], sum(lengths)
     logprobs = [sum(rollout.completion.logprobs) for rollout in rollouts]
     truncated = [not rollout.completion.finished for rollout in rollouts]
-    return {
+    row: dict[str, Any] = {
         "step": now.step,
         "algo": config.algo,
         "reward_mean": fmean(rewards),
+        **reward_columns([rollout.grade for rollout in rollouts]),
         "response_len_mean": fmean(lengths),
         "response_len_correct": mean(right),
         "response_len_incorrect": mean(wrong),
@@ -98,7 +113,7 @@ def step_row(
         "kl": sum(column(updates, "kl_sum")) / trained if trained else None,
         "loss": mean(column(applied, "loss")),
         "grad_norm": mean(column(applied, "grad_norm")),
-        "skipped_updates": len(updates) - len(applied),
+        "skipped_updates": sum(column(updates, "failed")),
         "lr": updates[-1].lr,
         "parity_mean": first.gap_sum / first.tokens if first.tokens else None,
         "parity_max": first.gap_max if first.tokens else None,
@@ -113,6 +128,29 @@ def step_row(
         "grader_error": grader.errors,
         "hours_used": now.hours_used,
     }
+    if config.dtype == "float16":
+        row["loss_scale"] = updates[-1].loss_scale
+        row["overflowed_updates"] = len(updates) - len(applied) - sum(column(updates, "failed"))
+    return {name: finite_or_none(value) for name, value in row.items()}
+
+
+def is_right(rollout: Rollout, reward: float) -> bool:
+    return (rollout.grade.components.get("math", reward) or 0.0) > 0
+
+
+def reward_columns(grades: list[Grade]) -> dict[str, float]:
+    """What the reward is made of: the accuracy of all responses, truncated ones too, the share
+    without an answer, the mean of each component, and the calls of reward functions that failed."""
+    row = {f"reward/{name}": mean_of(grades, name) for name in grades[0].components}
+    row["accuracy"] = fmean(grade.score for grade in grades)
+    row["no_answer_frac"] = fmean(not grade.parsed for grade in grades)
+    row["reward_error"] = sum(list(grade.components.values()).count(None) for grade in grades)
+    return row
+
+
+def mean_of(grades: list[Grade], name: str) -> float:
+    """The mean of a component. A call that failed counts as 0."""
+    return fmean(grade.components[name] or 0.0 for grade in grades)
 
 
 def sample_rows(step: int, rollouts: list[Rollout], reward_PG: Tensor) -> list[dict[str, Any]]:
@@ -126,6 +164,7 @@ def sample_rows(step: int, rollouts: list[Rollout], reward_PG: Tensor) -> list[d
             "answer": rollout.problem.answer,
             "response": rollout.text,
             "reward": reward,
+            "components": rollout.grade.components,
             "tokens": rollout.length,
             "finished": rollout.completion.finished,
         }
@@ -137,8 +176,12 @@ def column(updates: list[Update], name: str) -> list[float]:
     return [getattr(update, name) for update in updates]
 
 
+def finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def mean(values: Sequence[float]) -> float | None:
-    """None without values: JSON has no NaN."""
+    """None without values."""
     return fmean(values) if values else None
 
 
