@@ -4,6 +4,7 @@ handed over by reference.
 The comment beside a setting says what goes wrong without it. Most of these mistakes are silent.
 """
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -78,6 +79,9 @@ class VLLMEngine:
         # LLM() seeds the global random generators anew.
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
             self.llm = LLM(**arguments)
+        # At every sync it would warn of the rotary embedding, which has no weights. Another module
+        # of vLLM lists the weights that are missing.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel("ERROR")
         if on_gpu and dist.get_rank() == 0:
             warn_of_old_runner(self.llm)
         # On a CPU, vLLM's log-prob helper would spend 10 s in a C++ compiler. Dynamo is off during
@@ -121,7 +125,7 @@ class VLLMEngine:
             self.llm.wake_up(tags=["weights"])
         names: set[str] = set()
         self.llm.collective_rpc(**reload_arguments(record_names(named_weights, names)))
-        # vLLM does not notice a weight that is left out. The names are compared with those of the
+        # vLLM at most warns of a weight that is left out. The names are compared with those of the
         # first sync, and the parity gate guards the rest.
         if self.names is not None and names != self.names:
             changed = sorted(names ^ self.names)
@@ -148,8 +152,8 @@ class VLLMEngine:
 
 
 def prepare_environment(on_gpu: bool, dtype: torch.dtype, batch_invariant: bool = False) -> None:
-    """Set what vLLM and Triton read when they are imported. A variable that the user has set is
-    kept, except that `batch_invariant` is what the user asked for last."""
+    """Set what vLLM and Triton read from the environment, before either is imported. A variable
+    that the user has set is kept. Only `batch_invariant` overrides one."""
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: tensors go by reference
         "VLLM_NO_USAGE_STATS": "1",

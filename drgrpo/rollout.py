@@ -84,9 +84,9 @@ def tokenize_sets(
 
 
 def sample_seed(*key: int) -> int:
-    """63 bits from (run seed, step, problem, sample): a sample depends on nothing else, so a
-    rollout does not change with the order of the batch or the number of processes, and resuming
-    needs no saved random state."""
+    """63 bits from (run seed, step, problem, sample). A sample's random numbers depend on nothing
+    else, so resuming needs no saved random state. The order of the batch and the number of
+    processes change a rollout by the rounding of the logits only, and not at all on a CPU."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -87,8 +87,8 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One sample to draw: a tokenized prompt and the seed of its random numbers, so that the sample
-    does not depend on what else is in the batch or on the number of processes."""
+    """One sample to draw: a tokenized prompt and the seed of its random numbers, which so do not
+    depend on what else is in the batch or on the number of processes."""
 
     prompt_ids: list[int]
     seed: int

@@ -3,7 +3,7 @@ seed alone. Then the order in which vLLM is called, on an imitation of it."""
 
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -301,6 +301,18 @@ def arguments(**changes) -> dict:
         "sleep": False,
     }
     return llm_arguments("model", **settings | changes)
+
+
+def test_on_a_gpu_the_engine_gets_the_gpus_arguments(imitation, monkeypatch, capsys):
+    vllm_config = SimpleNamespace(use_v2_model_runner=False)
+    inner = SimpleNamespace(vllm_config=vllm_config)
+    monkeypatch.setattr(RecordingLLM, "llm_engine", inner, raising=False)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    room = {"max_tokens": 4024, "kv_cache_gb": 30.0, "sleep": False, "load_weights": False}
+    recipe, gpu = RECIPES["oat_zero_7b"](), torch.device("cuda", 0)
+    engine = make_engine(recipe, "model", None, gpu, **room)
+    assert engine.llm.settings == arguments(world=1, load_weights=False)
+    assert "V1 model runner" in capsys.readouterr().out
 
 
 def test_only_processes_among_others_are_placed_by_torchruns_variables():

@@ -2,6 +2,7 @@
 breaks that is noticed."""
 
 import importlib.util
+import logging
 from dataclasses import replace
 
 import pytest
@@ -187,6 +188,32 @@ def test_a_weight_that_is_left_out_is_an_error(pair):
             engine.sync((name, w) for name, w in model.state_dict().items() if name != left_out)
     engine.sync(model.state_dict().items())
     assert gap(engine, model) < MAX_GAP
+
+
+@pytest.fixture
+def warned():
+    """What vLLM warns of, at the level that it has on a GPU."""
+    messages: list[str] = []
+    log, handler = logging.getLogger("vllm"), logging.Handler()
+    level, handler.emit = log.level, lambda record: messages.append(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel("WARNING")
+    yield messages
+    log.removeHandler(handler)
+    log.setLevel(level)
+
+
+def test_a_sync_warns_of_missing_weights_and_of_nothing_else(pair, monkeypatch, warned):
+    engine, model = pair
+    engine.sync(model.state_dict().items())
+    assert not warned
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "names", None)
+        weights = model.state_dict().items()
+        engine.sync((name, w) for name, w in weights if "layers.1.mlp.down_proj" not in name)
+    (warning,) = warned
+    assert "weights were not loaded" in warning and "layers.1.mlp.down_proj" in warning
+    engine.sync(model.state_dict().items())
 
 
 def test_a_sample_depends_on_its_seed_alone(tied):
