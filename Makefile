@@ -44,8 +44,8 @@ lint: env-test
 study: env
 	$(BIN)/python -m bench.experiments.study $(ARGS)
 
-gpu:  # with .venv where there is one, else with what the machine has; installs nothing
-	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
+gpu:  # with PYTHON if it is named, else with .venv where there is one, else with the machine's python3; installs nothing
+	@$(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python)),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 env: $(VENV)/installed
 env-test: $(VENV)/installed-test

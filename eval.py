@@ -5,6 +5,7 @@
     python eval.py --model M --templates qwen_math,r1,none         the paper's Table 1
     python eval.py --compare RUN paper                             a run next to the published rows
     python eval.py --compare RUN_A RUN_B                           two runs, paired by problem
+    python eval.py --model M --reward my.py:function               a reward beside the accuracy
     python eval.py --regrade RUN/responses.jsonl --grader paper    grade again, without a model
     python eval.py --analyze RUN/responses.jsonl                   answering, exploring, reflecting
 
@@ -17,7 +18,7 @@ same call continues an interrupted evaluation.
 """
 
 from drgrpo.evaluation.config import Command, Dtype, parse_args
-from drgrpo.run.cli import user_errors
+from drgrpo.run.cli import hard_exit, user_errors
 
 if __name__ == "__main__":  # a mistake on the command line is answered before torch is imported
     with user_errors():
@@ -92,14 +93,14 @@ def resolve_dtype(name: Dtype, device: torch.device) -> Dtype:
 def cli(command: Command) -> None:
     """Do what the command line asks for."""
     config, paths = command.config, command.paths
-    with user_errors():
+    with hard_exit(), user_errors():
         match command.mode:
             case "evaluate":
                 main(command)
             case "compare":
                 compare.compare(paths, config.out)
             case "regrade":
-                regrade.regrade(paths[0], config.grader, config.out)
+                regrade.regrade(paths[0], config.grader, config.answer, config.out)
             case "analyze":
                 analyze.analyze(paths[0], config.out)
         distributed.stop()

@@ -20,7 +20,7 @@ The file reads top to bottom: setup, then the loop
 from drgrpo import data
 from drgrpo.config import Config, parse_args
 from drgrpo.run import folder
-from drgrpo.run.cli import user_errors
+from drgrpo.run.cli import hard_exit, user_errors
 
 if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
     with user_errors():
@@ -46,8 +46,8 @@ from drgrpo.engine import make_engine, stop_token_ids
 from drgrpo.evaluation.evaluate import evaluate_sets
 from drgrpo.grade import Grade, Grader
 from drgrpo.lora import Adapter, WithoutAdapter, reference_model
-from drgrpo.model import Objective, Policy, load_policy, load_tokenizer, max_positions
-from drgrpo.rollout import Sampler, tokenize_sets
+from drgrpo.model import Objective, Policy, load_policy, load_tokenizer
+from drgrpo.rollout import Sampler, longest_prompt, tokenize_sets, with_grades
 from drgrpo.run import checkpoint, summary
 from drgrpo.run.dry_run import dry_run
 from drgrpo.run.flops import utilization
@@ -71,11 +71,11 @@ def main(config: Config) -> None:
     nonfinite = NonFinite(config.folder, rank)
 
     # ---- Setup: prompts.
-    template = get_template(config.template)
+    template = get_template(config.template, config.answer, config.system)
     problems, eval_sets = data.load_sets(config, log.say)
     model_path = tiny_model(config, log.say) if config.model == "tiny" else config.model
     tokenizer = load_tokenizer(model_path)
-    longest = min(config.max_prompt_tokens, max_positions(model_path) - config.max_new_tokens)
+    longest = longest_prompt(model_path, config.max_prompt_tokens, config.max_new_tokens)
     problems, eval_sets, dropped = tokenize_sets(
         problems, eval_sets, template, tokenizer, longest, log.say
     )
@@ -86,8 +86,8 @@ def main(config: Config) -> None:
 
     # ---- Setup: the sampler. It comes after the process group: vLLM would make one of its own.
     ledger = ledger_of(config, policy.lm, longest, world, device)
-    max_tokens, cache, sleep = longest + config.max_new_tokens, ledger.kv_cache, ledger.sleep
-    engine = make_engine(config, model_path, tokenizer, device, max_tokens, cache, sleep)
+    room = (longest + config.max_new_tokens, ledger.kv_cache, ledger.sleep)
+    engine = make_engine(config, model_path, tokenizer, device, *room, load_weights=False)
     engine.sync(policy.named_weights(dtype))
     sampler = Sampler(engine, tokenizer, config.seed, config.tp)
     sampling = Sampling(
@@ -99,7 +99,8 @@ def main(config: Config) -> None:
     summary.start(config, policy, engine.name, ledger, device, log)
     if config.dry_run:
         engine.sleep()
-        return dry_run(config, policy, optimizer, longest, log)
+        dry_run(config, policy, optimizer, longest, log)
+        return engine.close()
     if rank == 0:
         folder.open_run(config, done.step, machine(device.type))
     log.track(config.tensorboard, config.wandb, asdict(config))
@@ -114,7 +115,7 @@ def main(config: Config) -> None:
                 log.evaluation(row | {"template": config.template})
 
     # ---- The loop: seven blocks a step.
-    with Grader(template.answer) as grader:
+    with Grader(template.answer, reward=config.reward) as grader:
         if done.step == 0:
             evaluate(step=0)
         group = config.group_size
@@ -122,14 +123,14 @@ def main(config: Config) -> None:
             timer = Stopwatch(watchdog.enter)
             prompts = data.step_problems(problems, step, config.prompts_per_step, config.seed)
 
-            # 1. Every process samples responses to its share of the prompts. Grading starts with
-            #    the first complete response.
+            # 1. Every process samples its share of the responses. Grading starts with the first.
             with timer("rollout"):
                 rollouts, grades = sampler.rollout(prompts, group, sampling, step, grader)
 
             # 2. Each response gets its reward. Then every process gets the whole step.
             with timer("grade"):
-                rewards = [reward(r, g.result()) for r, g in zip(rollouts, grades, strict=True)]
+                rollouts = with_grades(rollouts, grades)
+                rewards = [reward(rollout, rollout.grade) for rollout in rollouts]
             with timer("pack"):
                 engine.sleep()
                 rollouts, reward_PG = sampler.gather(rollouts, rewards, group)
@@ -179,18 +180,16 @@ def main(config: Config) -> None:
 
     # ---- The end: check that the last weights arrived, then show a table and figures.
     watchdog.enter("finish")
-    probe, _ = sampler.rollout((problems * world)[: 8 * world], 4, sampling, step=-1)
-    batch = pack.pack([pack.sequence(rollout, advantage=0.0) for rollout in probe], device)
-    gap_N = (policy.logprob(batch) - batch.sampler_logprob_N).abs()
-    parity.check(gap_N.mean().item(), gap_N.max().item(), dtype, config.parity, log.say)
+    gap = parity.probe(sampler, policy, problems, sampling, config.tokens_per_microbatch)
+    parity.check(*gap, dtype, config.parity, log.say)
     summary.finish(config, log)
     dist.barrier()
     engine.close()
 
 
 def reward(rollout: Rollout, grade: Grade) -> float:
-    """1 for a right answer, 0 for a wrong one and for a truncated response. Yours goes here."""
-    return grade.score * rollout.completion.finished
+    """What `--reward` names: by default 1 for a right answer, 0 if wrong or truncated."""
+    return grade.reward
 
 
 def load_policies(
@@ -295,6 +294,6 @@ def learning_rate(config: Config, update: int) -> float:
 
 
 if __name__ == "__main__":
-    with user_errors():
+    with hard_exit(), user_errors():
         main(CONFIG)
         distributed.stop()

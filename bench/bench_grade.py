@@ -1,4 +1,5 @@
-"""Grades per second: the pool of workers against grading one answer at a time.
+"""Grades per second: the pool of workers against grading one answer at a time, and against a reward
+function of a user.
 
     python -m bench.bench_grade                 # made-up answers
     python -m bench.bench_grade --data DIR      # the truths of DIR/*.jsonl, rewritten
@@ -6,7 +7,9 @@
     DRGRPO_FUZZ=100000 pytest -s tests/test_grade.py -k fuzz_pool    # the fuzz run
 There are three loads. `mixed` is what a trained model writes, and the string rules settle most of
 it. `math` holds only answers that need math-verify. `hostile` is `math` with one answer in a
-hundred that never ends. It is killed after one second of CPU time.
+hundred that never ends. It is killed after one second of CPU time. The user's function is
+`examples/format_reward.py:one_box`, which does next to nothing, so that its line is the cost of a
+call.
 """
 
 import random
@@ -18,7 +21,10 @@ from bench.harness import command_line, provenance, write_json
 from drgrpo.answers import equal_as_mathematics, equal_as_strings, extract, truths_of
 from drgrpo.data import BENCHMARKS, benchmark_source, load_problems
 from drgrpo.grade import Grader
+from drgrpo.reward import Term
+from drgrpo.types import Completion, Problem, Rollout
 
+ONE_BOX = Term(1.0, "one_box", str(Path(__file__).parents[1] / "examples" / "format_reward.py"))
 ENDLESS = "9^{9^9}"
 FORMS = (
     *("{a}", "\\frac{{{a}}}{{{b}}}", "{a}\\sqrt{{{b}}}", "({a}, \\frac{{{b}}}{{{c}}})"),
@@ -63,7 +69,7 @@ def boxed(pairs: Pairs) -> Pairs:
     return [(f"so it is \\boxed{{{answer}}}.", truth) for answer, truth in pairs]
 
 
-# ---- three ways to count the right answers
+# ---- ways to count the right answers
 
 
 def in_process(pairs: Pairs, grader: Grader) -> float:
@@ -86,6 +92,14 @@ def pool(pairs: Pairs, grader: Grader) -> float:
     return sum(grade.result().score for grade in grades)
 
 
+def function(pairs: Pairs, grader: Grader) -> float:
+    """A user's reward function in its workers. It finds a box in every response."""
+    completion = Completion([], [], finished=True)
+    rollouts = [Rollout(Problem(0, "", truth), completion, text) for text, truth in pairs]
+    calls = [grader.reward.start(rollout)[ONE_BOX.name] for rollout in rollouts]
+    return sum(call.result()["value"] for call in calls)
+
+
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--data", help="folder with the benchmarks as NAME.jsonl")
@@ -105,10 +119,13 @@ def main() -> None:
         methods = {"one at a time, workers": one_at_a_time, f"pool of {args.workers}": pool}
         if load != "hostile":  # in this process nothing would end it
             methods = {"one at a time, in process": in_process, **methods}
+        methods[f"function, pool of {args.workers}"] = function
+        reward = f"{ONE_BOX.file}:{ONE_BOX.name}"
         for name, method in methods.items():
-            with Grader("boxed", workers=args.workers, timeout_s=1.0) as grader:
+            with Grader("boxed", workers=args.workers, timeout_s=1.0, reward=reward) as grader:
                 in_process(easy, grader)  # imports
                 pool(easy, grader)  # starts the workers
+                function(easy, grader)
                 start = time.perf_counter()
                 right = method(pairs, grader)
                 seconds = time.perf_counter() - start

@@ -445,7 +445,7 @@ def needed_bytes(model: str, layers: int, config: Config) -> float:
     lm = lm_config(model, layers)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(lm).num_parameters()
-    kept = kept_gib(parameters, shards=1, reference=False)
+    kept = kept_gib(parameters, shards=1)
     training = training_gib(config, lm, parameters, shards=1)
     return GIB * sum([*kept.values(), *training.values()])
 

@@ -11,12 +11,13 @@ after it. One that reaches its limit is killed, after Python has said where it s
 part takes anything from another. DIR/gpu.json and DIR/summary.md are written anew after every part
 and while one runs. DIR/log.txt is all that the parts printed, and a part that draws leaves its
 picture. What is not installed is skipped and named. Exit status: 0, 1 if a part failed or ran out
-of time, 2 without a CUDA device.
+of time, 2 without a CUDA device or another need.
 """
+
+from __future__ import annotations  # an old Python gets as far as the line that says so
 
 import argparse
 import importlib.util
-import json
 import os
 import re
 import resource
@@ -25,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -32,15 +34,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import TextIO
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 575.0  # of 600
-OPTIONAL = (
-    *("vllm", "flash_attn", "liger_kernel", "trl", "cut_cross_entropy", "verl", "quack"),
-    *("datasets", "math_verify"),
-)
+OLDEST = (3, 11)  # Python
+NEEDED = ("torch", "transformers", "numpy", "matplotlib", "filelock", "rich")  # by train.py
 TICK = 2.0  # seconds between two looks at what a running part has written
 
 
@@ -81,164 +80,93 @@ class Report:
 
 KERNEL_FLAGS = "--models 1.5B 7B --tokens 16384 --repeats 10"
 KERNEL_TOY = "--models tiny --tokens 256 --repeats 2 --only CCE 'fused (this repository)'"
-STEP_SHARES = {"1.5b": 85.0, "7b": 85.0, "0.6b": 45.0}
+SHARES = {  # seconds: without vLLM, with it
+    "ceilings": (35, 30),
+    "tests_linear_drgrpo_gpu": (50, 45),
+    "tests_model": (30, 35),
+    "tests_train": (30, 35),
+    "kernel": (115, 146),
+    "rollout": (75, 275),
+    "tiny_vllm": (12, 120),
+    "tiny": (55, 40),
+    "teardown": (50, 50),
+    "step_1.5b": (75, 40),
+    "step_7b": (75, 40),
+    "step_0.6b": (45, 0),
+    "step_rehearsal": (60, 60),
+    "budget": (25, 20),
+}
+"""A part's share of the time. Together they are a sixth more than there is, and with vLLM a
+half more, because most parts end early. `kernel` is the tightest, and always gets 95 s. vLLM's
+import, compilation and graphs take 60 to 100 s at the first start. `rollout` starts it twice and
+gets 180 s at least, and `tiny_vllm` starts it thrice at a small size. Training steps plan with what
+they get: they come late and take what the others leave. A part with 0 is left out."""
 
 
 def make_parts(out: Path, work: Path, rehearse: bool) -> list[Part]:
     """Without a GPU all its tests are skipped, and one file is enough to see that."""
-
-    def own(name: str, title: str, share: float) -> Part:
-        """A part that is a function of this file."""
-        code = f"from bench import gpu; gpu.run_own({name!r}, {str(work)!r}, {rehearse})"
-        return Part(name, title, [sys.executable, "-c", code], share, f"{name}.json")
-
-    def module(name: str, part: str, title: str, share: float, *flags: str, **how) -> Part:
-        command = [sys.executable, "-m", f"bench.{name}", *flags]
-        return Part(part, title, command, share, f"{part}.json", **how)
+    column = int(importlib.util.find_spec("vllm") is not None)
 
     device, toy = ("cpu", ["--rehearse"]) if rehearse else ("cuda", [])
+
+    def module(name: str, part: str, title: str, *flags: str, **how) -> Part:
+        command = [sys.executable, "-m", f"bench.{name}", *flags]
+        return Part(part, title, command, SHARES[part][column], f"{part}.json", **how)
+
+    def own(name: str, title: str) -> Part:
+        return module("gpu_parts", name, title, name, "--out", str(work), *toy)
+
     flags = [*shlex.split(KERNEL_TOY if rehearse else KERNEL_FLAGS), "--device", device, "--sweep"]
     title = "the fused head against bare GEMMs and other kernels"
     out_flags = ["--out", str(work / "kernel")]
-    kernel = module("bench_linear_drgrpo", "kernel", title, 110, *flags, *out_flags)
-    place = ["--device", device, "--out", str(work), *toy]
+    kernel = module("bench_linear_drgrpo", "kernel", title, *flags, *out_flags)
+    place = ["--device", device, "--out", str(work)]
     steps = []
-    for shape, share in ({"rehearsal": 45.0} if rehearse else STEP_SHARES).items():
+    for shape in ["rehearsal"] if rehearse else ["1.5b", "7b", "0.6b"]:
         flags = ["--repeats", "1", "--responses", "16"] if rehearse else ["--shape", shape]
-        what = f"step_{shape}", f"one training step, {shape}", share
-        steps.append(module("bench_step", *what, *place, *flags, plans=True))
-    has_vllm = importlib.util.find_spec("vllm") is not None and not rehearse
-    what = "rollout", "rollout, weight sync, parity", 120 if has_vllm else 45
-    rollout = module("bench_rollout", *what, *place, plans=True)
-    what = "budget", "the budget of the 7B recipe with what was measured", 30
+        what = f"step_{shape}", f"one training step, {shape}"
+        steps.append(module("bench_step", *what, *place, *toy, *flags, plans=True))
+    what = "rollout", "rollout, weight sync, parity, vLLM's memory"
+    rollout = module("bench_rollout", *what, *place, *toy, plans=True)
+    what = "teardown", "whether leaving a process group waits for the others"
+    teardown = module("bench_teardown", *what, *place, plans=True)
+    what = "budget", "the budget of the 7B recipe with what was measured"
     flags = ["--measured", str(out), "--out", str(work), *(["--draws", "2"] if rehearse else [])]
-    return [
-        own("ceilings", "versions, card, copy bandwidth, bf16 GEMM rate", 40),
-        *gpu_tests()[: 1 if rehearse else None],
+    parts = [
+        own("ceilings", "versions, card, copy bandwidth, bf16 GEMM rate"),
+        *gpu_tests(column)[: 1 if rehearse else None],
         kernel,
-        *steps,
         rollout,
-        own("tiny", "the tiny recipe, stopped and resumed", 60),
+        own("tiny_vllm", "the tiny recipe with vLLM in bfloat16: tried, trained, resumed"),
+        own("tiny", "the tiny recipe, stopped and resumed"),
+        teardown,
+        *steps,
         module("experiments.budget", *what, *flags),
     ]
+    return [part for part in parts if part.share]
 
 
 PYTEST = "-m pytest -v -m gpu -p no:cacheprovider --color=no --durations=5 --tb=short"
 
 
-def gpu_tests() -> list[Part]:
+def gpu_tests(column: int) -> list[Part]:
     """Files with tests for a GPU, each in a process of its own. A kernel that goes astray takes the
-    CUDA context with it."""
+    CUDA context with it. None without pytest."""
+    if importlib.util.find_spec("pytest") is None:
+        return []
     marked, parts = re.compile(r"^@(pytest\.mark\.)?gpu$", re.M), []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         if marked.search(path.read_text()):
             command = [sys.executable, *PYTEST.split(), f"tests/{path.name}"]
-            share = 60.0 if path.stem == "test_linear_drgrpo_gpu" else 35.0
-            parts.append(Part(f"tests_{path.stem[5:]}", f"GPU tests, {path.name}", command, share))
+            name = f"tests_{path.stem[5:]}"
+            share = SHARES.get(name, (30, 35))[column]
+            parts.append(Part(name, f"GPU tests, {path.name}", command, share))
     return parts
 
 
 WARM_UP = "from drgrpo.tiny.warmup import *; cached_tiny_model(Warmup(), 'runs/warmup')"
 """Runs beside the first parts, on one core without the GPU. It is a minute of work, once. The tiny
 recipe waits for its lock."""
-
-
-def ceilings(work: Path, rehearse: bool) -> dict:
-    """What the memory and the tensor cores of this card reach. Copies count bytes read and written.
-    GEMMs take random numbers, ten in a row, so that the clock is the one that lasts."""
-    import torch
-
-    from bench.harness import interleaved, provenance, quantiles
-    from drgrpo.run.flops import peak_flops
-
-    device, size, n, count = ("cpu", 2**22, 256, 1) if rehearse else ("cuda", 2**31, 8192, 10)
-    torch.manual_seed(0)
-    source = torch.randn(size // 2, device=device, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    c = torch.empty_like(a)
-    contenders = {
-        "copy": lambda: target.copy_(source),
-        "gemm": lambda: [torch.mm(a, b, out=c) for _ in range(count)],
-    }
-    interleaved(contenders, device, 3)
-    ms = {name: quantiles(times) for name, times in interleaved(contenders, device, 20).items()}
-    result = {
-        "where": provenance(device),
-        "missing": [name for name in OPTIONAL if importlib.util.find_spec(name) is None],
-        "copy_bytes": size,
-        "gemm_size": n,
-        "ms": ms,
-        "copy_gb_per_s": 2 * size / 1e6 / ms["copy"]["p50"],
-        "gemm_tflops": count * 2 * n**3 / 1e9 / ms["gemm"]["p50"],
-    }
-    if rehearse:
-        return result
-    card, peak = torch.cuda.get_device_properties(0), peak_flops(torch.device("cuda", 0))
-    return result | {
-        "capability": f"{card.major}.{card.minor}",
-        "multiprocessors": card.multi_processor_count,
-        "memory_gib": card.total_memory / 2**30,
-        "l2_mib": card.L2_cache_size / 2**20,
-        "cuda": torch.version.cuda,
-        "data_sheet_tflops": peak / 1e12 if peak else None,
-    }
-
-
-TINY = "--recipe tiny --engine torch --eval-every 0 --eval-samples 1 --save-every 0"
-
-
-def tiny(work: Path, rehearse: bool) -> dict:
-    """The tiny recipe as a user runs it, with our own sampler: to its end, and then resumed with
-    more steps."""
-    from drgrpo.run.files import read_jsonl
-
-    steps, more, out = *((12, 2) if rehearse else (40, 5)), work / "tiny"
-    command = [sys.executable, "train.py", *TINY.split(), "--out", str(out), "--steps"]
-    _, resumed = (echo([*command, str(end)]) for end in (steps, steps + more))
-    rows, window = read_jsonl(out / "metrics.jsonl"), steps // 4
-    rewards = [row["reward_mean"] for row in rows[:steps]]
-    first, last = fmean(rewards[:window]), fmean(rewards[-window:])
-    better = f"the mean reward of {window} steps grows by 0.05 or more, {first:.2f} to {last:.2f}"
-    each_step = list(range(1, steps + more + 1))
-    checks = {
-        better: last > first + 0.05,
-        f"training continues after step {steps}": f"after step {steps}" in resumed,
-        f"steps 1 to {steps + more}, each once": [row["step"] for row in rows] == each_step,
-    }
-    greedy = [row["accuracy"] for row in read_jsonl(out / "eval.jsonl") if row["temperature"] == 0]
-    seconds = sorted(row["seconds"]["total"] for row in rows)
-    return {
-        "steps": len(rows),
-        "reward_first": first,
-        "reward_last": last,
-        "accuracy_first": greedy[0],
-        "accuracy_last": greedy[-1],
-        "parity_max": max(row["parity_max"] for row in rows),
-        "seconds_per_step": seconds[len(rows) // 2],
-        "checks": checks,
-    }
-
-
-def echo(command: list[str]) -> str:
-    """Runs it, shows its stdout line by line, and returns that. Its stderr is ours."""
-    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
-    lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    if process.wait():
-        sys.exit(f"{' '.join(command)} ended with status {process.returncode}")
-    return "".join(lines)
-
-
-def run_own(name: str, work: str, rehearse: bool) -> None:
-    """A part that is a function of this file, in its own process."""
-    result = {"ceilings": ceilings, "tiny": tiny}[name](Path(work), rehearse)
-    Path(work, f"{name}.json").write_text(json.dumps(result) + "\n")
-    print(json.dumps(result, indent=1))
-    if wrong := [check for check, holds in result.get("checks", {}).items() if not holds]:
-        sys.exit(f"not so: {'; '.join(wrong)}")
 
 
 # ---- running them
@@ -315,6 +243,8 @@ def end(process: subprocess.Popen) -> None:
 
 def collect(part: Part, row: dict, work: Path, out: Path) -> None:
     """What the part has written so far, into its row and the results folder."""
+    from bench.harness import read_json
+
     if part.result:
         row["result"] = read_json(work / part.result)
         picture = (work / part.result).with_suffix(".png")
@@ -325,14 +255,6 @@ def collect(part: Part, row: dict, work: Path, out: Path) -> None:
     kind = part.name.split("_")[0]
     told = shown(lambda: LINES[kind](row["result"])) if row["result"] else ""
     row["figures"] = row.get("reason") or told
-
-
-def read_json(path: Path) -> dict | None:
-    """None where there is nothing yet, or half of it."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
 
 
 def tail(path: Path) -> str:
@@ -369,9 +291,9 @@ def constants(runs: dict[str, dict], rehearsal: bool) -> dict:
     for shape, name in SHAPES.items():
         parts["step"] += step_constants(name, results.get(f"step_{shape}", {}))
     vllm, model = rollout.get("engines", {}).get("vllm", {}), SHAPES.get(rollout.get("shape"))
-    if "steady" in vllm:
+    if model and "steady" in vllm:
         parts["rollout"] = [{"model": model} | vllm["steady"]]
-    if "sync_s" in vllm:
+    if model and "sync_s" in vllm:
         parts["sync"] = [{"model": model, "seconds": vllm["sync_s"]}]
     card = ceiling.get("where", {}).get("device")
     return {"device": "a CPU that rehearses for an H100" if rehearsal else card, "parts": parts}
@@ -434,22 +356,45 @@ def kernel_line(result: dict) -> str:
 
 
 def rollout_line(result: dict) -> str:
+    from bench.harness import figure
+
     lines = []
     for name, row in result["engines"].items():
-        if "skipped" in row:
-            lines.append(f"{name}: {row['skipped']}")
-            continue
-        speed = f"{row['tokens_per_s']:,.0f} tok/s, sync {row['sync_s']:.2f} s"
-        before = f"({row['stale_gap_mean']:.1e} before the sync)"
-        off = f"off by {row['gap_mean']:.1e} nats on average {before}, {row['gap_max']:.1e} at most"
-        lines.append(f"{name}: {speed}, log-probs {off}")
+        told = row.get("skipped") or row.get("failed")
+        if "stale_gap_mean" in row:
+            speed = f"{figure(row, 'tokens_per_s', ',.0f')} tok/s"
+            sync, most = figure(row, "sync_s", ".2f"), figure(row, "gap_max", ".1e")
+            off = f"{figure(row, 'gap_mean', '.1e')} nats on average, {most} at most"
+            before = f"{row['stale_gap_mean']:.1e} before the sync"
+            measured = f"{speed}, sync {sync} s, log-probs off by {off}, {before}"
+            told = f"{told}; {measured}" if told else measured
+        lines.append(f"{name}: {told or 'building'}")
     return "; ".join(lines)
 
 
 def tiny_line(result: dict) -> str:
-    reward = f"reward {result['reward_first']:.2f} -> {result['reward_last']:.2f}"
-    accuracy = f"held-out {result['accuracy_first']:.2f} -> {result['accuracy_last']:.2f}"
-    return f"{reward}, {accuracy}, {result['seconds_per_step']:.2f} s/step"
+    from bench.harness import figure
+
+    if "skipped" in result:
+        return result["skipped"]
+    told = [f"reward {result['reward_first']:.2f} -> {result['reward_last']:.2f}"]
+    if "accuracy_first" in result:
+        told.append(f"held-out {result['accuracy_first']:.2f} -> {result['accuracy_last']:.2f}")
+    mean, most = (figure(result, f"parity_{what}", ".1e") for what in ("mean", "max"))
+    told.append(f"log-probs off by {mean} nats on average, {most} at most")
+    return ", ".join([*told, f"{result['seconds_per_step']:.2f} s/step"])
+
+
+def teardown_line(result: dict) -> str:
+    lines = []
+    for row in result["rows"]:
+        if "blocked_s" in row:
+            lines.append(f"{row['variant']}: BLOCKS, ended after {row['blocked_s']:.0f} s")
+        elif told := row.get("skipped") or row.get("failed"):
+            lines.append(f"{row['variant']}: {told}")
+        else:
+            lines.append(f"{row['variant']}: {row['seconds']:.2f} s")
+    return "; ".join(lines)
 
 
 def budget_line(result: dict) -> str:
@@ -464,6 +409,7 @@ LINES = {
     "step": step_line,
     "rollout": rollout_line,
     "tiny": tiny_line,
+    "teardown": teardown_line,
     "budget": budget_line,
 }
 
@@ -475,6 +421,8 @@ def left_out(runs: dict[str, dict]) -> list[str]:
         result = row.get("result") or {}
         if missing := result.get("missing"):
             lines.append(f"not installed: {', '.join(missing)}")
+        if "skipped" in result:
+            lines.append(f"{name}: {result['skipped']}")
         skipped = Counter()
         for test, outcome in result.get("outcomes", {}).items():
             if outcome.startswith("SKIPPED"):
@@ -498,7 +446,7 @@ def summary(report: Report) -> str:
     for name, row in report.runs.items():
         numbers, told = [f"{row[key]:.0f}" for key in ("seconds", "limit")], row["figures"]
         overview.append([name, row["status"], *numbers, told.replace("|", "/")])
-        tabled = name.startswith(("kernel", "step_")) and row["status"] != "running"
+        tabled = name.startswith(("kernel", "rollout", "step_")) and row["status"] != "running"
         if tabled and row.get("result"):
             measured += [f"## {row['title']}", shown(tables, name, row["result"])]
         if "tail" in row:
@@ -519,24 +467,47 @@ def bullets(lines: list[str]) -> str:
 
 
 def tables(name: str, result: dict) -> str:
-    from bench import bench_linear_drgrpo, bench_step
+    from bench import bench_linear_drgrpo, bench_rollout, bench_step
 
+    if name == "rollout":
+        return bench_rollout.text(result)
     if name.startswith("step_"):
         return bench_step.text(result)
     return bench_linear_drgrpo.table(result["rows"])
 
 
-def missing_device() -> str | None:
+def unmet_need(rehearse: bool) -> str | None:
     """Why nothing can be measured here, and the way out."""
-    try:
-        import torch
-    except ImportError as error:
-        way_out = "install a CUDA build of torch, or name a Python with one: `make gpu PYTHON=...`"
-        return f"{error}: {way_out}"
-    if not torch.cuda.is_available():
-        way_out = "`make gpu ARGS=--rehearse` runs every part at toy size on a CPU"
-        return f"torch {torch.__version__} sees no CUDA device; {way_out}"
+    if sys.version_info < OLDEST:
+        version = ".".join(map(str, sys.version_info[:2]))
+        return f"Python {version} is too old; name 3.11 or newer: `make gpu PYTHON=python3.12`"
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        way_out = "install them, or name a Python that has them: `make gpu PYTHON=...`"
+        return f"not installed: {', '.join(missing)}; {way_out}"
+    return None if rehearse else missing_compiler() or missing_device()
+
+
+def missing_compiler() -> str | None:
+    """Triton builds the launcher of every kernel with a C compiler, in this way."""
+    compiler = os.environ.get("CC")
+    if not (shutil.which(compiler) if compiler else shutil.which("gcc") or shutil.which("clang")):
+        what = f"CC={compiler} is not" if compiler else "neither gcc nor clang is"
+        return f"Triton needs a C compiler, and {what} there; install gcc, or name one with CC=..."
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    if not header.exists():
+        way_out = "install Python's headers (python3-dev), or name another Python with PYTHON=..."
+        return f"Triton needs {header}, which is not there; {way_out}"
     return None
+
+
+def missing_device() -> str | None:
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    way_out = "`make gpu ARGS=--rehearse` runs every part at toy size on a CPU"
+    return f"torch {torch.__version__} sees no CUDA device; {way_out}"
 
 
 def part_environment(rehearse: bool) -> dict[str, str]:
@@ -571,7 +542,7 @@ def choose(every: list[Part], beginnings: list[str]) -> list[Part]:
 
 def main(argv: list[str] | None = None) -> int:
     begin, args = time.monotonic(), parse(argv)
-    if not args.rehearse and (reason := missing_device()):
+    if reason := unmet_need(args.rehearse):
         print(f"make gpu: {reason}", file=sys.stderr)
         return 2
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

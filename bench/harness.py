@@ -6,9 +6,12 @@ turns in one process, on the same tensors. Times are those of CUDA events, or of
 
 import argparse
 import json
+import math
 import os
 import platform
+import signal
 import statistics
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -123,6 +126,14 @@ def markdown(heads: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def figure(row: dict, path: str, form: str) -> str:
+    """What a row holds under the path `a.b`, formatted. "-" if it is not there."""
+    value = row
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return "-" if value is None else f"{value:{form}}"
+
+
 def spread(values: list[float], form: str, middle: Callable = statistics.fmean) -> str:
     """The mean or the median, and the range."""
     return f"{middle(values):{form}} ({min(values):{form}}–{max(values):{form}})"
@@ -133,6 +144,32 @@ def write_json(path: Path, result: dict) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     return json.dumps(result)
+
+
+def read_json(path: Path) -> dict | None:
+    """None where there is nothing yet, or half of it."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def run_limited(command: list[str], seconds: float) -> str | None:
+    """Runs a command with our outputs and in our process group. What went wrong, or None.
+
+    One that takes longer than `seconds` is killed. Under PYTHONFAULTHANDLER=1 it first says where
+    it stands."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        status = process.wait(None if math.isinf(seconds) else seconds)
+        return f"ended with status {status}" if status else None
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        time.sleep(0.5)
+        return f"not done after {seconds:.0f} s"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options):

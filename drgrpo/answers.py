@@ -18,7 +18,7 @@ from typing import Any
 
 from drgrpo.types import Answer
 
-RULES = ("boxed", "tag", "hash")
+RULES = ("boxed", "tag", "hash", "gsm8k", "number")
 MODES = ("correct", "paper")
 
 MAX_CHARS = 1000  # of an answer; the longest ground truth of MATH and the five benchmarks has 204
@@ -26,6 +26,9 @@ MAX_NESTING = 20  # brackets; the ground truths have 3
 
 
 # ---- the answer in a response
+
+# the filter "flexible-extract" in lm_eval/tasks/gsm8k/gsm8k.yaml of lm-evaluation-harness
+_ANY_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 def extract(text: str, rule: str) -> str | None:
@@ -35,17 +38,36 @@ def extract(text: str, rule: str) -> str | None:
     tag    The answer follows the last `<answer>`. The response must close its thought with
            `</think> <answer>` (one space) and must have an `</answer>`. A box in it is unwrapped.
     hash   The answer follows the only `#`.
+    gsm8k  The answer follows the last `####`, up to the end of its line.
+    number The answer is the last number, as lm-evaluation-harness's flexible extraction finds it.
+           What it finds without a digit, such as an ellipsis, is passed over.
     """
-    if rule == "hash":
-        return text.partition("#")[2].strip() if text.count("#") == 1 else None
-    if rule == "boxed":
-        return last_box(text)
-    if rule != "tag":
-        raise ValueError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
+    match rule:
+        case "hash":
+            return text.partition("#")[2].strip() if text.count("#") == 1 else None
+        case "boxed":
+            return last_box(text)
+        case "number":
+            return last_number(text)
+        case "gsm8k":
+            answer = text.rpartition("####")[2].partition("\n")[0]
+            return answer.strip() if "####" in text else None
+        case "tag":
+            return tagged(text)
+    raise ValueError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
+
+
+def tagged(text: str) -> str | None:
     if "</think> <answer>" not in text or "</answer>" not in text:
         return None
     answer = text.rpartition("<answer>")[2].partition("</answer>")[0]
     return last_box(answer) if "\\boxed" in answer else answer
+
+
+def last_number(text: str) -> str | None:
+    """The last number, without dollar signs, separators of thousands and a final full stop."""
+    matches = [m[0] for m in _ANY_NUMBER.finditer(text) if re.search(r"\d", m[0])]
+    return re.sub(r"[$,]", "", matches[-1]).rstrip(".") if matches else None
 
 
 def last_box(text: str) -> str | None:

@@ -13,15 +13,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from drgrpo import reward
+from drgrpo.run.cards import parse_machine
 from drgrpo.run.cli import Parser, check_choices, flag
-from drgrpo.templates import get_template
+from drgrpo.templates import AnswerRule, get_template
 from drgrpo.types import UserError, check_divides, check_name, world_size
 
 MAY_CHANGE_ON_RESUME = (
     *("out", "steps", "eval_every", "save_every", "keep", "max_hours", "resume", "parity"),
     *("tensorboard", "wandb", "watchdog_minutes", "dry_run", "attention", "kernel"),
     *("checkpointing", "compile", "dp_replicate", "tokens_per_microbatch", "sleep"),
-    *("kv_cache_gb", "sampler_batch", "drop_zero_advantage"),
+    *("kv_cache_gb", "sampler_batch", "drop_zero_advantage", "batch_invariant"),
 )
 """A resumed run may change these fields. They decide when and how things are computed, and what is
 learned stays the same up to rounding."""
@@ -76,7 +78,13 @@ class Config:
     answer_field: str = "answer"
     """column of the ground truth"""
     template: str = "qwen_math"
-    """how a question becomes a prompt and where the answer stands: see drgrpo/templates.py"""
+    """question -> prompt: a name in drgrpo/templates.py, a file, or a text with {q}"""
+    system: str = ""
+    """system message of --template chat"""
+    answer: AnswerRule = "auto"
+    """where the answer stands: see drgrpo/answers.py; auto is the template's own rule"""
+    reward: str = "math"
+    """math, FILE.py:FUNCTION, or a sum as `math + 0.2*FILE.py:FUNCTION`: see docs/rewards.md"""
     max_prompt_tokens: int = 1024
     """longer prompts are dropped, and counted"""
 
@@ -99,6 +107,8 @@ class Config:
     """processes that share one vLLM engine, for models that one GPU cannot sample"""
     sleep: Literal["auto", "on", "off"] = "auto"
     """vLLM frees its memory during training (on), keeps it (off), or the memory ledger decides"""
+    batch_invariant: bool = False
+    """vLLM on a GPU: samples do not depend on their batch, not even by rounding; slower"""
 
     # algorithm
     algo: Literal["drgrpo", "grpo", "grpo_length", "grpo_std", "rloo", "dapo"] = "drgrpo"
@@ -168,7 +178,8 @@ class Config:
         check_choices(self)
         self._check_numbers()
         self._check_ranges()
-        get_template(self.template)
+        get_template(self.template, self.answer, self.system)
+        reward.parse(self.reward)
         if self.group_size < 2:
             raise UserError(
                 "--group-size 1 leaves no group to compare with, and every advantage would be 0; "
@@ -288,6 +299,7 @@ def tiny() -> Config:
         train_data="arithmetic",
         eval_data="arithmetic_heldout",
         template="arithmetic",
+        engine="torch",  # vLLM takes a minute to start on a GPU, as long as this run
         prompts_per_step=32,
         group_size=8,
         max_new_tokens=96,
@@ -422,19 +434,31 @@ REFUSED = {
 }
 
 
+TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
+
 def check_model(name: str) -> None:
     """UserError for a path without a model. Whether the hub has a name shows when it is loaded."""
-    is_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).exists()
-    if is_path and not (Path(name) / "config.json").is_file():
+    folder = Path(name)
+    if name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not folder.exists():
+        return
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"--model {name} holds no config.json; name a Hugging Face folder, as OUT/hf, or a hub "
             "name"
+        )
+    # transformers makes an empty tokenizer where there is none
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise UserError(
+            f"--model {name} holds no tokenizer; copy tokenizer.json and tokenizer_config.json of "
+            "its base model into it"
         )
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
     """The recipe named by --recipe with the other flags on top. `--print-config` prints it and
-    exits. UserError names what is wrong and the nearest valid thing."""
+    exits. `--rehearse` rehearses it and exits with 0 if it fits, else 2. UserError names what is
+    wrong and the nearest valid thing."""
     recipes = "; ".join(f"{name}: {inspect.getdoc(recipe)}" for name, recipe in RECIPES.items())
     parser = Parser(
         Config,
@@ -444,17 +468,29 @@ def parse_args(argv: list[str] | None = None) -> Config:
     )
     parser.refused = REFUSED
     parser.add_argument("--print-config", action="store_true", help="show the config and stop")
+    parser.add_argument(
+        "--rehearse",
+        metavar="NxCARD",
+        help="say whether the run fits a machine such as 8xA100-80GB, without a GPU, and stop",
+    )
     given = parser.parse(argv)
-    print_only = given.pop("print_config")
+    print_only, rehearsed = given.pop("print_config"), given.pop("rehearse")
     check_name("recipe", given["recipe"], RECIPES)
     config = replace(RECIPES[given["recipe"]](), **given)
     if config.lora_rank and "lr" not in given:
         config = replace(config, lr=float(f"{LORA_LR_FACTOR * config.lr:.6g}"))
     config = replace(config, out=config.out or f"runs/{config.recipe}")
-    check_divides(world_size(), tp=config.tp, dp_replicate=config.dp_replicate)
+    machine = parse_machine(rehearsed) if rehearsed else None
+    world = machine.count if machine else world_size()
+    check_divides(world, tp=config.tp, dp_replicate=config.dp_replicate)
     if config.model != "tiny":
         check_model(config.model)
+    reward.check(config.reward)
     if print_only:
         print(json.dumps(asdict(config), indent=2), config.derived(), sep="\n")
         raise SystemExit(0)
+    if machine:
+        from drgrpo.run.rehearse import rehearse
+
+        raise SystemExit(rehearse(config, machine))
     return config

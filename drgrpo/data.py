@@ -50,7 +50,10 @@ class Columns:
         """None for a row without question or answer."""
         question = " ".join(str(row.get(field) or "") for field in self.problem)
         answer = _answer(row.get(self.answer), self.read)
-        return Problem(id, question, answer) if question.strip() and answer is not None else None
+        if not question.strip() or answer is None:
+            return None
+        others = {k: cell for k, cell in row.items() if k not in (*self.problem, self.answer)}
+        return Problem(id, question, answer, columns=others)
 
 
 @dataclass(frozen=True, slots=True)

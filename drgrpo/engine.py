@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from drgrpo.types import Completion, OnFinish, Request, Sampling, no_callback
+from drgrpo.types import Completion, OnFinish, Request, Sampling, UserError, no_callback
 
 
 class Engine(Protocol):
     """A sampler with its own copy of the policy's weights.
 
     Every completion holds the log-probability of each token under the distribution that it was
-    drawn from. A completion depends on its request's seed and on the weights. It does not depend
-    on the other requests of the batch."""
+    drawn from. On a CPU a completion depends on its request's seed and on the weights alone. On a
+    GPU that holds up to rounding: matrix products of other batches add in other orders, and now
+    and then a token changes. vLLM's batch-invariant mode removes that."""
 
     name: str
 
@@ -68,6 +69,25 @@ class EngineConfig(Protocol):
     def sampler_batch(self) -> int: ...
     @property
     def tp(self) -> int: ...
+    @property
+    def batch_invariant(self) -> bool: ...
+
+
+def check_batch_invariance(engine: str, device: torch.device) -> None:
+    """UserError unless `engine` has a batch-invariant mode on this device.
+
+    vLLM 0.32 documents compute capability 8.0 and checks nothing itself."""
+    if engine != "vllm" or device.type != "cuda":
+        raise UserError(
+            f"--batch-invariant is a mode of vLLM on a GPU, and the engine here is {engine} on "
+            f"{device.type}; leave the flag out. On a CPU a sample depends on its seed alone anyway"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise UserError(
+            f"--batch-invariant needs a GPU of compute capability 8.0 or higher, as an A100; "
+            f"this one has {major}.{minor}. Leave the flag out"
+        )
 
 
 def make_engine(
@@ -78,14 +98,20 @@ def make_engine(
     max_tokens: int,
     kv_cache_gb: float = 0.0,
     sleep: bool = False,
+    load_weights: bool = True,
 ) -> Engine:
     """The engine that `config` names, with the weights at `path`.
 
     `max_tokens`: longest prompt and response together. `kv_cache_gb`: 0 takes what the GPU has
-    left, or 0.25 without one. UserError if vLLM is not installed."""
+    left, or 0.25 without one. `load_weights`: False lets vLLM start with random weights, for a
+    caller that calls `sync` before it samples. UserError if vLLM is not installed, or cannot be
+    batch-invariant where `config` asks for it."""
     dtype, batch = getattr(torch, config.dtype), config.sampler_batch
+    name = resolve_engine(config.engine, device)
+    if config.batch_invariant:
+        check_batch_invariance(name, device)
     # vLLM takes seconds to import and may be missing, so each engine is imported by its own runs.
-    if resolve_engine(config.engine, device) == "torch":
+    if name == "torch":
         from drgrpo.engine_torch import TorchEngine
 
         return TorchEngine(
@@ -103,4 +129,6 @@ def make_engine(
         kv_cache_gb=kv_cache_gb,
         tp=config.tp,
         sleep=sleep,
+        load_weights=load_weights,
+        batch_invariant=config.batch_invariant,
     )

@@ -12,15 +12,28 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from drgrpo.types import Completion, OnFinish, Request, Sampling, UserError, no_callback
+from drgrpo.types import (
+    MAX_BATCHED_TOKENS,
+    Completion,
+    OnFinish,
+    Request,
+    Sampling,
+    UserError,
+    no_callback,
+)
 
 
 class VLLMEngine:
     """Samples through `vllm.LLM`. The process group must exist before it does: without one, vLLM
-    makes a group of size one the default."""
+    makes a group of size one the default.
+
+    load_weights: False leaves random weights until the first `sync`. batch_invariant: vLLM's mode
+    in which a sample does not depend on its batch. UserError if this vLLM does not have the
+    mode, or if vLLM is not installed."""
 
     name = "vllm"
 
@@ -36,9 +49,11 @@ class VLLMEngine:
         kv_cache_gb: float,
         tp: int,
         sleep: bool,
+        load_weights: bool = True,
+        batch_invariant: bool = False,
     ) -> None:
         on_gpu = device.type == "cuda"
-        prepare_environment(on_gpu)
+        prepare_environment(on_gpu, dtype, batch_invariant)
         try:
             from vllm import LLM
         except ImportError as error:
@@ -46,33 +61,32 @@ class VLLMEngine:
                 f"--engine vllm needs vLLM ({error}): install it with `make env-test`, or use "
                 "--engine torch"
             ) from error
+        if batch_invariant:
+            check_batch_invariance()
+        arguments = llm_arguments(
+            path,
+            dtype=dtype,
+            on_gpu=on_gpu,
+            world=dist.get_world_size(),
+            batch=batch,
+            max_tokens=max_tokens,
+            kv_cache_gb=kv_cache_gb,
+            tp=tp,
+            sleep=sleep,
+            load_weights=load_weights,
+        )
         # LLM() seeds the global random generators anew.
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
-            self.llm = LLM(
-                model=path,
-                dtype=str(dtype).removeprefix("torch."),
-                max_model_len=max_tokens,
-                max_num_seqs=batch,
-                logprobs_mode="processed_logprobs",  # after temperature; the default is before it
-                generation_config="vllm",  # else the model's own top_p and top_k are applied too
-                tensor_parallel_size=tp,
-                enable_sleep_mode=sleep,
-                enforce_eager=not on_gpu,
-                seed=0,  # every request brings its own
-                use_tqdm_on_load=False,
-                # torchrun's processes, by RANK and LOCAL_RANK of the environment. Consecutive
-                # ranks share an engine.
-                distributed_executor_backend="external_launcher" if on_gpu or tp > 1 else None,
-                **({} if on_gpu else {"block_size": 32}),  # the CPU build's unit
-                **cache_size(kv_cache_gb, on_gpu),
-            )
+            self.llm = LLM(**arguments)
+        if on_gpu and dist.get_rank() == 0:
+            warn_of_old_runner(self.llm)
         # On a CPU, vLLM's log-prob helper would spend 10 s in a C++ compiler. Dynamo is off during
         # vLLM's steps alone, so that the trainer's torch.compile still works.
         self.uncompiled = (
             nullcontext if on_gpu else partial(torch._dynamo.config.patch, disable=True)
         )
         self.can_sleep, self.asleep = sleep, False
-        self.names: list[str] | None = None  # of the first sync
+        self.names: set[str] | None = None  # of the first sync
 
     def generate(
         self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
@@ -81,22 +95,10 @@ class VLLMEngine:
 
         `on_finish(i, completion)` is called as request i finishes."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
         for i, request in enumerate(requests):
-            params = SamplingParams(
-                n=1,
-                seed=request.seed,
-                temperature=sampling.temperature,
-                max_tokens=sampling.max_new_tokens,
-                stop_token_ids=list(sampling.stop_token_ids),
-                stop=list(sampling.stop) or None,
-                include_stop_str_in_output=True,
-                detokenize=bool(sampling.stop),
-                logprobs=0,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
+            params = SamplingParams(**sampling_arguments(request, sampling))
             engine.add_request(str(i), {"prompt_token_ids": request.prompt_ids}, params)
         completions: dict[int, Completion] = {}
         while engine.has_unfinished_requests():
@@ -117,12 +119,12 @@ class VLLMEngine:
         if self.asleep:
             torch.cuda.empty_cache()  # else PyTorch keeps the memory that vLLM maps again
             self.llm.wake_up(tags=["weights"])
-        names: list[str] = []
-        self.llm.collective_rpc(reload_weights, args=(record_names(named_weights, names),))
+        names: set[str] = set()
+        self.llm.collective_rpc(**reload_arguments(record_names(named_weights, names)))
         # vLLM does not notice a weight that is left out. The names are compared with those of the
         # first sync, and the parity gate guards the rest.
         if self.names is not None and names != self.names:
-            changed = sorted(set(names) ^ set(self.names))
+            changed = sorted(names ^ self.names)
             raise RuntimeError(f"weight sync sent other names than at first: {changed}")
         self.names = names
         if self.asleep:
@@ -145,49 +147,167 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def prepare_environment(on_gpu: bool) -> None:
-    """Set what vLLM reads when it is imported. A variable that the user has set is kept."""
+def prepare_environment(on_gpu: bool, dtype: torch.dtype, batch_invariant: bool = False) -> None:
+    """Set what vLLM and Triton read when they are imported. A variable that the user has set is
+    kept, except that `batch_invariant` is what the user asked for last."""
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: tensors go by reference
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        # On a GPU its warnings tell of weights that were not loaded and of slow fallbacks. On a
+        # CPU they advise on preloading libraries.
+        "VLLM_LOGGING_LEVEL": "WARNING" if on_gpu else "ERROR",
     }
     if not on_gpu:
         # else all engines of a machine bind to the same cores
         settings["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    elif dtype == torch.float32:
+        # else vLLM's float32 attention, which is in Triton, multiplies in TF32: off by up to
+        # 2e-2 nats, and the parity gate stops the run
+        settings["TRITON_F32_DEFAULT"] = "ieee"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    if batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
 
 
-def cache_size(kv_cache_gb: float, on_gpu: bool) -> dict[str, float]:
-    """The size of the KV cache in bytes, so that vLLM profiles nothing.
+def check_batch_invariance() -> None:
+    """UserError unless vLLM reads the variable that `prepare_environment` has set."""
+    import vllm
+
+    if not getattr(vllm.envs, "VLLM_BATCH_INVARIANT", False):
+        raise UserError(
+            f"--batch-invariant: vLLM {vllm.__version__} does not have this mode; install vLLM "
+            "0.32, or leave the flag out"
+        )
+
+
+def llm_arguments(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    on_gpu: bool,
+    world: int,
+    batch: int,
+    max_tokens: int,
+    kv_cache_gb: float,
+    tp: int,
+    sleep: bool,
+    load_weights: bool = True,
+) -> dict[str, Any]:
+    """Every argument of `vllm.LLM`. `world`: processes of the default process group."""
+    arguments: dict[str, Any] = {
+        "model": path,
+        "load_format": "auto" if load_weights else "dummy",  # else a checkpoint is read for nothing
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_tokens,
+        "max_num_seqs": batch,
+        "logprobs_mode": "processed_logprobs",  # after temperature; the default is before it
+        "generation_config": "vllm",  # else the model's own top_p and top_k are applied too
+        "tensor_parallel_size": tp,
+        "enable_sleep_mode": sleep,
+        "enforce_eager": not on_gpu,
+        "seed": 0,  # every request brings its own
+        "use_tqdm_on_load": False,
+        # Without it every process of a node takes GPU 0. vLLM then wants torchrun's RANK and
+        # LOCAL_RANK, which a process that was started by hand does not have. Consecutive ranks
+        # share an engine.
+        "distributed_executor_backend": "external_launcher" if world > 1 else None,
+    }
+    if dtype.itemsize == 2:
+        # else logits are rounded to 16 bits, and samples come from the rounded distribution. The
+        # trainer's logits are float32.
+        arguments["hf_overrides"] = {"head_dtype": "float32"}
+    if on_gpu:
+        # vLLM's own choice differs between cards, and the memory ledger would not know it
+        arguments["max_num_batched_tokens"] = max(MAX_BATCHED_TOKENS, batch)
+    else:
+        arguments["block_size"] = 32  # the CPU build's unit
+    return arguments | cache_arguments(kv_cache_gb, on_gpu)
+
+
+def cache_arguments(kv_cache_gb: float, on_gpu: bool) -> dict[str, Any]:
+    """The size of the KV cache in bytes, so that vLLM does not measure one.
 
     0 GB on a GPU means the rest of its memory: only eval.py, which has the GPU to itself, asks for
     that."""
     if on_gpu and not kv_cache_gb:
         return {"gpu_memory_utilization": 0.9}
-    return {"kv_cache_memory_bytes": int((kv_cache_gb or 0.25) * 2**30)}
+    size: dict[str, Any] = {"kv_cache_memory_bytes": int((kv_cache_gb or 0.25) * 2**30)}
+    if on_gpu:
+        # Beside a size this share is only what vLLM wants to find free at its start. By default
+        # that is nearly all of the GPU, where the trainer's weights already are.
+        size["gpu_memory_utilization"] = 0.01
+    return size
+
+
+def sampling_arguments(request: Request, sampling: Sampling) -> dict[str, Any]:
+    """Every argument of `vllm.SamplingParams` for one request."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    arguments = {
+        "n": 1,
+        "seed": request.seed,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "stop": list(sampling.stop) or None,
+        "include_stop_str_in_output": True,
+        "detokenize": bool(sampling.stop),
+        "logprobs": 0,  # of the sampled token alone
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+    }
+    if hasattr(SamplingParams, "flat_logprobs"):
+        arguments["flat_logprobs"] = True  # else vLLM makes a dict and an object for every token
+    return arguments
+
+
+def warn_of_old_runner(llm: Any) -> None:
+    """Print a warning if vLLM has fallen back to its V1 model runner."""
+    if not getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False):
+        print(
+            "WARNING: vLLM uses its V1 model runner, which draws the random numbers of each "
+            "request by itself. A decoding step is estimated to take 20 to 40 % longer. vLLM's "
+            "own warning above has the reason, unless VLLM_USE_V2_MODEL_RUNNER=0 is set",
+            flush=True,
+        )
 
 
 def record_names(
-    named_weights: Iterable[tuple[str, Tensor]], names: list[str]
+    named_weights: Iterable[tuple[str, Tensor]], names: set[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same weights. Their names are appended to `names`."""
+    """The same weights. Their names are added to `names`."""
     for name, tensor in named_weights:
-        names.append(name)
+        names.add(name)
         yield name, tensor
 
 
+def reload_arguments(weights: Iterator[tuple[str, Tensor]]) -> dict[str, Any]:
+    """The arguments of `LLM.collective_rpc` that load weights.
+
+    vLLM's layers ask for its config while they are loaded. The worker of vLLM 0.32 provides it,
+    which shows in the names that its method uses. For a worker that does not, `reload_weights`
+    provides it, and where both do no harm is done."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    if "set_current_vllm_config" in Worker.reload_weights.__code__.co_names:
+        return {"method": "reload_weights", "kwargs": {"weights_iterator": weights}}
+    return {"method": reload_weights, "args": (weights,)}
+
+
 def reload_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """What vLLM's worker runs in `sync`."""
+    """What the worker of an older vLLM runs in `sync`."""
     from vllm.config import set_current_vllm_config
 
-    with set_current_vllm_config(worker.vllm_config):  # vLLM before 0.32 does not do it itself
+    with set_current_vllm_config(worker.vllm_config):
         worker.model_runner.reload_weights(weights_iterator=weights)
 
 
 def to_completion(output: Any) -> Completion:
     """A `Completion` from vLLM's `CompletionOutput`."""
-    pairs = zip(output.logprobs, output.token_ids, strict=True)
-    logprobs = [entry[token].logprob for entry, token in pairs]
-    return Completion(list(output.token_ids), logprobs, finished=output.finish_reason == "stop")
+    token_ids, logprobs = list(output.token_ids), output.logprobs
+    if hasattr(logprobs, "start_indices"):  # flat: a position's sampled token comes first
+        chosen = [logprobs.logprobs[i] for i in logprobs.start_indices]
+    else:
+        chosen = [entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=True)]
+    return Completion(token_ids, chosen, finished=output.finish_reason == "stop")

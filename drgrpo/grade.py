@@ -13,56 +13,48 @@ Nothing here imports torch, so that a worker starts quickly.
 
 import functools
 import importlib.util
-import json
-import os
-import queue
 import re
-import resource
-import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from drgrpo.answers import MODES, RULES, equal_as_mathematics, equal_as_strings, extract, truths_of
-from drgrpo.types import Answer, UserError
+from drgrpo.reward import Reward
+from drgrpo.types import Answer, Grade, Rollout, UserError
+from drgrpo.workers import Pool, serve
 
 REMEMBERED = 10_000  # comparisons; equal pairs of answer and truth are compared once
-TASKS_PER_WORKER = 5000  # then a new worker, since ANTLR's tables grow with every new input
-WORKER_MEMORY = 1 << 30  # bytes of address space; a worker needs 0.07 GB
+MEMORY = 1 << 30  # bytes of address space of a worker; it needs 0.07 GB
 WORKER = (sys.executable, "-W", "ignore", "-m", "drgrpo.grade")
-
-
-@dataclass(frozen=True, slots=True)
-class Grade:
-    """score: 1.0 or 0.0. parsed: whether the response holds an answer in the form that its template
-    asks for."""
-
-    score: float
-    parsed: bool
 
 
 class Grader:
     """Grades in worker processes, while the caller samples.
 
-        with Grader("boxed", workers=4) as grader:
-            grades = [grader.submit(text, problem.answer) for text, problem in ...]
-            scores = [grade.result().score for grade in grades]
+        with Grader("boxed", reward="math + 0.2*my.py:format_ok") as grader:
+            grades = [grader.grade(rollout) for rollout in rollouts]
+            rewards = [grade.result().reward for grade in grades]
 
-    timeout_s: the CPU time of one comparison, in seconds. A busy machine therefore changes no
-    score. The limit by the clock is 10 times as long. A worker that reaches a limit of time or
-    memory dies.
+    timeout_s: the CPU time of one comparison, or of one call of a reward function, in seconds. A
+    busy machine therefore changes no score. The limit by the clock is 10 times as long. A worker
+    that reaches a limit of time or memory dies. `workers` are those of the comparison, and of each
+    reward function.
 
     timeouts, errors: how many responses scored 0 because their comparison ended at a limit of time,
     or in another way. Workers start when the first answer needs one. UserError if math-verify is
-    missing and `rule` may need it.
+    missing and `rule` may need it, or for a wrong `reward` (`drgrpo/reward.py`).
     """
 
-    def __init__(self, rule: str, mode: str = "correct", workers: int = 2, timeout_s: float = 5.0):
+    def __init__(
+        self,
+        rule: str,
+        mode: str = "correct",
+        workers: int = 2,
+        timeout_s: float = 5.0,
+        reward: str = "math",
+    ) -> None:
         if rule not in RULES or mode not in MODES:
             raise ValueError(
                 f"rule {rule!r} must be one of {RULES} and mode {mode!r} one of {MODES}"
@@ -71,14 +63,15 @@ class Grader:
             raise UserError("grading needs math-verify: pip install 'math-verify[antlr4_13_2]'")
         self.rule, self.mode = rule, mode
         self.timeouts = self.errors = 0
-        self._workers = [_Worker(timeout_s) for _ in range(workers)]
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        # Each thread waits for one worker.
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grader")
+        self.reward = Reward(reward, workers, timeout_s)
+        self._pool = Pool((*WORKER, str(timeout_s)), workers)
         self._compare = functools.lru_cache(REMEMBERED)(self._start)
         self._counting = threading.Lock()
+
+    def grade(self, rollout: Rollout) -> "Grading":
+        """Start grading a response and computing its reward."""
+        graded = self.submit(rollout.text, rollout.problem.answer)
+        return Grading(rollout, graded, self.reward, self.reward.start(rollout))
 
     def submit(self, text: str, answer: Answer) -> Future[Grade]:
         """Start grading a response. The future holds a grade, whatever the response does. It raises
@@ -94,14 +87,7 @@ class Grader:
         return grade
 
     def _start(self, given: str, truths: tuple[str, ...]) -> Future[bool]:
-        return self._threads.submit(self._ask_worker, given, truths)
-
-    def _ask_worker(self, given: str, truths: tuple[str, ...]) -> bool:
-        worker = self._idle.get()
-        try:
-            return worker.ask({"answer": given, "truths": truths, "mode": self.mode})
-        finally:
-            self._idle.put(worker)
+        return self._pool.submit({"answer": given, "truths": truths, "mode": self.mode})
 
     def _finish(self, grade: Future[Grade], comparison: Future[bool]) -> None:
         """Turn one comparison into the grade of one of the responses that wait for it."""
@@ -121,117 +107,46 @@ class Grader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._stop()  # nobody waits for the comparisons that still run
-        self._threads.shutdown()
-        self._stop()  # a thread may have started another worker in between
-
-    def _stop(self) -> None:
-        for worker in self._workers:
-            worker.stop()
+        self._pool.close()
+        self.reward.close()
 
 
-class _Worker:
-    """A child process that compares what it is sent, one line of JSON each way.
+@dataclass(frozen=True, slots=True)
+class Grading:
+    """A grade on its way, as a future."""
 
-    This is a plain subprocess and not `multiprocessing`, for three reasons. `multiprocessing`
-    imports the caller's `__main__` in every worker, which is train.py and with it torch. Its forks
-    are unsafe beside torch's threads. It unpickles what the worker returns.
-    """
+    rollout: Rollout
+    graded: Future[Grade]
+    reward: Reward
+    calls: dict[str, Future[dict]]
 
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        self.process: subprocess.Popen[str] | None = None
-        self.tasks = 0
-
-    def ask(self, task: Mapping[str, Any]) -> bool:
-        """Whether the task's answer is right. TimeoutError or ChildProcessError if the worker did
-        not survive the task; the next task gets a new worker."""
-        if self.process is None or self.tasks >= TASKS_PER_WORKER:
-            self.stop()
-            self.process = self._start()
-        self.tasks += 1
-        reply = exchange(self.process, json.dumps(task) + "\n")
-        if reply:
-            return json.loads(reply)
-        status = self.process.wait()
-        self.process = None
-        if status in (-signal.SIGPROF, -signal.SIGALRM):
-            raise TimeoutError(signal.Signals(-status).name)
-        raise ChildProcessError(f"a grader worker ended with status {status}")
-
-    def _start(self) -> "subprocess.Popen[str]":
-        root = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        command = [*WORKER, str(self.timeout_s)]
-        # `stop` must see the process before it is ready.
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        self.tasks = 0
-        if exchange(self.process, "") != "ready\n":
-            raise RuntimeError(
-                f"a grader worker did not start (its error is above): {' '.join(command)}"
-            )
-        return self.process
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-
-def exchange(process: "subprocess.Popen[str]", line: str) -> str:
-    """The process's reply to a line; empty if the process is dead."""
-    assert process.stdin and process.stdout
-    try:
-        process.stdin.write(line)
-        process.stdin.flush()
-    except BrokenPipeError:
-        return ""
-    return process.stdout.readline()
+    def result(self) -> Grade:
+        """Wait for the grade and its reward."""
+        return self.reward.add(self.graded.result(), self.calls, self.rollout)
 
 
 # ---- the worker process
 
 
 def work(timeout_s: float) -> None:
-    """Compare what stdin asks for until stdin closes, so that no worker outlives the trainer."""
-    # These signals are sent to the whole job, and the trainer handles them.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody reads the reply: end without a traceback
-    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is no reply
+    """Compare what stdin asks for."""
+    serve(prepare, timeout_s, MEMORY)
+
+
+def prepare() -> Callable[..., bool]:
+    """The comparison. The first one imports the libraries and fills their tables."""
     forbid_code()
-    # The first comparison imports the libraries and fills their tables.
     if not equal_as_mathematics(r"\frac{1}{2}", ("2/4",), "correct"):
         raise RuntimeError("math-verify does not find 1/2 equal to 2/4")
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        # Nobody handles the signals of these timers, so that the kernel ends the process, even
-        # inside a long multiplication.
-        signal.setitimer(signal.ITIMER_PROF, timeout_s)
-        signal.setitimer(signal.ITIMER_REAL, 10 * timeout_s)
-        # An exception ends the process too: a new process is the best cleanup.
-        equal = equal_as_mathematics(**json.loads(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(equal), file=replies, flush=True)
+    return equal_as_mathematics
 
 
 _ATOM = (
     r"\s*(?:(?:Integer|Float|Rational)\s*\(\s*'?[\d.]+(?:[eE][+-]?\d+)?'?\s*\)"
     r"|Symbol\s*\(\s*'\w+'\s*\)|E|I|pi|oo)\s*"
 )
-_ATOMS = re.compile(rf"{_ATOM}(?:[-+*/]{_ATOM})*")
-"""What sympy makes of "12", "3/2" and "x" before it evaluates them."""
+_ATOMS = re.compile(rf"\s*-?{_ATOM}(?:[-+*/]{_ATOM})*")
+"""What sympy makes of "12", "-3/2" and "x" before it evaluates them."""
 
 
 def forbid_code() -> None:

@@ -3,7 +3,6 @@
 The LM head is fused with the loss. FSDP2 shards the weights over the processes.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss, linear_logprob
 from drgrpo.lora import NO_ADAPTER, Adapter, add_adapter, merged_weights
@@ -50,7 +50,7 @@ def varlen_attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     starts, longest = options["cu_seq_lens_q"], options["max_length_q"]
     settings: dict[str, Any] = {"scale": options.get("scaling"), "window_size": (-1, 0)}
-    # Since 2.13, torch asks for this flag where heads share keys and values. 2.11 lacks the flag.
+    # Since 2.12, torch asks for this flag where heads share keys and values. 2.11 lacks the flag.
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         settings["enable_gqa"] = True
     out_THd = varlen_attn(query, key, value, starts, starts, longest, longest, **settings)
@@ -66,8 +66,10 @@ def sdpa_attention(
     query [1, H, T, d], key and value [1, K, T, d] -> [1, T, H, d]."""
     cu_seqlens, longest = options["cu_seq_lens_q"], options["max_length_q"]
     length_S = cu_seqlens.diff()
-    sequence_T = torch.repeat_interleave(torch.arange(len(length_S), device=query.device), length_S)
-    slot_T = torch.arange(query.shape[2], device=query.device) - cu_seqlens[sequence_T]
+    index_S, T = torch.arange(len(length_S), device=query.device), query.shape[2]
+    # Without `output_size`, a GPU would wait to learn the sum.
+    sequence_T = torch.repeat_interleave(index_S, length_S, output_size=T)
+    slot_T = torch.arange(T, device=query.device) - cu_seqlens[sequence_T]
 
     # The padding stands on the right, where a causal mask hides it.
     def pad(x: Tensor) -> Tensor:  # [1, H, T, d] -> [S, H, L, d]
@@ -88,7 +90,7 @@ def no_mask(*args: Any, **kwargs: Any) -> None:
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that `auto` stands for here, or `name`. UserError if `name` cannot run here."""
     flash_runs = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    installed = importlib.util.find_spec("flash_attn") is not None
+    installed = is_flash_attn_2_available()  # FlashAttention-4 is a package of the same name
     if name == "auto" and flash_runs:
         return "flash_attn" if installed else "varlen"
     if name in ("auto", "sdpa"):
@@ -100,8 +102,8 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> st
         )
     if name == "flash_attn" and not installed:
         raise UserError(
-            "--attention flash_attn needs the package flash-attn; install it, or use "
-            "--attention varlen"
+            "--attention flash_attn needs the package flash-attn 2.3.3 or newer, and not "
+            "flash-attn-4; install it, or use --attention varlen"
         )
     return name
 
@@ -220,12 +222,45 @@ def load_policy(
 
     The checkpoint is read in its own type, and each block becomes float32 just before it is
     sharded. So a process holds 2 bytes a parameter on the host, and on the device its shard and
-    one unsharded block. UserError if `attention` cannot run here."""
+    one unsharded block. UserError if `attention` cannot run here, or if the model computes what a
+    `Policy` does not."""
     implementation = attention_implementation(attention, device, dtype)
+    check_architecture(path)
     lm = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", attn_implementation=implementation
     )
     return make_policy(lm, objective, dtype=dtype, device=device, **options)
+
+
+PLAIN = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+}
+"""Fields of a model's config, each with the value that changes nothing."""
+
+
+def check_architecture(path: str) -> None:
+    """UserError if the model at `path` computes what a `Policy` would leave out in silence.
+
+    The attention functions attend to all earlier tokens. The fused head multiplies hidden states by
+    the LM head's weight and does nothing else to the logits."""
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    found = {name: getattr(config, name, None) for name in PLAIN}
+    found = {name: value for name, value in found.items() if value not in (None, PLAIN[name])}
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - {"full_attention"}:
+        found["layer_types"] = ", ".join(sorted(layers - {"full_attention"}))
+    elif not layers and getattr(config, "sliding_window", None):
+        found["sliding_window"] = config.sliding_window
+    if found:
+        fields = ", ".join(f"{name} {value}" for name, value in found.items())
+        raise UserError(
+            f"--model {path} has {fields} in its config, and packed training knows full attention "
+            "and plain logits only; use another model, for example Qwen2.5, Qwen3 or Llama, or "
+            "remove a sliding window that no sequence reaches from the config.json of a copy"
+        )
 
 
 def make_policy(
@@ -310,6 +345,7 @@ EXPENSIVE = {
     "aten._flash_attention_forward.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
     "torch_attn._varlen_attn.default",
     "flash_attn._flash_attn_varlen_forward.default",
 }
@@ -339,7 +375,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except OSError as error:
-        raise UserError(f"--model {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"--model {path} cannot be loaded: {str(error).splitlines()[0]} Check the name and the "
+            "network, or download the model and name its folder"
+        ) from error
 
 
 def max_positions(path: str) -> int:

@@ -4,7 +4,6 @@ import hashlib
 import math
 import struct
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TypeVar
@@ -16,12 +15,30 @@ from transformers import PreTrainedTokenizerBase
 from drgrpo import distributed
 from drgrpo.data import overlap
 from drgrpo.engine import Engine
-from drgrpo.grade import Grade, Grader
-from drgrpo.parity import ParityError
+from drgrpo.grade import Grader, Grading
+from drgrpo.model import max_positions
 from drgrpo.templates import Template, encode
-from drgrpo.types import Completion, Problem, Request, Rollout, Sampling, UserError
+from drgrpo.types import Completion, ParityError, Problem, Request, Rollout, Sampling, UserError
 
 Item = TypeVar("Item")
+
+
+def longest_prompt(model: str, most: int, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have: `most`, or what a response of `max_new_tokens` leaves of the
+    model's positions. UserError if that is nothing."""
+    positions = max_positions(model)
+    check_budget(max_new_tokens, positions)
+    return min(most, positions - max_new_tokens)
+
+
+def check_budget(max_new_tokens: int, positions: int) -> None:
+    """UserError if a response of `max_new_tokens` leaves no position for a prompt."""
+    if max_new_tokens >= positions:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model has "
+            f"{positions} positions for prompt and response together, so that at most "
+            f"{positions - 1} are allowed"
+        )
 
 
 def tokenize(
@@ -91,7 +108,7 @@ class Sampler:
         sampling: Sampling,
         step: int,
         grader: Grader | None = None,
-    ) -> tuple[list[Rollout], list[Future[Grade]]]:
+    ) -> tuple[list[Rollout], list[Grading]]:
         """`samples` responses to each problem of this process's shard, grouped by problem, and
         their grades. The grader may still be working on the grades: it starts with a response as
         soon as that is complete, while others are sampled.
@@ -103,7 +120,7 @@ class Sampler:
             for i, p in enumerate(prompts)
         ]
         rollouts: dict[int, Rollout] = {}
-        grades: dict[int, Future[Grade]] = {}
+        grades: dict[int, Grading] = {}
 
         def finish(i: int, completion: Completion) -> None:  # responses finish in any order
             if not math.isfinite(sum(completion.logprobs)):
@@ -114,7 +131,7 @@ class Sampler:
             text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
             rollouts[i] = Rollout(prompts[i], completion, text)
             if grader:
-                grades[i] = grader.submit(text, prompts[i].answer)
+                grades[i] = grader.grade(rollouts[i])
 
         self.engine.generate(requests, sampling, finish)
         count = len(prompts)
@@ -130,6 +147,11 @@ class Sampler:
         pairs = list(chain(*distributed.gather(groups, self.tp)))
         reward_PG = torch.tensor([reward for _, reward in pairs]).view(-1, group_size)
         return [rollout for rollout, _ in pairs], reward_PG
+
+
+def with_grades(rollouts: list[Rollout], grades: list[Grading]) -> list[Rollout]:
+    """Wait for the grades, and put each into its rollout."""
+    return [replace(r, grade=g.result()) for r, g in zip(rollouts, grades, strict=True)]
 
 
 def in_order(items: dict[int, Item], count: int) -> list[Item]:

@@ -18,10 +18,13 @@ import difflib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a mistake on the command line is answered before torch is imported
     from torch import Tensor
+
+MAX_BATCHED_TOKENS = 8192
+"""Tokens of one forward pass of vLLM on a GPU. The memory ledger counts its activations."""
 
 Answer = str | float | int | list[str]
 """A ground truth. A list means that any one of its members is right (Minerva, OlympiadBench)."""
@@ -30,6 +33,10 @@ Answer = str | float | int | list[str]
 class UserError(ValueError):
     """A mistake in what the user asked for. The message names the value and the way out; `train.py`
     and `eval.py` print it without a traceback and exit with status 2."""
+
+
+class ParityError(RuntimeError):
+    """The sampler does not hold the trainer's weights, or computes something else with them."""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -69,12 +76,13 @@ def comma_list(text: str) -> list[str]:
 class Problem:
     """One question with its ground truth. `id` is its row in the data set and part of every
     sampling seed; `prompt_ids` is the question in its template, tokenized, once that has been
-    done."""
+    done. `columns` are the row's other columns, for reward functions."""
 
     id: int
     question: str
     answer: Answer
     prompt_ids: list[int] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +129,28 @@ def no_callback(index: int, completion: Completion) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Grade:
+    """score: 1.0 for a right answer, else 0.0. parsed: whether the response holds an answer in the
+    form that its template asks for.
+
+    reward: the sum of `components`, each with its weight in `--reward`. A component is None if its
+    function failed, and then counts as 0."""
+
+    score: float
+    parsed: bool
+    reward: float = 0.0
+    components: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """A sampled response to a problem, with its text as the grader sees it (special tokens left
-    out)."""
+    out). Its grade comes later."""
 
     problem: Problem
     completion: Completion
     text: str
+    grade: Grade = Grade(0.0, parsed=False)
 
     @property
     def length(self) -> int:

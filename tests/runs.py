@@ -26,8 +26,8 @@ START = """
 import sys, train
 from drgrpo import distributed
 from drgrpo.config import parse_args
-from drgrpo.run.cli import user_errors
-with user_errors():
+from drgrpo.run.cli import hard_exit, user_errors
+with hard_exit(), user_errors():
     train.main(parse_args(sys.argv[1:]))
     distributed.stop()
 """

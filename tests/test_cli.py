@@ -1,12 +1,14 @@
 """The command line of a dataclass: what is given is used, what is wrong is named with the nearest
 valid thing."""
 
+import os
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
-from drgrpo.run.cli import Parser, user_errors
+from drgrpo.run.cli import Parser, hard_exit, user_errors
 from drgrpo.types import UserError, comma_list
 
 
@@ -77,3 +79,36 @@ def test_a_user_error_is_one_line_and_status_2(capsys):
         raise UserError("no such thing; use that thing")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: no such thing; use that thing\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (RuntimeError("broken"), 1, "Traceback (most recent call last)"),
+        (KeyboardInterrupt(), 1, "Traceback (most recent call last)"),
+        (UserError("no such thing"), 2, "error: no such thing"),
+    ],
+    ids=["bug", "Ctrl-C", "mistake"],
+)
+def test_one_of_several_processes_leaves_hard_once_its_error_is_printed(
+    monkeypatch, capsys, error, status, shown
+):
+    left = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    monkeypatch.setattr(os, "_exit", lambda status: left.append((status, capsys.readouterr().err)))
+    with hard_exit(), user_errors():
+        raise error
+    ((left_with, printed_before),) = left
+    assert left_with == status and printed_before.startswith(shown)
+    assert str(error) in printed_before
+    assert ("Traceback" in printed_before) == (status == 1), "a mistake has no traceback"
+
+
+def test_a_single_process_leaves_in_good_order(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("it left hard"))
+    with pytest.raises(RuntimeError, match="broken"), hard_exit(), user_errors():
+        raise RuntimeError("broken")
+    with hard_exit():
+        pass

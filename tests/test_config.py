@@ -71,6 +71,10 @@ def test_the_lora_recipe_trains_with_ten_times_the_papers_learning_rate():
         ("--recipe tiny --algo dr_grpo", "unknown --algo 'dr_grpo'; did you mean 'drgrpo'"),
         ("--recipe tiny --engine vlm", "did you mean 'vllm'"),
         ("--recipe tiny --template qwen-math", "did you mean 'qwen_math'"),
+        ("--recipe tiny --answer box", "unknown --answer 'box'; did you mean 'boxed'"),
+        ("--recipe tiny --system hi", "--system goes with --template chat"),
+        ("--recipe tiny --reward maths", "'maths' is neither math nor FILE.py:FUNCTION"),
+        ("--recipe tiny --reward no.py:f", "there is no file no.py"),
         ("--recipe tiny --learning-rate 1", "unknown option '--learning-rate'"),
         ("--recipe tiny --minibatchs 2", "did you mean '--minibatches'"),
         ("--recipe tiny --minibatches 3", "try --minibatches 2 or 4"),
@@ -121,9 +125,9 @@ def test_evaluations_and_checkpoints_fall_on_multiples_and_on_the_last_step():
     assert [step for step in range(1, 8) if config.saves(step)] == [7]
 
 
-def test_there_are_at_most_55_fields_each_documented_and_shown_by_help(capsys):
+def test_there_are_at_most_59_fields_each_documented_and_shown_by_help(capsys):
     names = {f.name for f in fields(Config)}
-    assert len(names) <= 55, "a setting has to earn its place: replace one or use a constant"
+    assert len(names) <= 59, "a setting has to earn its place: replace one or use a constant"
     assert set(field_docs(Config)) == names and set(MAY_CHANGE_ON_RESUME) <= names
     with pytest.raises(SystemExit) as stop:
         parse_args(["--help"])
@@ -148,7 +152,21 @@ def test_derived_numbers_are_shown_with_their_formula():
     assert "256 rollouts/step = 32 prompts x 8 samples" in RECIPES["tiny"]().derived()
 
 
-@pytest.mark.parametrize("name", ["config", "data", "templates", "types", "grade", "run.folder"])
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    """transformers would go on with an empty one."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"--model {tmp_path} holds no tokenizer; copy"):
+        parse_args(["--recipe", "tiny", "--model", str(tmp_path)])
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.txt", "spiece.model"):
+        (tmp_path / name).touch()
+        assert parse_args(["--recipe", "tiny", "--model", str(tmp_path)]).model == str(tmp_path)
+        (tmp_path / name).unlink()
+
+
+PLAIN = ("config", "data", "templates", "types", "grade", "reward", "workers", "run.folder")
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_what_answers_a_mistake_imports_no_torch(name):
     code = f"import sys, drgrpo.{name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -131,11 +131,15 @@ def hub(monkeypatch):
     return library
 
 
+def math(level: int) -> Problem:
+    return Problem(level - 1, f"p{level}", str(level), columns={"level": f"Level {level}"})
+
+
 @pytest.mark.parametrize(
     ("name", "problems"),
     [
-        ("math_12k", [Problem(i - 1, f"p{i}", str(i)) for i in range(1, 6)]),
-        ("math_lvl3to5", [Problem(i - 1, f"p{i}", str(i)) for i in range(3, 6)]),
+        ("math_12k", [math(level) for level in range(1, 6)]),
+        ("math_lvl3to5", [math(level) for level in range(3, 6)]),
         ("gsm8k", [Problem(0, "q", "30,000")]),
         ("gsm8k_test", [Problem(0, "t", "7")]),
         ("asdiv", [Problem(0, "Ann has 9. How many?", "9")]),

@@ -179,6 +179,7 @@ def parsers_only(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")  # two nodes, as docs/install.md has them
     monkeypatch.setattr(data, "benchmark_source", lambda name, folder: name)
     monkeypatch.setattr(data, "load_problems", lambda *args, **kwargs: [])
+    monkeypatch.setattr("drgrpo.run.rehearse.rehearse", lambda config, machine: 0)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -38,6 +38,6 @@ def test_it_projects_the_hours_of_full_micro_batches(
     said = []
     dry_run(config, policy, optimizer, 10, SimpleNamespace(say=said.append))
     (line,) = said
-    assert f"a micro-batch of {shape} tokens takes 36.00 s and 2.00 GB" in line
+    assert f"a micro-batch of {shape} tokens takes 36.00 s, with 2.00 GB in use" in line
     assert f"would train for {hours}" in line
     assert optimizer.state, "Adam's moments are part of the memory"

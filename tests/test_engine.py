@@ -3,6 +3,7 @@ seed alone. Then the order in which vLLM is called, on an imitation of it."""
 
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,16 +13,27 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from drgrpo.config import RECIPES
-from drgrpo.engine import make_engine, resolve_engine, stop_token_ids
+from drgrpo.engine import check_batch_invariance, make_engine, resolve_engine, stop_token_ids
 from drgrpo.engine_torch import sample_token, uniforms
-from drgrpo.engine_vllm import cache_size, prepare_environment, to_completion
-from drgrpo.types import Completion, Request, Sampling, UserError
+from drgrpo.engine_vllm import (
+    cache_arguments,
+    llm_arguments,
+    prepare_environment,
+    reload_arguments,
+    reload_weights,
+    to_completion,
+    warn_of_old_runner,
+)
+from drgrpo.types import MAX_BATCHED_TOKENS, Completion, Request, Sampling, UserError
 
 CPU = torch.device("cpu")
 
 
-def build(path: str, tokenizer, name: str = "torch", max_tokens=1024, tp=1, **options):
-    config = replace(RECIPES["tiny"](), engine=name, sampler_batch=16, tp=tp)
+def build(path: str, tokenizer, name: str = "torch", max_tokens=1024, **options):
+    config = replace(RECIPES["tiny"](), engine=name, sampler_batch=16)
+    for field in ("tp", "batch_invariant"):
+        if field in options:
+            config = replace(config, **{field: options.pop(field)})
     return make_engine(config, path, tokenizer, CPU, max_tokens, **options)
 
 
@@ -172,6 +184,11 @@ def test_auto_is_torch_without_a_gpu_and_vllm_with_one():
     assert resolve_engine("vllm", CPU) == "vllm"
 
 
+def test_the_tiny_recipe_samples_with_pytorch_on_a_gpu_too():
+    """It is over before vLLM would have started."""
+    assert resolve_engine(RECIPES["tiny"]().engine, torch.device("cuda", 0)) == "torch"
+
+
 @pytest.mark.parametrize(
     ("generation", "tokenizer", "expected"),
     [
@@ -204,19 +221,36 @@ class RecordingLLM:
     def wake_up(self, tags: list[str]) -> None:
         self.calls.append(f"wake {' '.join(tags)}")
 
-    def collective_rpc(self, method, args: tuple) -> None:
-        self.calls.append("load " + " ".join(name for name, _ in args[0]))
+    def collective_rpc(self, method, args: tuple = (), kwargs: dict | None = None) -> None:
+        weights = args[0] if args else kwargs["weights_iterator"]
+        self.calls.append("load " + " ".join(name for name, _ in weights))
 
     def reset_prefix_cache(self) -> bool:
         self.calls.append("reset")
         return True
 
 
+class OldWorker:
+    """vLLM's worker before it provided its own config to the layers that load."""
+
+    def reload_weights(self, weights_iterator):
+        self.model_runner.reload_weights(weights_iterator)
+
+
+class Worker:
+    """vLLM 0.32's worker."""
+
+    def reload_weights(self, weights_iterator):
+        with set_current_vllm_config(self.vllm_config):  # noqa: F821
+            self.model_runner.reload_weights(weights_iterator)
+
+
 @pytest.fixture
-def imitation(monkeypatch):
+def imitation(monkeypatch, group_of_one):
     """Builds a `VLLMEngine` on a `RecordingLLM`."""
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=RecordingLLM))
-    monkeypatch.setattr("drgrpo.engine_vllm.prepare_environment", lambda on_gpu: None)
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", SimpleNamespace(Worker=Worker))
+    monkeypatch.setattr("drgrpo.engine_vllm.prepare_environment", lambda *settings: None)
     return lambda **changes: build("model", None, "vllm", **changes)
 
 
@@ -240,36 +274,177 @@ def test_vllm_is_made_as_the_config_says(imitation):
     settings = imitation(max_tokens=77, kv_cache_gb=2.0, tp=2).llm.settings
     expected = {
         "model": "model",
+        "load_format": "auto",
         "dtype": "float32",
         "max_model_len": 77,
         "max_num_seqs": 16,
         "tensor_parallel_size": 2,
-        "distributed_executor_backend": "external_launcher",
+        "distributed_executor_backend": None,
         "kv_cache_memory_bytes": 2 * 2**30,
         "logprobs_mode": "processed_logprobs",
         "generation_config": "vllm",
     }
     assert expected.items() <= settings.items()
-    assert imitation().llm.settings["distributed_executor_backend"] is None
+    assert imitation(load_weights=False).llm.settings["load_format"] == "dummy"
+
+
+def arguments(**changes) -> dict:
+    """Those of `LLM` for a 7B run on one node."""
+    settings = {
+        "dtype": torch.bfloat16,
+        "on_gpu": True,
+        "world": 8,
+        "batch": 256,
+        "max_tokens": 4024,
+        "kv_cache_gb": 30.0,
+        "tp": 1,
+        "sleep": False,
+    }
+    return llm_arguments("model", **settings | changes)
+
+
+def test_only_processes_among_others_are_placed_by_torchruns_variables():
+    assert arguments()["distributed_executor_backend"] == "external_launcher"
+    assert arguments(world=1)["distributed_executor_backend"] is None
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_the_head_of_a_16_bit_sampler_computes_in_float32(on_gpu):
+    head = {"head_dtype": "float32"}
+    for dtype in (torch.bfloat16, torch.float16):
+        assert arguments(dtype=dtype, on_gpu=on_gpu)["hf_overrides"] == head
+    assert "hf_overrides" not in arguments(dtype=torch.float32, on_gpu=on_gpu)
+
+
+def test_a_gpu_computes_as_many_tokens_at_once_as_the_memory_ledger_counts():
+    assert arguments()["max_num_batched_tokens"] == MAX_BATCHED_TOKENS
+    assert arguments(batch=10000)["max_num_batched_tokens"] == 10000, "vLLM refuses fewer"
+    assert "max_num_batched_tokens" not in arguments(on_gpu=False)
 
 
 def test_only_a_gpu_gives_a_cache_without_a_size_what_it_has_left():
-    assert cache_size(0.0, on_gpu=True) == {"gpu_memory_utilization": 0.9}
-    assert cache_size(0.0, on_gpu=False) == {"kv_cache_memory_bytes": 2**28}
-    assert cache_size(3.0, on_gpu=True) == {"kv_cache_memory_bytes": 3 * 2**30}
+    assert cache_arguments(0.0, on_gpu=True) == {"gpu_memory_utilization": 0.9}
+    assert cache_arguments(0.0, on_gpu=False) == {"kv_cache_memory_bytes": 2**28}
+    size = {"kv_cache_memory_bytes": 3 * 2**30}
+    assert cache_arguments(3.0, on_gpu=False) == size
+    assert cache_arguments(3.0, on_gpu=True) == size | {"gpu_memory_utilization": 0.01}
 
 
-def test_variables_that_the_user_has_set_are_kept(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"VLLM_LOGGING_LEVEL": "DEBUG"})
-    prepare_environment(on_gpu=False)
-    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
-    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+@pytest.fixture
+def environment(monkeypatch):
+    """An environment of this test alone."""
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", variables)
+    return variables
+
+
+def test_variables_that_the_user_has_set_are_kept(environment):
+    environment["VLLM_LOGGING_LEVEL"] = "DEBUG"
+    prepare_environment(on_gpu=False, dtype=torch.float32)
+    assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_vllms_warnings_are_shown_on_a_gpu(environment, on_gpu):
+    prepare_environment(on_gpu, torch.bfloat16)
+    assert environment["VLLM_LOGGING_LEVEL"] == ("WARNING" if on_gpu else "ERROR")
+
+
+def test_the_flag_for_batch_invariance_is_stronger_than_the_users_variable(environment):
+    prepare_environment(True, torch.bfloat16)
+    assert "VLLM_BATCH_INVARIANT" not in environment
+    environment["VLLM_BATCH_INVARIANT"] = "0"
+    prepare_environment(True, torch.bfloat16, batch_invariant=True)
+    assert environment["VLLM_BATCH_INVARIANT"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "capability", "reason"),
+    [
+        ("vllm", "cpu", None, "the engine here is vllm on cpu"),
+        ("torch", "cuda", (9, 0), "the engine here is torch on cuda"),
+        ("vllm", "cuda", (7, 5), "capability 8.0 or higher, as an A100; this one has 7.5"),
+    ],
+)
+def test_batch_invariance_is_refused_where_there_is_none(
+    monkeypatch, engine, device, capability, reason
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(UserError, match=rf"--batch-invariant.*{reason}.*[Ll]eave the flag out"):
+        check_batch_invariance(engine, torch.device(device))
+
+
+def test_batch_invariance_is_for_vllm_on_an_a100_or_newer(monkeypatch):
+    for capability in ((8, 0), (9, 0), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        check_batch_invariance("vllm", torch.device("cuda", 0))
+
+
+def test_an_engine_is_not_made_where_batch_invariance_is_refused():
+    config = replace(RECIPES["tiny"](), batch_invariant=True)
+    with pytest.raises(UserError, match="--batch-invariant"):
+        make_engine(config, "no folder", None, CPU, 64)
+
+
+def test_a_vllm_without_the_batch_invariant_mode_is_refused(imitation, monkeypatch):
+    monkeypatch.setattr("drgrpo.engine.check_batch_invariance", lambda engine, device: None)
+    for envs in (SimpleNamespace(), SimpleNamespace(VLLM_BATCH_INVARIANT=False)):
+        modules = SimpleNamespace(LLM=RecordingLLM, envs=envs, __version__="0.1")
+        monkeypatch.setitem(sys.modules, "vllm", modules)
+        with pytest.raises(UserError, match=r"vLLM 0\.1 does not have this mode"):
+            imitation(batch_invariant=True)
+    modules.envs = SimpleNamespace(VLLM_BATCH_INVARIANT=True)
+    imitation(batch_invariant=True)
+
+
+def test_a_slow_model_runner_of_vllm_is_loud(capsys):
+    for config in (SimpleNamespace(), SimpleNamespace(use_v2_model_runner=False)):
+        warn_of_old_runner(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config)))
+        assert "WARNING: vLLM uses its V1 model runner" in capsys.readouterr().out
+    config.use_v2_model_runner = True
+    warn_of_old_runner(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config)))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_worker_that_lacks_vllms_config_gets_it(monkeypatch):
+    """Only an older vLLM is helped: 0.32 does it itself."""
+    gpu_worker, weights = SimpleNamespace(Worker=Worker), iter(WEIGHTS)
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_worker", gpu_worker)
+    kwargs = {"weights_iterator": weights}
+    assert reload_arguments(weights) == {"method": "reload_weights", "kwargs": kwargs}
+    gpu_worker.Worker = OldWorker
+    assert reload_arguments(weights) == {"method": reload_weights, "args": (weights,)}
+
+
+def test_the_help_for_an_older_worker_loads_under_vllms_config(monkeypatch):
+    current, loaded = [], []
+
+    @contextmanager
+    def set_current_vllm_config(config):
+        current.append(config)
+        yield
+        current.pop()
+
+    class ModelRunner:
+        def reload_weights(self, weights_iterator):
+            loaded.append((current[-1], list(weights_iterator)))
+
+    config = SimpleNamespace(set_current_vllm_config=set_current_vllm_config)
+    monkeypatch.setitem(sys.modules, "vllm.config", config)
+    worker = SimpleNamespace(vllm_config="its config", model_runner=ModelRunner())
+    reload_weights(worker, iter(WEIGHTS))
+    assert loaded == [("its config", WEIGHTS)] and not current
 
 
 @pytest.mark.parametrize(("reason", "finished"), [("stop", True), ("length", False)])
-def test_a_response_of_vllm_is_finished_if_a_stop_rule_ended_it(reason, finished):
-    entries = [{5: SimpleNamespace(logprob=-1.0)}, {6: SimpleNamespace(logprob=-2.0)}]
-    output = SimpleNamespace(logprobs=entries, token_ids=(5, 6), finish_reason=reason)
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_response_of_vllm_is_finished_if_a_stop_rule_ended_it(reason, finished, flat):
+    """Log-probs come as flat lists or, from an older vLLM, as a dict for every token."""
+    logprobs = [{5: SimpleNamespace(logprob=-1.0)}, {6: SimpleNamespace(logprob=-2.0)}]
+    if flat:
+        logprobs = SimpleNamespace(logprobs=[-1.0, -0.5, -2.0], start_indices=[0, 2])
+    output = SimpleNamespace(logprobs=logprobs, token_ids=(5, 6), finish_reason=reason)
     assert to_completion(output) == Completion([5, 6], [-1.0, -2.0], finished)
 
 
@@ -289,8 +464,15 @@ def test_other_weights_than_at_first_are_an_error(imitation):
             engine.sync(weights)
 
 
+def test_the_order_of_the_weights_does_not_matter(imitation):
+    engine = imitation(sleep=True)
+    engine.sync(WEIGHTS)
+    engine.sync(WEIGHTS[::-1])
+    assert engine.llm.calls == ["load a b", "reset", "load b a", "reset"]
+
+
 def test_vllm_that_is_not_installed_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    monkeypatch.setattr("drgrpo.engine_vllm.prepare_environment", lambda on_gpu: None)
+    monkeypatch.setattr("drgrpo.engine_vllm.prepare_environment", lambda *settings: None)
     with pytest.raises(UserError, match="or use --engine torch"):
         build("model", None, "vllm")

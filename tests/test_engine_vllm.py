@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from drgrpo import pack, parity
 from drgrpo.config import RECIPES
 from drgrpo.engine import make_engine
+from drgrpo.model import Objective, load_policy
+from drgrpo.parity import ParityError
 from drgrpo.types import Request, Sampling
 from runs import assert_close_run, finish, launch, metrics, small
 
@@ -21,6 +24,7 @@ pytestmark = [
 ]
 
 MAX_GAP = 1e-4  # nats, float32; measured: 1e-6 at this size
+KEPT: list = []  # the engines: vLLM ends the process group with the first one that is collected
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +38,24 @@ def group():
 
     distributed.start()
     yield
+    for engine in KEPT:
+        engine.close()
     distributed.stop()
 
 
-def build(path: str, tokenizer):
-    config = replace(RECIPES["tiny"](), engine="vllm", sampler_batch=64)
-    return make_engine(config, path, tokenizer, torch.device("cpu"), 256, kv_cache_gb=0.05)
+def build(path: str, tokenizer, load_weights: bool = False, dtype: str = "float32"):
+    """As in training: without weights until the first sync."""
+    config = replace(RECIPES["tiny"](), engine="vllm", sampler_batch=64, dtype=dtype)
+    room = {"max_tokens": 256, "kv_cache_gb": 0.05}
+    device = torch.device("cpu")
+    KEPT.append(make_engine(config, path, tokenizer, device, **room, load_weights=load_weights))
+    return KEPT[-1]
 
 
-def with_its_model(path: str, tokenizer):
+def with_its_model(path: str, tokenizer, load_weights: bool = False):
     """(engine, model) of one folder."""
-    return build(path, tokenizer), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return build(path, tokenizer, load_weights), model
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +141,22 @@ def test_sync_brings_every_weight(pair):
         assert gap(engine, model) > 100 * MAX_GAP, "the sampler cannot know the new weights yet"
         engine.sync(model.state_dict().items())
         assert gap(engine, model) < MAX_GAP
+
+
+def test_the_first_sync_brings_every_weight_to_an_engine_without_any(pair, tokenizer):
+    _, model = pair
+    engine = build(model.config._name_or_path, tokenizer)
+    assert gap(engine, model) > 1, "vLLM read the weights"
+    engine.sync(model.state_dict().items())
+    assert gap(engine, model) < MAX_GAP
+
+
+def test_the_order_of_the_weights_does_not_matter(pair):
+    engine, model = pair
+    engine.sync(model.state_dict().items())
+    train_a_little(model)
+    engine.sync(reversed(model.state_dict().items()))
+    assert gap(engine, model) < MAX_GAP
 
 
 def test_without_a_reset_the_prefix_cache_answers_for_the_old_weights(pair, monkeypatch):
@@ -219,10 +246,55 @@ def test_the_trainers_random_numbers_are_left_alone(group, random_model, tokeniz
     assert torch.equal(torch.rand(3), expected)
 
 
+# ---- 16 bits: rounding passes the parity gate, and a layer that was left out does not
+
+
+@pytest.fixture(scope="module")
+def policy(group, random_model):
+    objective = Objective(clip_low=0.2, clip_high=0.2, tis_cap=None, temperature=1.0, kl_coef=0.0)
+    settings = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    return load_policy(random_model, objective, **settings)
+
+
+def check_parity(engine, policy) -> None:
+    """The gate, on fresh samples."""
+    batch = requests()
+    sequences = [
+        pack.Sequence(request.prompt_ids, completion.token_ids, completion.logprobs, 0.0)
+        for request, completion in zip(batch, engine.generate(batch, sampling()), strict=True)
+    ]
+    packed = pack.pack(sequences, torch.device("cpu"))
+    gap_N = (policy.logprob(packed) - packed.sampler_logprob_N).abs()
+    parity.check(gap_N.mean().item(), gap_N.max().item(), torch.bfloat16)
+
+
+def test_a_16_bit_sampler_computes_its_logits_in_float32(policy, random_model, tokenizer):
+    engine = build(random_model, tokenizer, dtype="bfloat16")
+    engine.sync(policy.named_weights(torch.bfloat16))
+    assert engine.llm.model_config.head_dtype == torch.float32
+    check_parity(engine, policy)
+
+
+@pytest.mark.parametrize("left_out", ["layers.1.self_attn", "layers.1.mlp.down_proj"])
+def test_a_layer_that_never_came_exceeds_the_limit_of_16_bits(
+    policy, random_model, tokenizer, left_out
+):
+    """It is random in an engine that started without weights."""
+    engine = build(random_model, tokenizer, dtype="bfloat16")
+    weights = policy.named_weights(torch.bfloat16)
+    engine.sync((name, weight) for name, weight in weights if left_out not in name)
+    with pytest.raises(ParityError):
+        check_parity(engine, policy)
+
+
 # ---- the parity gate, in training: a sampler that is wrong in one thing stops the run before the
 # run trains on its samples
 
-PREPARE = "from drgrpo.engine_vllm import prepare_environment; prepare_environment(on_gpu=False)"
+PREPARE = """
+import torch
+from drgrpo.engine_vllm import prepare_environment
+prepare_environment(False, torch.float32)
+"""
 LEAVE_OUT = """
 from drgrpo.model import Policy
 send = Policy.named_weights
@@ -230,7 +302,7 @@ Policy.named_weights = lambda self, dtype: (p for p in send(self, dtype) if {!r}
 """
 MISTAKES = {
     "lm_head": LEAVE_OUT.format("lm_head.weight"),
-    "one layer": LEAVE_OUT.format("layers.1.self_attn.q_proj"),
+    "one layer": LEAVE_OUT.format("layers.1.mlp.down_proj"),
     "no cache reset": """
 import vllm
 vllm.LLM.reset_prefix_cache = lambda self: True
@@ -294,5 +366,5 @@ def test_training_samples_from_vllm(group, warm_model, tokenizer, tmp_path):
         assert_close_run(tmp_path / "one", tmp_path / name)
     assert max(row["reward_mean"] for row in metrics(tmp_path / "one")) > 0
 
-    engine, model = with_its_model(str(tmp_path / "one" / "hf"), tokenizer)
+    engine, model = with_its_model(str(tmp_path / "one" / "hf"), tokenizer, load_weights=True)
     assert gap(engine, model) < MAX_GAP, "vLLM reads the written folder otherwise than transformers"

@@ -4,6 +4,8 @@ where it was interrupted, and it grades, compares and analyzes without a model."
 import importlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from conftest import ROOT, SHARED_DATA
-from drgrpo import distributed
+from drgrpo import config, distributed
 from drgrpo.config import RECIPES
 from drgrpo.data import BENCHMARKS
 from drgrpo.engine_torch import TorchEngine
@@ -67,8 +70,6 @@ def test_the_five_benchmark_table(warm_model, benchmarks, tmp_path, capsys):
 def test_it_scores_what_training_scores(warm_model, tmp_path):
     """The held-out arithmetic problems, greedy: the score is the one that a run starts from, and
     the one that it ends with."""
-    import train
-
     out = tmp_path / "run"
     settings = {"model": warm_model, "out": str(out), "steps": 1, "eval_samples": 0}
     train.main(replace(RECIPES["tiny"](), **settings))
@@ -93,6 +94,10 @@ def test_it_scores_what_training_scores(warm_model, tmp_path):
     [
         ("--samples 4", "greedy answers would all be the same"),
         ("--template qwen", "qwen_math"),
+        ("--templates chat,r1 --system hi", "--system goes with --template chat"),
+        ("--answer last", "unknown --answer 'last'"),
+        ("--reward maths", "'maths' is neither math nor FILE.py:FUNCTION"),
+        ("--reward no.py:f", "there is no file no.py"),
         ("--benchmarks aime24,amc24 --data-dir DIR", "amc24"),
         ("--data-dir nowhere", "nowhere"),
         ("--grader strict", "unknown --grader 'strict'"),
@@ -142,6 +147,8 @@ def test_mistakes_are_named(random_model, benchmarks, capsys, monkeypatch, flags
         ("--compare nowhere paper", "no responses at nowhere"),
         ("--regrade nowhere", "no responses at nowhere"),
         ("--regrade x --grader lax", "unknown --grader 'lax'"),
+        ("--regrade x --answer lax", "unknown --answer 'lax'"),
+        ("--regrade x --reward math", "leave out --reward"),
         ("--analyze nowhere", "no responses at nowhere"),
     ],
 )
@@ -170,6 +177,34 @@ def test_mistakes_are_answered_before_torch_is_imported(flags, status):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == f"{status} False", done
+
+
+@pytest.mark.parametrize("program", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model DIR/nowhere", "DIR/nowhere holds no config.json; name a Hugging Face folder"),
+        ("--model org/nowhere", "org/nowhere cannot be loaded: .* download the model and name"),
+        ("--model DIR/mute", "DIR/mute holds no tokenizer; copy tokenizer.json"),
+        ("--model DIR --max-new-tokens 9000", "9000 .* 1024 positions .* at most 1023 are allowed"),
+        ("--model DIR --template chat --max-new-tokens 8", "'chat' needs a chat template"),
+    ],
+)
+def test_both_programs_name_a_wrong_model_in_one_line(
+    random_model, tmp_path, capsys, program, flags, message
+):
+    """No network: `HF_HUB_OFFLINE` is set."""
+    folder = tmp_path / "model"
+    shutil.copytree(random_model, folder, ignore=shutil.ignore_patterns("chat_template*"))
+    shutil.copytree(random_model, folder / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    argv = [*flags.replace("DIR", str(folder)).split(), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop, user_errors():
+        if program == "train":
+            train.main(config.parse_args(["--recipe", "tiny", *argv]))
+        eval_py.cli(parse_args(["--benchmarks", "arithmetic_heldout", *argv]))
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("error: ")
+    assert re.search(message.replace("DIR", str(folder)), line)
 
 
 # ---- the order of things
@@ -386,6 +421,101 @@ def test_prompts_too_long_for_the_model_are_wrong_and_reported(warm_model, tmp_p
     assert "1 of 3 prompts are too long for the model and count as wrong" in capsys.readouterr().out
     responses = read_jsonl(tmp_path / "out" / "responses.jsonl")
     assert [r["response"] is None for r in responses] == [False, True, False]
+
+
+# ---- a reward, and answers that no rule finds
+
+
+def test_a_reward_is_reported_beside_the_accuracy(warm_model, tmp_path, capsys):
+    """One component counts digits. The other one fails on every wrong answer."""
+    header = "(response, *, problem, answer, finished, **columns)"
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        f"def digits{header}: return sum(map(str.isdigit, response))\n"
+        f"def right{header}: return 1 / response.endswith('#' + answer)\n"
+    )
+    run(
+        f"--model {warm_model} --benchmarks arithmetic_heldout --template arithmetic "
+        f"--max-new-tokens 96 --out {tmp_path / 'out'} --reward 0.5*{mine}:digits+{mine}:right"
+    )
+    (scores,) = report_of(tmp_path / "out")["benchmarks"].values()
+    rows = read_jsonl(tmp_path / "out" / "responses.jsonl")
+    for row in rows:
+        digits = sum(map(str.isdigit, row["response"]))
+        assert row["components"] == {"digits": digits, "right": 1.0 if row["score"] else None}
+        assert row["reward"] == 0.5 * digits + row["score"]
+    assert scores["reward/right"] == scores["accuracy"], "a failure counts as 0"
+    assert scores["reward_errors"] == sum(row["score"] == 0 for row in rows) > 0
+    assert scores["reward"] == pytest.approx(0.5 * scores["reward/digits"] + scores["accuracy"])
+    shown = capsys.readouterr().out
+    parts = f"digits {scores['reward/digits']:.3f}, right {scores['reward/right']:.3f}"
+    assert f"reward of {parts}; {scores['reward_errors']} calls failed" in " ".join(shown.split())
+    assert f"{scores['reward']:.3f}" in shown
+    assert "no answer in" not in shown
+    run(f"--regrade {tmp_path / 'out'}")
+    regraded = read_jsonl(tmp_path / "out" / "regraded-correct" / "responses.jsonl")
+    assert not any("reward" in row for row in regraded), "it was made of the old grades"
+
+
+NUMBERS = ["It is 12.", "So 12", "#### 12", "13"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "advice"),
+    [
+        (NUMBERS, "no answer in 4 of 4 responses, 'qwen_math' at T=1. --answer number finds one"),
+        (["12\n#### 12"] * 9 + ["\\boxed{12}"], "9 of 10 responses, .* --answer gsm8k finds"),
+        (["</think> <answer>12</answer>"] * 4, "--answer tag finds one in 4 of them"),
+        (["1#12"] * 4, "--answer hash finds one in 4 of them"),
+        (["It is twelve"] * 4, "No --answer finds one.* try --template chat"),
+    ],
+    ids=["number", "gsm8k", "tag", "hash", "none"],
+)
+def test_the_rule_that_would_have_found_an_answer_is_named(tmp_path, capsys, texts, advice):
+    old = {"answer": "12", "score": 0.0, "parsed": False}
+    rows = [response_row(**old, id=i, response=text) for i, text in enumerate([*texts, None])]
+    append_jsonl(tmp_path / "responses.jsonl", rows)
+    run(f"--regrade {tmp_path}")
+    assert re.search(advice, capsys.readouterr().out)
+
+
+def test_an_answer_here_and_there_needs_no_advice(tmp_path, capsys):
+    texts = ["12"] * 8 + ["\\boxed{12}"] * 2
+    rows = [response_row(id=i, answer="12", response=text) for i, text in enumerate(texts)]
+    append_jsonl(tmp_path / "responses.jsonl", rows)
+    run(f"--regrade {tmp_path}")
+    assert "no answer in" not in capsys.readouterr().out
+
+
+def test_regrading_with_another_rule_finds_the_answers(tmp_path, capsys):
+    """Also under a template whose file is gone. The rule is kept for the next time."""
+    old = {"answer": "12", "score": 0.0, "parsed": False, "template": "gone.txt"}
+    rows = [response_row(**old, id=i, response=text) for i, text in enumerate(NUMBERS)]
+    append_jsonl(tmp_path / "responses.jsonl", rows)
+    run(f"--regrade {tmp_path} --answer number")
+    first = tmp_path / "regraded-correct-number"
+    assert [r["score"] for r in read_jsonl(first / "responses.jsonl")] == [1, 1, 1, 0]
+    assert report_of(first)["settings"]["answer"] == "number"
+    run(f"--regrade {first} --out {tmp_path / 'again'}")
+    assert report_of(tmp_path / "again")["benchmarks"]["b"]["accuracy"] == 0.75
+    assert "no answer in" not in capsys.readouterr().out
+
+
+def test_a_prompt_and_a_rule_of_ones_own(warm_model, tmp_path, capsys):
+    """The tiny model answers as it does under its own template. Another text under the same name
+    is not mixed in."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("{q}~\n")
+    flags = f"--model {warm_model} --benchmarks arithmetic_heldout --max-new-tokens 96"
+    run(f"{flags} --template {prompt} --answer hash --out {tmp_path / 'mine'}")
+    run(f"{flags} --template arithmetic --out {tmp_path / 'own'}")
+    mine, own = report_of(tmp_path / "mine"), report_of(tmp_path / "own")
+    assert mine["benchmarks"] == own["benchmarks"] and mine["average"] > 0
+    assert mine["template"] == str(prompt)
+    prompt.write_text("{q}!~")
+    with pytest.raises(SystemExit):
+        run(f"{flags} --template {prompt} --answer hash --out {tmp_path / 'mine'}")
+    assert "prompts is" in capsys.readouterr().err
 
 
 # ---- without a model

@@ -3,6 +3,7 @@
 A row names `file:thing`. The test replaces exactly that thing and looks at what a run leaves."""
 
 import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -77,7 +78,7 @@ def sampler(patch):
         def generate(self, requests, sampling, on_finish):
             return super().generate(requests, replace(sampling, max_new_tokens=3), on_finish)
 
-    def make_engine(config, path, tokenizer, device, max_tokens, *vllm_options):
+    def make_engine(config, path, tokenizer, device, max_tokens, *vllm_options, load_weights):
         options = {"dtype": torch.float32, "device": device, "batch": 8}
         return Silent(path, tokenizer, **options, max_tokens=max_tokens)
 
@@ -118,6 +119,29 @@ def test_an_edit_changes_training(place, unchanged, warm_model, tmp_path, monkey
 def test_the_readme_names_these_places_and_no_others():
     table = (ROOT / "README.md").read_text().split("| to change |")[1].split("\n\n")[0]
     assert set(re.findall(r"`([\w/]+\.py:\w+)`", table)) == set(EDITS)
+
+
+def test_what_the_readme_offers_without_an_edit_changes_training(
+    unchanged, warm_model, tmp_path, monkeypatch
+):
+    table = (ROOT / "README.md").read_text().split("| to change |")[1].split("\n\n")[0]
+    offers = re.findall(r"`([\w/]+\.py:\w+)` \| or no edit: `([^`]*)`", table)
+    assert [place.partition(":")[2] for place, _ in offers] == [
+        *("reward", "TEMPLATES", "load_problems")
+    ]
+    header = "(response, *, problem, answer, finished, **columns)"
+    (tmp_path / "my.py").write_text(f"def format_ok{header}: return 10")
+    (tmp_path / "my_prompt.txt").write_text("{q}!~\n")
+    (tmp_path / "my.jsonl").write_text('{"question": "1+1+x=3", "answer": "1"}\n')
+    monkeypatch.chdir(tmp_path)
+    flags = shlex.split(" ".join(flags for _, flags in offers))
+    mine = config.parse_args(["--recipe", "tiny", *flags])
+    names = ("reward", "template", "answer", "train_data", "problem_field")
+    changes = STEP | {name: getattr(mine, name) for name in names}
+    (row,) = run(small(warm_model, tmp_path / "run", **changes))
+    assert row["reward/format_ok"] == 10 and row["reward_mean"] == 2 + row["reward/math"]
+    assert row["no_answer_frac"] < unchanged[1]["no_answer_frac"] + 0.5
+    assert {r["problem"] for r in read_jsonl(tmp_path / "run" / "samples.jsonl")} == {"1+1+x=3"}
 
 
 @pytest.mark.parametrize("place", EDITS)

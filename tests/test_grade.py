@@ -23,10 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drgrpo import grade as grade_module
+from drgrpo import workers as workers_module
 from drgrpo.answers import (
     MAX_CHARS,
     MAX_NESTING,
     MODES,
+    RULES,
     equal_as_strings,
     extract,
     normalize,
@@ -36,6 +38,7 @@ from drgrpo.answers import (
 from drgrpo.data import BENCHMARKS
 from drgrpo.grade import Grade, Grader
 from drgrpo.types import UserError
+from drgrpo.workers import Worker
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "../shared/data"
@@ -115,6 +118,38 @@ def test_extract_hash(text, answer):
     assert extract(text, "hash") == answer
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        *(("12 apples, then 13.", "13"), ("it costs $1,234.50.", "1234.50"), ("5 and -3", "-3")),
+        *(("1/2", "2"), ("so 18...", "18"), ("18, they say ...", "18"), ("\\boxed{7}", "7")),
+        *(("#### 72\n", "72"), ("about .5", ".5"), ("x-1", "-1"), ("ten", None), ("", None)),
+        *(("...", None), ("$", None), ("٣", None)),
+    ],
+)
+def test_extract_number(text, answer):
+    """As lm-evaluation-harness finds and cleans it, but for what it finds without a digit."""
+    assert extract(text, "number") == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        *(("2 + 2 = 4\n#### 4", "4"), ("#### 1,000 eggs\nQuestion: 5", "1,000 eggs")),
+        *(("#### 1\n#### 2", "2"), ("####", ""), ("### 4", None), ("4", None)),
+    ],
+)
+def test_extract_gsm8k(text, answer):
+    assert extract(text, "gsm8k") == answer
+
+
+@pytest.mark.parametrize("rule", ["number", "gsm8k"])
+def test_a_number_is_compared_as_a_number(rule):
+    texts = ["#### $1,000.", "#### 1000.0", "#### 1001", "no number"]
+    with Grader(rule) as grader:
+        assert scores(grader, texts, ["1000"] * 4) == [1.0, 1.0, 0.0, 0.0]
+
+
 def test_an_unknown_rule_or_mode_is_refused():
     with pytest.raises(ValueError, match="boxed, tag, hash"):
         extract("1", "latex")
@@ -175,8 +210,7 @@ def test_rejected(graders, truth, answer):
     ("truth", "answer", "right"),
     [
         ("7 \\times 10^{37}\n", "10", True),
-        # The paper's grader accepts this one too. Our guard against code reads no signed number.
-        ("-3/2\n", "-3", False),
+        ("-3/2\n", "-3", True),
         ("4.5e33\n", "4.5", True),
         ("7 \\times 10^{37}\n", "7.0 \\times 10^{37}", False),
         ("-3/2\n", "-\\frac{3}{2}", False),
@@ -250,7 +284,7 @@ def compared(monkeypatch) -> list[str]:
         answers.append(task["answer"])
         return True
 
-    monkeypatch.setattr(grade_module._Worker, "ask", ask)
+    monkeypatch.setattr(Worker, "ask", ask)
     return answers
 
 
@@ -280,7 +314,7 @@ def test_a_remembered_time_out_is_counted_for_every_response(monkeypatch):
     def ask(worker, task):
         raise TimeoutError if task["answer"] == "2/4" else ChildProcessError
 
-    monkeypatch.setattr(grade_module._Worker, "ask", ask)
+    monkeypatch.setattr(Worker, "ask", ask)
     with Grader("boxed") as grader:
         for _ in range(3):
             assert scores(grader, [boxed("2/4"), boxed("3/6")], ["1/2", "1/2"]) == [0.0, 0.0]
@@ -288,7 +322,7 @@ def test_a_remembered_time_out_is_counted_for_every_response(monkeypatch):
 
 
 def test_cheap_decisions_ask_no_worker(monkeypatch):
-    monkeypatch.setattr(grade_module._Worker, "ask", lambda self, task: pytest.fail(str(task)))
+    monkeypatch.setattr(Worker, "ask", lambda self, task: pytest.fail(str(task)))
     texts = ["no answer", boxed("12"), boxed("13"), boxed("\\dfrac 12"), boxed("")]
     texts += [boxed("10{,}000"), boxed("-0.0")]
     truths = ["12", "12", "12.0", "\\frac12", "12", "10000", "0"]
@@ -372,11 +406,13 @@ def test_a_worker_may_die_in_any_way(monkeypatch, code, timeouts, errors):
 def test_both_clocks_are_limited(monkeypatch, code, limit):
     worker_that_runs(monkeypatch, code)
     with pytest.raises(TimeoutError, match=limit):
-        grade_module._Worker(0.2).ask({"answer": "2/4", "truths": ["1/2"], "mode": "correct"})
+        task = {"answer": "2/4", "truths": ["1/2"], "mode": "correct"}
+        Worker((*grade_module.WORKER, "0.2")).ask(task)
 
 
 def test_a_worker_may_wait_for_its_next_answer_longer_than_the_limit():
-    worker, task = grade_module._Worker(0.05), {"answer": "2/4", "truths": ["1/2"]}
+    worker = Worker((*grade_module.WORKER, "0.05"))
+    task = {"answer": "2/4", "truths": ["1/2"]}
     try:
         assert worker.ask(task | {"mode": "correct"})
         with pytest.raises(subprocess.TimeoutExpired):
@@ -396,7 +432,7 @@ def test_workers_do_not_outlive_the_trainer():
         "import os, time; from drgrpo.grade import Grader\n"
         "grader = Grader('boxed', workers=2, timeout_s=2)\n"
         f"grader.submit({boxed('2/4')!r}, '1/2').result(); grader.submit({boxed(HUNG)!r}, 'x')\n"
-        "time.sleep(0.7); pids = [w.process.pid for w in grader._workers if w.process]\n"
+        "time.sleep(0.7); pids = [w.process.pid for w in grader._pool.workers if w.process]\n"
         "print(*pids, flush=True)\n"
         "os._exit(1)"
     )
@@ -420,18 +456,18 @@ def test_leaving_the_pool_stops_its_workers_at_once():
         for _ in range(3):
             grader.submit(boxed(HUNG), "x")
         start = time.monotonic()
-        pids = [worker.process.pid for worker in grader._workers if worker.process]
+        pids = [worker.process.pid for worker in grader._pool.workers if worker.process]
     assert time.monotonic() - start < 5
     assert pids and not any(map(running, pids))
 
 
 def test_workers_are_replaced_after_a_while(monkeypatch):
-    monkeypatch.setattr(grade_module, "TASKS_PER_WORKER", 2)
+    monkeypatch.setattr(workers_module, "TASKS_PER_WORKER", 2)
     pids = set()
     with Grader("boxed", workers=1) as grader:
         for i in range(2, 6):
             assert scores(grader, [boxed(f"{i}/{2 * i}")], ["1/2"]) == [1.0]
-            pids.add(grader._workers[0].process.pid)
+            pids.add(grader._pool.workers[0].process.pid)
     assert len(pids) == 2
 
 
@@ -525,7 +561,7 @@ def test_fuzz_pool(tmp_path, monkeypatch):
             stopped = f"{grader.timeouts} timeouts, {grader.errors} errors"
             print(f"{done} inputs, {right:.0f} right, {stopped}", flush=True)
         assert scores(grader, [boxed("2/4")], ["1/2"]) == [1.0]
-        pids = [worker.process.pid for worker in grader._workers if worker.process]
+        pids = [worker.process.pid for worker in grader._pool.workers if worker.process]
     assert not any(map(running, pids))
     assert grader.errors == 0, "a worker may reach its time limit, and nothing here may crash it"
     assert right < done / 10
@@ -549,7 +585,7 @@ def test_megabytes_are_no_work(text):
     | st.lists(st.sampled_from(FRAGMENTS)).map("".join)
 )
 def test_fuzz_strings(text):
-    for rule in ("boxed", "tag", "hash"):
+    for rule in RULES:
         extract(text, rule)
         extract(boxed(text), rule)
         extract(tagged(text), rule)
@@ -572,6 +608,6 @@ def test_fuzz_integers(a, b):
 def test_a_signal_to_the_whole_job_is_the_trainers(number):
     with Grader("boxed", workers=1) as grader:
         grader.submit(boxed("2/4"), "1/2").result()
-        grader._workers[0].process.send_signal(number)
+        grader._pool.workers[0].process.send_signal(number)
         assert scores(grader, [boxed("3/6")], ["1/2"]) == [1.0]
         assert grader.errors == 0

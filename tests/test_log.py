@@ -6,6 +6,7 @@ import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from drgrpo.run.files import read_jsonl
 from drgrpo.run.log import Log, Stopwatch
@@ -117,6 +118,26 @@ def test_the_stopwatch_names_the_phase_before_it_begins_and_measures_memory():
     with watch("train"):
         assert phases == ["train"]
     assert 0.01 < watch.gb["train"] < 100
+
+
+def test_on_a_gpu_memory_is_what_the_gpu_has_in_use_once_its_work_is_done(monkeypatch):
+    """vLLM sleeps in the second phase: its 46 GiB are free for CUDA and allocated for PyTorch."""
+    gib, notes, free = 2**30, [], iter([4, 50, 30])
+
+    def mem_get_info():
+        notes.append("memory")
+        return next(free) * gib, 80 * gib
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: notes.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70 * gib)
+    watch = Stopwatch()
+    for phase in ("rollout", "train", "train"):
+        with watch(phase):
+            notes.append(phase)
+    assert watch.gb == {"rollout": 76.0, "train": 50.0}
+    assert notes[:3] == ["rollout", "synchronize", "memory"]
 
 
 def test_an_evaluation_line_says_how_it_sampled(tmp_path, capsys):

@@ -13,7 +13,7 @@ from drgrpo.config import RECIPES
 from drgrpo.pack import Sequence, pack
 from drgrpo.run.checkpoint import Progress
 from drgrpo.run.metrics import SAMPLES_LOGGED, Tally, Update, sample_rows, step_row
-from drgrpo.types import Completion, Problem, Rollout
+from drgrpo.types import Completion, Grade, Problem, Rollout
 
 REWARD_PG = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
 ADVANTAGE_PG = torch.tensor([[0.5, -0.5], [0.0, 0.0]])
@@ -39,13 +39,14 @@ def rollouts(prompts=2):
     return made
 
 
-def row_of(updates, reward_PG=REWARD_PG, advantage_PG=ADVANTAGE_PG):
+def row_of(updates, reward_PG=REWARD_PG, advantage_PG=ADVANTAGE_PG, sampled=None):
     seconds = {"rollout": 2.0, "train": 0.5, "total": 4.0}
     timer = SimpleNamespace(read=lambda: seconds, gb={"train": 1.23456})
     grader = SimpleNamespace(timeouts=1, errors=2)
     config = replace(RECIPES["tiny"](), algo="rloo")
     now = Progress(3, 0.25)
-    return step_row(config, now, rollouts(), reward_PG, advantage_PG, updates, timer, grader)
+    sampled = sampled or rollouts()
+    return step_row(config, now, sampled, reward_PG, advantage_PG, updates, timer, grader)
 
 
 def test_columns():
@@ -80,6 +81,31 @@ def test_columns():
     row = row_of([UPDATE, second])
     assert {k: row[k] for k in expected} == pytest.approx(expected)
     assert row["algo"] == "rloo" and row["gb"] == {"train": 1.235}
+
+
+def graded(*components):
+    """Rollouts of 2, 4, 6 and 8 tokens. The last one is right, but cut off."""
+    marks = [Grade(1, True), Grade(0, True), Grade(0, False), Grade(1, True)]
+    return [
+        replace(rollout, grade=replace(grade, components=parts))
+        for rollout, grade, parts in zip(rollouts(), marks, components, strict=True)
+    ]
+
+
+def test_each_component_of_the_reward_is_logged():
+    parts = [{"math": 1.0, "f": -2.0}, {"math": 0.0, "f": None}, {"math": 0.0, "f": 3.0}]
+    sampled = graded(*parts, {"math": 0.0, "f": 1.0})
+    row = row_of([UPDATE], torch.tensor([[0.0, 5.0], [5.0, 5.0]]), sampled=sampled)
+    assert (row["reward/math"], row["reward/f"], row["reward_error"]) == (0.25, 0.5, 1)
+    assert (row["accuracy"], row["no_answer_frac"]) == (0.5, 0.25)
+    lengths = row["response_len_correct"], row["response_len_incorrect"]
+    assert lengths == (2, 6), "right by math, whatever the sum is"
+    assert sample_rows(1, sampled, REWARD_PG)[1]["components"] == {"math": 0.0, "f": 3.0}
+
+
+def test_without_math_a_positive_reward_is_right():
+    row = row_of([UPDATE], torch.tensor([[0.0, 5.0], [-1.0, 5.0]]), sampled=graded(*[{"f": 1}] * 4))
+    assert (row["response_len_correct"], row["response_len_incorrect"]) == (6, 4)
 
 
 def test_a_step_without_gradient_or_without_a_right_answer_has_no_made_up_numbers():

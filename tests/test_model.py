@@ -1,22 +1,46 @@
 """The policy on packed sequences is the model on each sequence alone, outputs and gradients."""
 
+import functools
+import importlib.metadata
+import inspect
+import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.attention.varlen
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+from transformers.utils import import_utils
 
+from conftest import ROOT
 from drgrpo import model
 from drgrpo.kernels.linear_drgrpo import linear_logprob
 from drgrpo.model import (
     EXPENSIVE,
     Objective,
     Policy,
+    check_architecture,
     load_policy,
     max_positions,
     resolve_attention,
@@ -127,8 +151,6 @@ def test_activation_checkpointing_computes_again_what_it_says(random_model):
 
 def test_every_attention_of_this_torch_counts_as_expensive():
     """A name that no op has would be recomputed without a word."""
-    import torch.nn.attention.varlen
-
     existing = set()
     for name in EXPENSIVE:
         namespace, op, overload = name.split(".")
@@ -136,6 +158,10 @@ def test_every_attention_of_this_torch_counts_as_expensive():
         existing |= {str(getattr(packet, overload))} if packet else set()
     only_missing = {"flash_attn._flash_attn_varlen_forward.default"}
     assert EXPENSIVE - existing <= only_missing, "only the package that CI lacks"
+    fused = r"aten::_scaled_dot_product_(cudnn|efficient|flash)_attention(_for_cpu)?"
+    ops = [name for name in torch._C._dispatch_get_all_op_names() if re.fullmatch(fused, name)]
+    assert ops
+    assert {f"{name.replace('::', '.')}.default" for name in ops} <= EXPENSIVE
 
 
 @pytest.mark.slow
@@ -305,6 +331,116 @@ def test_attention_backends_are_chosen_or_refused_by_name():
         resolve_attention("varlen", CPU, bf16)
 
 
+@pytest.mark.parametrize(
+    ("distribution", "backend"), [("flash-attn", "flash_attn"), ("flash-attn-4", "varlen")]
+)
+def test_flash_attention_4_is_not_taken_for_2(tmp_path, monkeypatch, distribution, backend):
+    """Both are installed as the module `flash_attn`."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").touch()
+    info = tmp_path / f"{distribution.replace('-', '_')}-4.0.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Name: {distribution}\nVersion: 4.0.0\n")
+    (info / "top_level.txt").write_text("flash_attn\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    installed = importlib.metadata.packages_distributions()
+    monkeypatch.setattr(import_utils, "PACKAGE_DISTRIBUTION_MAPPING", installed)
+    probes = import_utils.is_flash_attn_2_available, import_utils.is_torch_cuda_available
+    for probe in probes:
+        probe.cache_clear()
+    try:
+        assert resolve_attention("auto", torch.device("cuda", 0), torch.bfloat16) == backend
+        if backend == "varlen":
+            with pytest.raises(UserError, match="not flash-attn-4; install it, or use"):
+                resolve_attention("flash_attn", torch.device("cuda", 0), torch.bfloat16)
+    finally:
+        for probe in probes:
+            probe.cache_clear()
+
+
+# ---- architectures that the policy would compute wrongly
+
+SMALL = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+}
+SLIDING_QWEN = {"use_sliding_window": True, "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        (MistralConfig(**SMALL, sliding_window=4), "sliding_window 4"),
+        (Qwen2Config(**SMALL, **SLIDING_QWEN, max_window_layers=1), "layer_types sliding_attent"),
+        (Gemma2Config(**SMALL), "attn_logit_softcapping 50.0, final_logit_softcapping 30.0, layer"),
+        (Gemma3TextConfig(**SMALL), "layer_types sliding_attention"),
+        (GptOssConfig(**SMALL), "layer_types sliding_attention"),
+        (CohereConfig(**SMALL), "logit_scale 0.0625"),
+        (GraniteConfig(**SMALL, logits_scaling=8.0), "logits_scaling 8.0"),
+    ],
+    ids=lambda x: getattr(x, "model_type", ""),
+)
+def test_a_model_that_would_be_computed_wrongly_is_refused(tmp_path, config, field):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError) as error:
+        load(str(tmp_path))
+    assert f"has {field}" in str(error.value) and "use another model" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**SMALL, sliding_window=None),
+        Qwen2Config(**SMALL, use_sliding_window=False, sliding_window=8),
+        Qwen2Config(**SMALL, **SLIDING_QWEN, max_window_layers=2),
+        LlamaConfig(**SMALL),
+        GraniteConfig(**SMALL),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_full_attention_and_plain_logits_are_not_refused(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    check_architecture(str(tmp_path))
+
+
+def gap_without_refusal(config: PreTrainedConfig, path, monkeypatch) -> float:
+    """Largest difference of the policy's log-probs from transformers' own, in nats."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    monkeypatch.setattr(model, "check_architecture", lambda path: None)
+    lm = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    prompt, response, _, _ = sequence = sequences()[6]
+    with torch.no_grad():
+        logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    expected_N = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+    return (load(str(path)).logprob(pack([sequence])) - expected_N).abs().max().item()
+
+
+SOFT_CAPS = {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        (MistralConfig(**SMALL, sliding_window=4), MistralConfig(**SMALL, sliding_window=None)),
+        (Gemma2Config(**SMALL, **SOFT_CAPS), None),
+        (GraniteConfig(**SMALL, logits_scaling=8.0), GraniteConfig(**SMALL)),
+    ],
+    ids=["sliding window", "soft-caps", "scaled logits"],
+)
+def test_without_the_refusal_the_numbers_would_be_wrong(tmp_path, monkeypatch, wrong, right):
+    assert gap_without_refusal(wrong, tmp_path / "wrong", monkeypatch) > 0.01
+    if right:
+        assert gap_without_refusal(right, tmp_path / "right", monkeypatch) < 1e-5
+
+
 def test_the_ranks_of_a_node_share_one_copy(monkeypatch):
     """Eight processes with two copies: ranks 0 to 3 and ranks 4 to 7."""
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
@@ -316,9 +452,7 @@ def test_max_positions(random_model):
     assert max_positions(random_model) == 1024
 
 
-# ---- what only a GPU can show
-
-GPU = torch.device("cuda", 0)
+# ---- what runs on a GPU only, as far as it can be called without one
 
 
 def attention_of_each_sequence(query_THd, key_TKd, value_TKd, lengths):
@@ -331,6 +465,77 @@ def attention_of_each_sequence(query_THd, key_TKd, value_TKd, lengths):
         weight_Hqk = score_Hqk.masked_fill(future_qk, -torch.inf).softmax(-1)
         out.append(torch.einsum("hqk,khd->qhd", weight_Hqk, v))
     return torch.cat(out)
+
+
+def heads_of(query: int, shared: int, lengths: list[int], dtype: torch.dtype) -> tuple[list, dict]:
+    """Queries, keys and values [1, heads, T, 16], and the options that a policy passes along."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, n, sum(lengths), 16) for n in (query, shared, shared)]
+    inputs = [
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes
+    ]
+    starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    return inputs, {"cu_seq_lens_q": starts, "max_length_q": max(lengths), "scaling": 0.3}
+
+
+@pytest.mark.parametrize(("query", "shared"), [(4, 4), (4, 2)], ids=["", "shared keys"])
+def test_varlen_attention_asks_for_causal_attention_of_each_sequence(monkeypatch, query, shared):
+    """A stand-in for FlashAttention computes what the operator is asked for."""
+    lengths, real = [5, 1, 3], torch.nn.attention.varlen.varlen_attn
+
+    @functools.wraps(real)  # with the signature of this torch
+    def stand_in(*args, **kwargs):
+        asked = inspect.signature(real).bind(*args, **kwargs)
+        asked.apply_defaults()
+        a = asked.arguments
+        assert a["window_size"] == (-1, 0), "causal"
+        assert a["cu_seq_q"] is a["cu_seq_k"] and a["max_q"] == a["max_k"] == max(lengths)
+        assert a.get("enable_gqa", True) or a["query"].shape[1] == a["key"].shape[1]
+        query_THd = a["query"] * a["scale"] * a["query"].shape[-1] ** 0.5
+        return attention_of_each_sequence(
+            query_THd, a["key"], a["value"], a["cu_seq_q"].diff().tolist()
+        )
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", stand_in)
+    inputs, options = heads_of(query, shared, lengths, torch.float32)
+    out, expected = (
+        function(None, *inputs, None, **options)[0]
+        for function in (varlen_attention, sdpa_attention)
+    )
+    torch.testing.assert_close(out, expected)
+
+
+def test_varlen_attention_passes_the_checks_of_this_torch():
+    """PyTorch's own function and operator, forward and backward, on tensors without data."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs, options = heads_of(4, 2, [5, 1, 3], torch.bfloat16)
+        out, _ = varlen_attention(None, *inputs, None, **options)
+        gradients = torch.autograd.grad(out.sum(), inputs)
+    assert out.shape == (1, 9, 4, 16) and out.dtype == torch.bfloat16
+    assert [g.shape for g in gradients] == [x.shape for x in inputs]
+
+
+COMPILE_THREADS = """
+from drgrpo.engine_vllm import prepare_environment
+prepare_environment(on_gpu=False)
+import vllm, torch._inductor.config
+print(torch._inductor.config.compile_threads)
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_vllm_leaves_the_trainers_compile_threads_alone():
+    """vLLM sets TORCHINDUCTOR_COMPILE_THREADS=1 as it is imported. PyTorch has read it by then."""
+    env = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "3"}
+    command = [sys.executable, "-c", COMPILE_THREADS]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "3"
+
+
+# ---- what only a GPU can show
+
+GPU = torch.device("cuda", 0)
 
 
 @pytest.mark.gpu

@@ -7,10 +7,9 @@ import pytest
 import torch.distributed as dist
 
 from drgrpo import distributed
-from drgrpo.parity import ParityError
-from drgrpo.rollout import Sampler, sample_seed, tokenize, tokenize_sets
+from drgrpo.rollout import Sampler, longest_prompt, sample_seed, tokenize, tokenize_sets
 from drgrpo.templates import get_template
-from drgrpo.types import Completion, Problem, Rollout, Sampling, UserError
+from drgrpo.types import Completion, ParityError, Problem, Rollout, Sampling, UserError
 
 
 class Echo:
@@ -33,9 +32,9 @@ class Graders:
     def __init__(self):
         self.texts = []
 
-    def submit(self, text, answer):
-        self.texts.append(text)
-        return f"{text}={answer}"
+    def grade(self, rollout):
+        self.texts.append(rollout.text)
+        return f"{rollout.text}={rollout.problem.answer}"
 
 
 def test_groups_are_contiguous_and_each_response_meets_its_grade(tokenizer, group_of_one):
@@ -102,6 +101,19 @@ def test_overlong_prompts_are_dropped_and_counted(tokenizer):
     problems = [Problem(0, "a" * 5, "1"), Problem(1, "a" * 6, "1"), Problem(2, "a", "1")]
     kept, dropped = tokenize(problems, get_template("none"), tokenizer, longest=5)
     assert [p.id for p in kept] == [0, 2] and dropped == 1
+
+
+@pytest.mark.parametrize(("budget", "most", "longest"), [(8, 1024, 1016), (1000, 1024, 24)])
+def test_a_prompt_gets_what_the_response_leaves(random_model, budget, most, longest):
+    assert longest_prompt(random_model, most, budget) == longest
+    assert longest_prompt(random_model, 10, budget) == 10
+
+
+@pytest.mark.parametrize("budget", [1024, 9000])
+def test_a_budget_beyond_the_positions_names_both_numbers(random_model, budget):
+    message = rf"--max-new-tokens {budget} .* 1024 positions .* at most 1023 are allowed"
+    with pytest.raises(UserError, match=message):
+        longest_prompt(random_model, 1024, budget)
 
 
 def test_no_prompt_that_fits_is_an_error(tokenizer):

@@ -87,6 +87,18 @@ def test_columns_count_problems_that_do_not_fit_as_wrong():
     }
 
 
+def test_rewards_are_means_over_responses_and_failures_count_as_0():
+    rows = [
+        row(0, 1, reward=1.5, components={"math": 1.0, "f": 0.5}),
+        row(1, 0, reward=0.0, components={"math": 0.0, "f": None}),
+        row(2, 0, response=None),
+    ]
+    found = columns(rows)
+    names = ("accuracy", "reward", "reward/math", "reward/f", "reward_errors")
+    assert [found[name] for name in names] == [1 / 3, 0.75, 0.5, 0.25, 1]
+    assert not any("reward" in name for name in columns([row(0, 1)]))
+
+
 def test_one_sample_has_no_pass_at_k():
     assert score([row(0, 1), row(1, 0)])["pass_at"] == {}
 

@@ -29,7 +29,7 @@ from drgrpo.run import checkpoint, folder, summary
 from drgrpo.run.files import append_jsonl, read_jsonl
 from drgrpo.run.guard import NonFinite
 from drgrpo.run.log import Log
-from drgrpo.types import Batch, Completion, Problem, Rollout, Sampling, UserError
+from drgrpo.types import Batch, Completion, ParityError, Problem, Rollout, Sampling, UserError
 from runs import assert_close_run, assert_same_run, metrics, run, small
 
 CPU = torch.device("cpu")
@@ -119,7 +119,7 @@ def test_parity_is_the_mean_gap_of_a_token_and_is_checked_where_asked(random_mod
     rounding, wrong = responses(policy, *[1.0] * 5, gap=5e-5), responses(policy, 1.0, gap=5e-4)
     for batch, check_parity in ((rounding, True), (wrong, False)):
         train.train_minibatch(config, policy, optimizer, [batch], 0.0, check_parity)
-    with pytest.raises(parity.ParityError):
+    with pytest.raises(ParityError):
         train.train_minibatch(config, policy, optimizer, [wrong], 0.0, check_parity=True)
 
 
@@ -315,7 +315,7 @@ rollout: | grade: | pack: | sleep | old:
 train: | update lr=0.375 gate=True old=True ref=True | finite True at 2.0
 update lr=0.5 gate=False old=True ref=True | finite True at 2.1
 sync: | sync | stopping False | eval: | 1 x T=0 | 3 x T=1 | save: | write 2 | row 2 | commit 2
-finish: | summary | close
+finish: | sleep | summary | close
 """
 
 
@@ -389,7 +389,9 @@ def test_only_rank_0_prints_and_records(random_model, tmp_path, monkeypatch, cap
 
 def test_a_dry_run_puts_the_sampler_to_sleep_first(random_model, tmp_path, notes):
     train.main(micro(random_model, tmp_path / "run", dry_run=True, tokens_per_microbatch=1024))
-    assert notes == ["watch 60 minutes", "sync", "sleep"] and not (tmp_path / "run").exists()
+    assert (
+        notes == ["watch 60 minutes", "sync", "sleep", "close"] and not (tmp_path / "run").exists()
+    )
 
 
 # ---- whole runs
@@ -523,7 +525,7 @@ def test_a_sampler_that_missed_a_sync_stops_the_run(warm_model, tmp_path, monkey
             synced.append(original(self, named_weights))
 
     monkeypatch.setattr(TorchEngine, "sync", only_once)
-    with pytest.raises(parity.ParityError, match="disagree on fresh samples"):
+    with pytest.raises(ParityError, match="disagree on fresh samples"):
         run(small(warm_model, tmp_path / "stale"))
     assert len(metrics(tmp_path / "stale")) == 1, "the step on stale samples was trained on"
 
@@ -537,7 +539,7 @@ def test_the_last_sync_is_checked_too(warm_model, tmp_path, monkeypatch):
             original(self, named_weights)
 
     monkeypatch.setattr(TorchEngine, "sync", all_but_the_last)
-    with pytest.raises(parity.ParityError, match="disagree on fresh samples"):
+    with pytest.raises(ParityError, match="disagree on fresh samples"):
         run(small(warm_model, tmp_path / "stale"))
     assert len(metrics(tmp_path / "stale")) == 2
 

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from drgrpo import data
+from drgrpo import data, reward
 from drgrpo.config import check_model
 from drgrpo.evaluation import responses
 from drgrpo.run.cli import Parser, check_choices, flag
 from drgrpo.run.folder import check_writable
-from drgrpo.templates import get_template
+from drgrpo.templates import AnswerRule, Template, get_template
 from drgrpo.types import Problem, UserError, check_divides, comma_list, world_size
 
 MAY_CHANGE_ON_RESUME = {"out", "data_dir", "sampler_batch", "kv_cache_gb", "write_every"}
 """An interrupted evaluation may continue with other values of these fields."""
 
-FLAGS_OF_MODE = {"compare": {"out"}, "regrade": {"grader", "out"}, "analyze": {"out"}}
+FLAGS_OF_MODE = {"compare": {"out"}, "regrade": {"grader", "answer", "out"}, "analyze": {"out"}}
 """The modes that need no model, and the fields that each of them takes."""
 
 
@@ -37,9 +37,15 @@ class EvalConfig:
     data_dir: str = ""
     """folder with NAME.jsonl for each of the five; empty: the hub"""
     template: str = "qwen_math"
-    """how a question becomes a prompt and where the answer stands: see drgrpo/templates.py"""
+    """question -> prompt: a name in drgrpo/templates.py, a file, or a text with {q}"""
     templates: str = ""
-    """several templates, comma-separated, one after the other, instead of --template"""
+    """several names or files, comma-separated, one after the other, instead of --template"""
+    system: str = ""
+    """system message of --template chat"""
+    answer: AnswerRule = "auto"
+    """where the answer stands: see drgrpo/answers.py; auto is the template's own rule"""
+    reward: str = "math"
+    """reported beside the accuracy: as train.py --reward, see docs/rewards.md"""
     grader: Literal["correct", "paper"] = "correct"
     """paper: the reference's grading, with its slips on Minerva's trailing newlines"""
 
@@ -66,6 +72,8 @@ class EvalConfig:
     """processes that share one vLLM engine, for models that one GPU cannot sample"""
     kv_cache_gb: float = 0.0
     """vLLM's KV cache per process; 0: what 0.9 of the GPU leaves, or 0.25 without a GPU"""
+    batch_invariant: bool = False
+    """vLLM on a GPU: answers do not depend on their batch, not even by rounding; slower"""
 
     # output
     write_every: int = 1024
@@ -88,12 +96,13 @@ class EvalConfig:
                     f"--samples {self.samples} greedy answers would all be the same; "
                     "add --temperature 1"
                 )
-        for name in self.all_templates:
-            get_template(name)
+        reward.parse(self.reward)
+        self.load_templates()
 
-    @property
-    def all_templates(self) -> list[str]:
-        return comma_list(self.templates) or [self.template]
+    def load_templates(self) -> list[Template]:
+        """Those of --templates, or the one of --template. UserError for an unknown one."""
+        names = comma_list(self.templates) or [self.template]
+        return [get_template(name, self.answer, self.system) for name in names]
 
     @property
     def all_temperatures(self) -> list[float]:
@@ -181,6 +190,7 @@ def evaluation(config: EvalConfig, against: list[str]) -> Command:
     if against not in ([], ["paper"]):
         responses.read(*against)  # complete? It is needed when the scores are there, hours later.
     check_writable(config.folder)
+    reward.check(config.reward)
     names = comma_list(config.benchmarks)
     if not names:
         raise UserError("--benchmarks is empty; name one of " + ", ".join(data.BENCHMARKS))

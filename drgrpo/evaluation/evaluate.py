@@ -39,12 +39,12 @@ class Graders:
 
 
 @contextmanager
-def make_graders(rules: set[str], mode: str) -> Iterator[dict[str, Graders]]:
+def make_graders(rules: set[str], mode: str, reward: str = "math") -> Iterator[dict[str, Graders]]:
     """Graders for each rule. Their workers stop at the end."""
     with ExitStack() as stack:
         graders = {}
         for rule in rules:
-            truth = stack.enter_context(Grader(rule, mode, timeout_s=GRADE_SECONDS))
+            truth = stack.enter_context(Grader(rule, mode, timeout_s=GRADE_SECONDS, reward=reward))
             peers = stack.enter_context(Grader(rule, mode, timeout_s=VOTE_SECONDS))
             graders[rule] = Graders(truth, peers)
         yield graders
@@ -139,15 +139,17 @@ def answer(
 
 
 def response_row(scored: Scored, sample: int) -> dict:
-    r = scored.rollout
-    return {
+    """A row of `responses.jsonl`. Its reward is that of `--reward` if this names a function."""
+    r, grade = scored.rollout, scored.grade
+    more = {"reward": grade.reward, "components": grade.components}
+    return (more if grade.components.keys() - {"math"} else {}) | {
         "id": r.problem.id,
         "sample": sample,
         "problem": r.problem.question,
         "answer": r.problem.answer,
         "response": r.text,
-        "score": scored.grade.score,
-        "parsed": scored.grade.parsed,
+        "score": grade.score,
+        "parsed": grade.parsed,
         "vote": scored.vote,
         "tokens": r.length,
         "finished": r.completion.finished,

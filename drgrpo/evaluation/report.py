@@ -1,14 +1,19 @@
 """Responses -> the scores in `eval.json` and the tables on the terminal."""
 
+from itertools import chain
+from pathlib import Path
 from statistics import fmean
 
 from rich.table import Table
 
+from drgrpo.answers import RULES, equal_as_strings, extract, truths_of
 from drgrpo.evaluation.responses import evaluations
 from drgrpo.evaluation.scores import average, score
 from drgrpo.evaluation.tables import make_table, percent, span
 from drgrpo.run.files import write_json
 from drgrpo.run.log import Log, number
+
+NEARLY_ALL = 0.9  # responses without an answer: the rule or the prompt is wrong
 
 
 def write(log: Log, about: dict, rows: list[dict]) -> None:
@@ -17,7 +22,41 @@ def write(log: Log, about: dict, rows: list[dict]) -> None:
     for table in tables(report):
         log.console.print(table)
     write_json(log.out / "eval.json", report)
+    for line in no_answer(rows, log.out):
+        log.say(line)
     log.say(f"wrote {log.out}/eval.json and {log.out}/responses.jsonl")
+
+
+def no_answer(rows: list[dict], out: Path) -> list[str]:
+    """What to do where nearly no response holds an answer, a line for each template and
+    temperature. Every rule is tried on the responses."""
+    lines = []
+    for (template, temperature), sets in evaluations(rows).items():
+        written = [row for row in chain(*sets.values()) if row["response"] is not None]
+        missing = [row for row in written if not row["parsed"]]
+        if not written or len(missing) < NEARLY_ALL * len(written):
+            continue
+        found = {rule: count_answers(missing, rule) for rule in RULES}
+        best = max(found, key=found.__getitem__)
+        advice = (
+            f"--answer {best} finds one in {found[best][1]} of them: evaluate or train with it, "
+            f"or grade these again: eval.py --regrade {out}/responses.jsonl --answer {best}"
+        )
+        if found[best] == (0, 0):
+            advice = (
+                "No --answer finds one. The prompt may not fit the model, or the responses may be "
+                "cut off: read some of them, then try --template chat or a larger --max-new-tokens"
+            )
+        which = f"{template!r} at T={temperature:g}"
+        lines.append(f"no answer in {len(missing)} of {len(written)} responses, {which}. {advice}")
+    return lines
+
+
+def count_answers(rows: list[dict], rule: str) -> tuple[int, int]:
+    """How many responses hold the truth under a rule, as strings, and how many hold an answer."""
+    pairs = [(extract(row["response"], rule), truths_of(row["answer"])) for row in rows]
+    given = [(answer, truths) for answer, truths in pairs if answer is not None]
+    return sum(equal_as_strings(*pair, rule) is True for pair in given), len(given)
 
 
 def results(rows: list[dict]) -> dict:
@@ -59,12 +98,15 @@ def detail(part: dict, settings: dict, counters: dict[str, int]) -> Table:
     how = f"mean of {samples} at T={part['temperature']:g}" if part["temperature"] else "greedy"
     columns = ["benchmark", "accuracy %", "95% interval", *several, "n"]
     columns += ["len right", "len wrong", "cut %", "no answer %"]
+    rewarded = all("reward" in r for r in benchmarks.values())
+    columns += ["reward"] * rewarded
     rows = []
     for benchmark, r in benchmarks.items():
         rows.append([benchmark, percent(r["accuracy"]), span(r["interval"])])
         rows[-1] += [percent(r[column][k]) for column in several.values()]
         rows[-1] += [str(r["n"]), number(r["len_correct"]), number(r["len_incorrect"])]
         rows[-1] += [percent(r["truncated_frac"]), percent(r["unparsed_frac"])]
+        rows[-1] += [number(r["reward"], ".3f")] if rewarded else []
     mean = ["average", percent(part["average"]), span(part["average_interval"])]
     for column in several.values():
         mean.append(percent(fmean(r[column][k] for r in benchmarks.values())))
@@ -82,6 +124,7 @@ def footer(part: dict, counters: dict[str, int]) -> str:
         for benchmark, r in part["benchmarks"].items()
         if r["dropped"]
     ]
+    lines += [rewards(*item) for item in part["benchmarks"].items() if "reward" in item[1]]
     if any(r["interval"][0] == r["interval"][1] for r in part["benchmarks"].values()):
         lines.append(
             "Where all problems score the same, resampling them shows no spread. That interval is "
@@ -89,6 +132,14 @@ def footer(part: dict, counters: dict[str, int]) -> str:
         )
     lines += [f"{what.replace('_', ' ')}: {count}" for what, count in counters.items() if count]
     return "\n".join(lines)
+
+
+def rewards(benchmark: str, r: dict) -> str:
+    """The components of a reward, and how many calls of its functions failed."""
+    means = {k: value for k, value in r.items() if k.startswith("reward/")}
+    parts = ", ".join(f"{k.partition('/')[2]} {value:.3f}" for k, value in means.items())
+    failed = f"; {r['reward_errors']} calls failed and count as 0" * (r["reward_errors"] > 0)
+    return f"{benchmark}: reward of {parts}{failed}"
 
 
 def name(settings: dict) -> str:

@@ -5,6 +5,8 @@
     score  parsed  vote                              the grade, and the majority vote
     tokens  finished                                 length with the end token; False at the limit
 
+With `--reward`, `reward` and its `components` come on top.
+
 `id` is the problem's row in its benchmark. `vote` is the first sample of the problem with an equal
 answer, or None without an answer. A prompt too long for the model has rows too, with `response`
 None and score 0. The file grows as batches finish. `eval.json` beside it holds the settings that

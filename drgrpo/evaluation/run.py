@@ -14,11 +14,11 @@ from drgrpo.engine import stop_token_ids
 from drgrpo.evaluation import responses
 from drgrpo.evaluation.config import MAY_CHANGE_ON_RESUME, Command, EvalConfig
 from drgrpo.evaluation.evaluate import answer, counters, make_graders
-from drgrpo.rollout import Sampler, tokenize
+from drgrpo.rollout import Sampler, check_budget, tokenize
 from drgrpo.run import provenance
 from drgrpo.run.files import append_jsonl, write_json
 from drgrpo.run.log import Log
-from drgrpo.templates import Template, get_template
+from drgrpo.templates import TEMPLATES, Template
 from drgrpo.types import Problem, Sampling
 
 
@@ -38,9 +38,11 @@ def make_parts(
     tokenizer: PreTrainedTokenizerBase,
     positions: int,
 ) -> list[Part]:
-    """Every benchmark under every template and temperature, tokenized."""
+    """Every benchmark under every template and temperature, tokenized. UserError if no prompt fits
+    beside a response."""
+    check_budget(config.max_new_tokens, positions)
     parts = []
-    for template in map(get_template, config.all_templates):
+    for template in config.load_templates():
         prompts = {}
         for name, problems in sets.items():
             fitting = {p.id: p for p in tokenize(problems, template, tokenizer, positions - 1)[0]}
@@ -60,6 +62,8 @@ class Record:
     def __init__(self, log: Log, command: Command, resolved: dict, device: torch.device) -> None:
         settings = asdict(command.config) | resolved
         settings["weights"] = provenance.fingerprint(command.config.model)
+        own = [t for t in command.config.load_templates() if t.name not in TEMPLATES]
+        settings["prompts"] = {template.name: template.text for template in own}
         settings["data"] = {name: provenance.problems_digest(p) for name, p in command.sets.items()}
         self.log = log
         self.report: dict[str, Any] = {
@@ -109,7 +113,8 @@ def answer_parts(
     started = time.perf_counter()
     chunk = max(1, config.write_every * dist.get_world_size() // config.tp // config.samples)
     ends = stop_token_ids(config.model, sampler.tokenizer)
-    with make_graders({part.template.answer for part in parts}, config.grader) as graders:
+    rules = {part.template.answer for part in parts}
+    with make_graders(rules, config.grader, config.reward) as graders:
         for part in parts:
             template = part.template
             tag: dict[str, Any] = {"benchmark": part.benchmark, "template": template.name}

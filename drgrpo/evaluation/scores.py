@@ -54,7 +54,20 @@ def columns(rows: list[dict]) -> dict:
         "len_incorrect": mean(values(wrong, "tokens")),
         "truncated_frac": mean(map(operator.not_, values(answered, "finished"))),
         "unparsed_frac": mean(map(operator.not_, values(answered, "parsed"))),
+        **rewards([row for row in answered if "reward" in row]),
     }
+
+
+def rewards(rows: list[dict]) -> dict:
+    """Means of the reward and of its components, and how many calls of reward functions failed.
+    Nothing without `--reward`."""
+    if not rows:
+        return {}
+    components, means = values(rows, "components"), {}
+    for name in components[0]:
+        means[f"reward/{name}"] = mean(value or 0.0 for value in values(components, name))
+    failed = sum(list(each.values()).count(None) for each in components)
+    return {"reward": mean(values(rows, "reward")), **means, "reward_errors": failed}
 
 
 def score(rows: list[dict]) -> dict:

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import inspect
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from drgrpo.types import UserError, check_name
+from drgrpo.types import UserError, check_name, world_size
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,3 +111,25 @@ def user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def hard_exit() -> Iterator[None]:
+    """An exception ends one of several processes at once, after its traceback.
+
+    An ordinary exit runs vLLM's and NCCL's cleanup first. Both wait for the other processes, which
+    wait for this one in a collective. The exit closes this process's connections, and that ends the
+    collectives of the others with an exception too."""
+    try:
+        yield
+    except BaseException as error:
+        if world_size() == 1:
+            raise
+        status = 1
+        if isinstance(error, SystemExit):
+            status = int(error.code or 0)
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

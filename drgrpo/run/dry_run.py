@@ -29,7 +29,7 @@ def dry_run(
     seconds, gb = timer.seconds["train"], timer.gb["train"]
     batches = config.rollouts_per_step / dist.get_world_size() / count
     log.say(
-        f"dry run: a micro-batch of {count} x {length} tokens takes {seconds:.2f} s and {gb:.2f} "
-        f"GB. {config.steps} steps in which no response is short or skipped would train for "
-        f"{config.steps * batches * seconds / 3600:.1f} h"
+        f"dry run: a micro-batch of {count} x {length} tokens takes {seconds:.2f} s, with "
+        f"{gb:.2f} GB in use. {config.steps} steps in which no response is short or skipped "
+        f"would train for {config.steps * batches * seconds / 3600:.1f} h"
     )

@@ -1,14 +1,20 @@
 """Floating-point operations of a training pass, and the share of the hardware's peak that they make
 (MFU)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from drgrpo.config import Config
 from drgrpo.run.log import Stopwatch
 from drgrpo.types import Rollout
+
+if TYPE_CHECKING:
+    from drgrpo.config import Config
 
 PEAK_TFLOPS = {
     "A100": 312,

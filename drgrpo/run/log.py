@@ -17,10 +17,11 @@ from drgrpo.types import UserError
 
 
 class Stopwatch:
-    """Seconds and peak memory of one step by phase: `with timer("rollout"): ...`
+    """Seconds and memory of one step by phase: `with timer("rollout"): ...`
 
-    Memory in GB is the peak of CUDA's allocator within the phase. Without a GPU it is the process's
-    resident memory at the end of the phase."""
+    Memory in GB is what is in use at the end of the phase: of the whole GPU, or without one of the
+    process. PyTorch's allocator keeps what it once had, so this contains its peak. The allocator's
+    own peak would count the weights and the cache of a vLLM that sleeps."""
 
     def __init__(self, enter: Callable[[str], None] = lambda phase: None) -> None:
         self.enter = enter
@@ -32,19 +33,22 @@ class Stopwatch:
     def __call__(self, phase: str) -> Iterator[None]:
         self.enter(phase)
         cuda = torch.cuda.is_initialized()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         yield
         if cuda:
             torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes()
-        self.gb[phase] = max(self.gb.get(phase, 0.0), peak / 2**30)
+        used = gpu_bytes() if cuda else resident_bytes()
+        self.gb[phase] = max(self.gb.get(phase, 0.0), used / 2**30)
 
     def read(self) -> dict[str, float]:
         """Seconds of all phases so far, and `total`, the wall time since the start."""
         return {**self.seconds, "total": time.perf_counter() - self.started}
+
+
+def gpu_bytes() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def resident_bytes() -> int:
@@ -105,8 +109,10 @@ class Log:
             return
         append_jsonl(self.out / "eval.jsonl", [row])
         how = "greedy" if row["temperature"] == 0 else f"T={row['temperature']:g} x{row['samples']}"
+        reward = f"reward {row['reward']:.3f}  " if "reward" in row else ""
         self.say(
             f"eval {row['step']:4d}  {row['benchmark']} {how}: accuracy {row['accuracy']:.3f}  "
+            f"{reward}"
             f"len right {number(row['len_correct'])} wrong {number(row['len_incorrect'])}  "
             f"cut {row['truncated_frac']:.1%}"
         )

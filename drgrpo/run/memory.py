@@ -1,42 +1,83 @@
 """What fits: a ledger of a process's GPU memory, in GiB. It decides whether vLLM stays while the
-trainer works, and how large its KV cache is."""
+trainer works, and how large its KV cache is.
+
+The formulas of training agree with `drgrpo.run.rehearse`, which counts the trainer's own
+allocations, within 10 %. No GPU has confirmed those of vLLM."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from drgrpo.config import Config
+from drgrpo.kernels.linear_drgrpo import CHUNK_LOGITS
 from drgrpo.run.flops import head_dim
-from drgrpo.types import UserError
+from drgrpo.types import MAX_BATCHED_TOKENS, UserError
+
+if TYPE_CHECKING:  # drgrpo.config runs the rehearsal, which needs this file
+    from drgrpo.config import Config
 
 GIB = 2**30
-USABLE = 0.92  # of a GPU: CUDA contexts, NCCL buffers and fragmentation take the rest
+USABLE = 0.95  # of a GPU: the allocator's fragmentation takes the rest
 SMALLEST_CACHE = 0.5  # GiB
+CONTEXT, NCCL = 0.6, 0.9  # GiB: CUDA and cuBLAS; the buffers of collectives
+GRAPHS = 1.0  # GiB of CUDA graphs. vLLM logs 0.2 to 1.5, and keeps them when it sleeps
+
+Sizes = dict[str, float]
+"""GiB by kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """GiB per process. `kept` is always allocated, `training` only while training, `sampling` only
-    while vLLM is awake."""
+    """GiB per process.
 
-    kept: dict[str, float]
-    training: dict[str, float]
-    sampling: dict[str, float]
+    kept: always allocated. training: only while training. sampler: what vLLM holds, and frees if it
+    sleeps while training. sampling: only while vLLM samples, or receives weights."""
+
+    kept: Sizes
+    training: Sizes
+    sampler: Sizes
+    sampling: Sizes
     gpu: float | None
     kv_cache: float
     sleep: bool
 
+    @property
+    def peaks(self) -> Sizes:
+        """the highest sum of each phase"""
+        kept, sampler = sum(self.kept.values()), sum(self.sampler.values())
+        return {
+            "training": kept + sum(self.training.values()) + (0.0 if self.sleep else sampler),
+            "sampling": kept + sampler + sum(self.sampling.values()),
+        }
+
+    @property
+    def usable(self) -> float:
+        """what both phases have to stay within"""
+        return float("inf") if self.gpu is None else USABLE * self.gpu
+
+    @property
+    def fits(self) -> bool:
+        return max(self.peaks.values()) <= self.usable + 1e-6  # a cache may fill it exactly
+
     def __str__(self) -> str:
-        phases = {"kept": self.kept, "training": self.training, "sampling": self.sampling}
-        parts = []
-        for phase, items in phases.items():
-            sizes = ", ".join(f"{name} {size:.2f}" for name, size in items.items())
-            parts.append(f"{phase} {sum(items.values()):.2f} ({sizes})")
+        names = ("kept", "training", "sampler", "sampling")
+        parts = [f"{name} {show(getattr(self, name))}" for name in names]
         habit = "sleeps" if self.sleep else "stays"
-        end = "no GPU" if self.gpu is None else f"of {self.gpu:.1f}, vLLM {habit} while training"
-        total = "; ".join([*parts, end])
-        return f"memory ledger, GiB per process (activations are estimates): {total}"
+        end = "no GPU"
+        if self.gpu is not None:
+            peaks = ", ".join(f"{name} {size:.1f}" for name, size in self.peaks.items())
+            verdict = "" if self.fits else ", which is too much"
+            end = f"vLLM {habit} while training; peaks {peaks} of {self.usable:.1f}{verdict}"
+        return f"memory ledger, GiB per process (estimates): {'; '.join([*parts, end])}"
+
+
+def show(sizes: Sizes) -> str:
+    """The sum, and each kind that there is in brackets."""
+    kinds = ", ".join(f"{name} {size:.2f}" for name, size in sizes.items() if size)
+    return f"{sum(sizes.values()):.2f} ({kinds})"
 
 
 def ledger_of(
@@ -44,8 +85,7 @@ def ledger_of(
 ) -> Ledger:
     """The ledger of a run on `world` processes, this one on `device`.
 
-    `longest`: tokens of the longest prompt. UserError if training or sampling alone does not
-    fit."""
+    `longest`: tokens of the longest prompt. UserError if it does not fit."""
     on_gpu = device.type == "cuda"
     gpu_bytes = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
     return make_ledger(config, lm.config, lm.num_parameters(), longest, world, gpu_bytes)
@@ -60,94 +100,214 @@ def make_ledger(
     gpu_bytes: int | None,
 ) -> Ledger:
     """The same without weights or a GPU: `lm` and `parameters` describe the model, `gpu_bytes` the
-    GPU, None if there is none."""
+    GPU, None if there is none.
+
+    A cache that --kv-cache-gb names is not refused."""
+    ledger = draft_ledger(config, lm, parameters, longest, world, gpu_bytes)
+    if not ledger.fits and not config.kv_cache_gb:
+        raise UserError(refusal(config, ledger, parameters, world))
+    return ledger
+
+
+def draft_ledger(
+    config: Config,
+    lm: PretrainedConfig,
+    parameters: int,
+    longest: int,
+    world: int,
+    gpu_bytes: int | None,
+    training: Sizes | None = None,
+) -> Ledger:
+    """The same whether it fits or not. `training`: what a rehearsal found, else the formula's."""
     shards = world // config.dp_replicate
-    kept = kept_gib(parameters, shards, reference=bool(config.kl_coef))
-    training = training_gib(config, lm, parameters, shards)
-    weights = getattr(torch, config.dtype).itemsize * parameters / config.tp / GIB
+    kept = kept_gib(parameters, shards)
+    if config.kl_coef:  # FSDP2 never frees what the root of a model without gradients gathers
+        kept["reference"] = kept["master weights"] + config_bytes(config) * root_size(lm) / GIB
+    training = training or training_gib(config, lm, parameters, shards)
+    sampler, sampling = sampler_gib(config, lm, parameters), sampling_gib(config, lm)
+    wanted = wanted_cache_gib(config, lm, longest)
     if gpu_bytes is None:
         gpu, sleeps, cache = None, False, config.kv_cache_gb or 0.25
     else:
-        gpu, extra = gpu_bytes / GIB, sum(training.values())
-        free = USABLE * gpu - sum(kept.values())
-        if free - max(weights, extra) < SMALLEST_CACHE:
-            raise UserError(refusal(parameters, shards, gpu, sum(kept.values()), extra, weights))
-        wanted = wanted_cache_gib(config, lm, longest)
-        sleeps, cache = plan_sampling(config, wanted, free - weights, extra)
-    sampling = {"vLLM weights": weights, "key-value cache": cache}
+        gpu = gpu_bytes / GIB
+        kept |= {"CUDA": CONTEXT} | ({"NCCL": NCCL} if world > 1 else {}) | {"CUDA graphs": GRAPHS}
+        free = USABLE * gpu - sum(kept.values()) - sum(sampler.values())
+        asleep, beside = sum(sampling.values()), sum(training.values())
+        sleeps, cache = plan_sampling(config, wanted, free - asleep, free - max(asleep, beside))
     return Ledger(
-        kept=kept, training=training, sampling=sampling, gpu=gpu, kv_cache=cache, sleep=sleeps
+        kept=kept,
+        training=training,
+        sampler=sampler | {"key-value cache": cache},
+        sampling=sampling,
+        gpu=gpu,
+        kv_cache=cache,
+        sleep=sleeps,
     )
 
 
-def kept_gib(parameters: int, shards: int, reference: bool) -> dict[str, float]:
-    """Master weights and Adam's two moments in float32, shared by `shards` processes, and for a KL
-    penalty a second model's weights."""
+# ---- training
+
+
+def kept_gib(parameters: int, shards: int) -> Sizes:
+    """Master weights and Adam's two moments in float32, shared by `shards` processes."""
     share = 4 * parameters / shards / GIB
-    kept = {"master weights": share, "Adam": 2 * share}
-    return kept | ({"reference": share} if reference else {})
+    return {"master weights": share, "Adam": 2 * share}
 
 
-def training_gib(
-    config: Config, lm: PretrainedConfig, parameters: int, shards: int
-) -> dict[str, float]:
-    """What forward and backward passes of one micro-batch add."""
-    element_size = getattr(torch, config.dtype).itemsize
-    vocabulary = lm.vocab_size * lm.hidden_size
-    embeddings = vocabulary * (1 if lm.tie_word_embeddings else 2)
-    block_params = (parameters - embeddings) / lm.num_hidden_layers
-    # Elements that a token leaves in a block for the backward pass.
-    activation_width = {
-        "none": 6 * lm.hidden_size + 2 * kv_width(lm) + 4 * lm.intermediate_size,
-        "selective": 4 * lm.hidden_size + 2 * kv_width(lm) + 2 * lm.intermediate_size,
+def training_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: int) -> Sizes:
+    """What a micro-batch adds, beside the gradients of those before it, at its highest moment.
+
+    The moments are the LM head, the backward pass of the last block, that of the embedding, and the
+    root's reduce-scatter. FSDP2's root holds the embedding, the final norm and the LM head."""
+    element_size, tokens = config_bytes(config), fullest_tokens(config, lm)
+    root, vocabulary = root_size(lm), lm.vocab_size * lm.hidden_size
+    block = (parameters - root) / lm.num_hidden_layers
+    width = activation_widths(lm)
+    left = tokens * lm.num_hidden_layers * width[config.checkpointing] * element_size
+    # A block's input is kept beside what is recomputed from it.
+    kept_width = {"none": width["none"], "selective": width["selective"], "full": 0}
+    recomputed = width["none"] - kept_width[config.checkpointing]
+    gradients = 4 * parameters / shards
+    responses = tokens * config.max_new_tokens // longest_sequence(config, lm)
+    head_inputs = lm.hidden_size * (tokens * (4 + element_size) + 2 * responses * element_size)
+    at_head = {
+        "gathered weights": element_size * (root + block),
+        "gradients": gradients,
+        "activations": left + head_inputs,
+        "LM head": 4 * vocabulary + logits_bytes(config, lm, responses),
+        "temporaries": 0.0,
+    }
+    in_backward = {
+        # The next block arrives while this one is used.
+        "gathered weights": element_size * (root + 2 * block),
+        "gradients": gradients + 4 * block,
+        "activations": left + tokens * recomputed * element_size,
+        "LM head": element_size * vocabulary,
+        "temporaries": tokens * (2 * lm.intermediate_size + 1.3 * lm.hidden_size) * element_size,
+    }
+    at_embedding = {
+        "gathered weights": element_size * root,
+        "gradients": gradients + 4 * block,
+        # A tied weight has two gradients, and autograd may add them into a third.
+        "LM head": element_size * vocabulary * (3 if lm.tie_word_embeddings else 2),
+    }
+    # Gradients and their float32 copy, then the copy and this process's share of it.
+    at_root = {"gradients": gradients + max(element_size + 4, 4 + 4 / shards) * root}
+    moments = (at_head, in_backward, at_embedding, at_root)
+    moment = max(moments, key=lambda sizes: sum(sizes.values()))
+    return {name: size / GIB for name, size in moment.items()}
+
+
+def activation_widths(lm: PretrainedConfig) -> dict[str, int]:
+    """Elements that a token leaves in a block for the backward pass, by checkpointing.
+
+    A norm leaves its input in float32, what it normalizes, and its output. Attention leaves
+    queries, keys, values and its output, and the MLP four products."""
+    heads, keys = lm.num_attention_heads * head_dim(lm), 2 * kv_width(lm)
+    return {
+        "none": 8 * lm.hidden_size + 2 * heads + keys + 4 * lm.intermediate_size,
+        # the block's input, and what `keep_matmuls` keeps
+        "selective": 3 * lm.hidden_size + 2 * heads + keys + 2 * lm.intermediate_size,
         "full": lm.hidden_size,
     }
-    # The backward pass holds one block in full, whatever is recomputed.
-    elements = lm.num_hidden_layers * activation_width[config.checkpointing]
-    elements += activation_width["none"]
-    sizes = {
-        "gradients": 4 * parameters / shards,
-        # FSDP2 prefetches: two blocks at a time, beside embedding and LM head.
-        "gathered weights": element_size * (2 * vocabulary + 2 * block_params),
-        "activations": config.tokens_per_microbatch * elements * element_size,
-        # The weight's gradient in float32, and 16-bit logits of 4096 tokens.
-        "LM head": 4 * vocabulary + 2 * 4096 * lm.vocab_size,
-    }
-    return {name: size / GIB for name, size in sizes.items()}
+
+
+def logits_bytes(config: Config, lm: PretrainedConfig, responses: int) -> int:
+    """One chunk of the LM head's logits. They are float32 where log-probs are compared."""
+    compared = config.old_logprob != "none" or config.kl_coef or config.tis_cap
+    chunk = min(max(CHUNK_LOGITS["cuda"] // lm.vocab_size // 128 * 128, 128), responses)
+    return chunk * lm.vocab_size * (4 if compared else config_bytes(config))
+
+
+# ---- sampling
+
+
+def sampler_gib(config: Config, lm: PretrainedConfig, parameters: int) -> Sizes:
+    """What vLLM holds beside its cache: weights, and counts of every token that it has sampled."""
+    weights = config_bytes(config) * parameters / config.tp
+    return {"weights": weights / GIB, "token counts": 4 * batch_logits(config, lm) / GIB}
+
+
+def sampling_gib(config: Config, lm: PretrainedConfig) -> Sizes:
+    """What vLLM adds while it samples, or while it receives weights if that is more.
+
+    A batch of prompts fills the widest place of a block, the MLP. Logits of a decode step exist
+    three times in float32. A weight arrives gathered, and vLLM makes its own layout of it: about
+    three times the largest weight."""
+    width = 4 * lm.hidden_size + 3 * lm.intermediate_size // config.tp
+    step = config_bytes(config) * MAX_BATCHED_TOKENS * width + 12 * batch_logits(config, lm)
+    sync = 3 * config_bytes(config) * lm.vocab_size * lm.hidden_size
+    if step > sync:
+        return {"activations and logits": step / GIB}
+    return {"weight sync": sync / GIB}
 
 
 def wanted_cache_gib(config: Config, lm: PretrainedConfig, longest: int) -> float:
-    """A cache for all sequences that a sampler runs at once, each of the greatest length."""
+    """A cache for all sequences that a sampler runs at once, each of the greatest length.
+
+    `tp` processes share the heads. A process holds one key-value head at least."""
     tokens = config.sampler_batch * (longest + config.max_new_tokens)
-    elements = tokens * 2 * lm.num_hidden_layers * kv_width(lm)
-    return elements * getattr(torch, config.dtype).itemsize / GIB
+    width = max(kv_width(lm) // config.tp, head_dim(lm))
+    return tokens * 2 * lm.num_hidden_layers * width * config_bytes(config) / GIB
 
 
-def plan_sampling(
-    config: Config, wanted: float, free: float, training: float
-) -> tuple[bool, float]:
+def plan_sampling(config: Config, wanted: float, free: float, beside: float) -> tuple[bool, float]:
     """(whether vLLM sleeps while training, GiB of its KV cache).
 
-    `free`: GiB beside what is kept and vLLM's weights. `training`: GiB of the training phase.
-    --sleep auto lets vLLM stay if at least half of the wanted cache fits beside training."""
-    free_while_training = free - training
-    sleeps = config.sleep == "on"
-    if config.sleep == "auto":
-        sleeps = free_while_training < wanted / 2
-    fitting = min(wanted, free if sleeps else free_while_training)
-    return sleeps, config.kv_cache_gb or max(fitting, SMALLEST_CACHE)
+    `free`: GiB for the cache if vLLM sleeps while training. `beside`: GiB if it stays. --sleep auto
+    lets vLLM stay if at least half of the wanted cache fits beside training. The cache holds one
+    sequence at least, because vLLM does not start otherwise."""
+    sleeps = config.sleep == "on" or (config.sleep == "auto" and beside < wanted / 2)
+    sleeps = sleeps and config.engine != "torch"  # which frees nothing
+    smallest = max(SMALLEST_CACHE, wanted / config.sampler_batch)
+    fitting = min(wanted, free if sleeps else beside)
+    return sleeps, config.kv_cache_gb or max(fitting, smallest)
 
 
-def refusal(
-    parameters: int, shards: int, gpu: float, kept: float, training: float, weights: float
-) -> str:
-    """The message if the model does not fit. The last four are GiB."""
+def refusal(config: Config, ledger: Ledger, parameters: int, world: int) -> str:
+    """The message if the model does not fit."""
+    training, sampling = ledger.peaks.values()
     return (
-        f"{parameters / 1e9:.1f} B parameters on {shards} processes do not fit a GPU of "
-        f"{gpu:.0f} GiB: {kept:.0f} GiB for weights and Adam, then {training:.0f} to train or "
-        f"{weights:.0f} and a cache to sample; use more processes, fewer --dp-replicate, a "
-        "smaller --tokens-per-microbatch or more --tp"
+        f"{parameters / 1e9:.1f} B parameters on {world // config.dp_replicate} processes do not "
+        f"fit a GPU of {ledger.gpu:.0f} GiB, {ledger.usable:.1f} of them usable: training takes "
+        f"{training:.1f} GiB and sampling {sampling:.1f}; use more processes, fewer "
+        "--dp-replicate, --checkpointing full, a smaller --tokens-per-microbatch, --sleep auto or "
+        f"more --tp. `python train.py --recipe {config.recipe} --rehearse {world}xCARD` finds the "
+        "flags, and --kv-cache-gb takes the decision from this estimate"
     )
+
+
+# ---- sizes of a model and a config
+
+
+def config_bytes(config: Config) -> int:
+    """Bytes of an element of the compute type."""
+    return getattr(torch, config.dtype).itemsize
+
+
+def longest_prompt(config: Config, lm: PretrainedConfig) -> int:
+    """Tokens of the longest prompt that a run keeps."""
+    return min(config.max_prompt_tokens, lm.max_position_embeddings - config.max_new_tokens)
+
+
+def longest_sequence(config: Config, lm: PretrainedConfig) -> int:
+    """Tokens of the longest prompt and response together."""
+    return longest_prompt(config, lm) + config.max_new_tokens
+
+
+def fullest_tokens(config: Config, lm: PretrainedConfig) -> int:
+    """Tokens of the fullest micro-batch. A longer sequence runs alone."""
+    return max(config.tokens_per_microbatch, longest_sequence(config, lm))
+
+
+def root_size(lm: PretrainedConfig) -> int:
+    """Elements of the embedding and, where it is not the same, the LM head."""
+    return lm.vocab_size * lm.hidden_size * (1 if lm.tie_word_embeddings else 2)
+
+
+def batch_logits(config: Config, lm: PretrainedConfig) -> int:
+    """Logits of one decode step of a full batch."""
+    return config.sampler_batch * lm.vocab_size
 
 
 def kv_width(lm: PretrainedConfig) -> int:

@@ -14,7 +14,7 @@ from drgrpo.grade import Grader
 from drgrpo.run.checkpoint import Progress
 from drgrpo.run.guard import MIN_LOSS_SCALE
 from drgrpo.run.log import Stopwatch
-from drgrpo.types import Batch, Rollout
+from drgrpo.types import Batch, Grade, Rollout
 
 SAMPLES_LOGGED = 32  # prompts of a step whose first response goes into samples.jsonl
 
@@ -84,12 +84,15 @@ def step_row(
 ) -> dict[str, Any]:
     """One line of metrics.jsonl.
 
-    Statistics of responses cover all of them. A token without advantage cannot be clipped, so
-    `clip_frac` covers all tokens too. `ratio_max`, `kl` and parity cover the tokens trained on.
-    A number that is not finite becomes None, because JSON has neither NaN nor infinity."""
+    `rollouts` have their grades. A response is right if math is a component of the reward and finds
+    it right, or, without math, if its reward is positive. Statistics of responses cover all of
+    them. A token without advantage cannot be clipped, so `clip_frac` covers all tokens too.
+    `ratio_max`, `kl` and parity cover the tokens trained on. A
+    number that is not finite becomes None, because JSON has neither NaN nor infinity."""
     rewards, lengths = reward_PG.flatten().tolist(), [r.length for r in rollouts]
-    right = [length for length, reward in zip(lengths, rewards, strict=True) if reward > 0]
-    wrong = [length for length, reward in zip(lengths, rewards, strict=True) if reward <= 0]
+    pairs = list(zip(rollouts, rewards, strict=True))
+    right = [rollout.length for rollout, reward in pairs if is_right(rollout, reward)]
+    wrong = [rollout.length for rollout, reward in pairs if not is_right(rollout, reward)]
     applied, seconds = [update for update in updates if update.applied], timer.read()
     trained, first, sampled = sum(column(updates, "tokens")), updates[0], sum(lengths)
     logprobs = [sum(rollout.completion.logprobs) for rollout in rollouts]
@@ -98,6 +101,7 @@ def step_row(
         "step": now.step,
         "algo": config.algo,
         "reward_mean": fmean(rewards),
+        **reward_columns([rollout.grade for rollout in rollouts]),
         "response_len_mean": fmean(lengths),
         "response_len_correct": mean(right),
         "response_len_incorrect": mean(wrong),
@@ -130,6 +134,25 @@ def step_row(
     return {name: finite_or_none(value) for name, value in row.items()}
 
 
+def is_right(rollout: Rollout, reward: float) -> bool:
+    return (rollout.grade.components.get("math", reward) or 0.0) > 0
+
+
+def reward_columns(grades: list[Grade]) -> dict[str, float]:
+    """What the reward is made of: the accuracy of all responses, truncated ones too, the share
+    without an answer, the mean of each component, and the calls of reward functions that failed."""
+    row = {f"reward/{name}": mean_of(grades, name) for name in grades[0].components}
+    row["accuracy"] = fmean(grade.score for grade in grades)
+    row["no_answer_frac"] = fmean(not grade.parsed for grade in grades)
+    row["reward_error"] = sum(list(grade.components.values()).count(None) for grade in grades)
+    return row
+
+
+def mean_of(grades: list[Grade], name: str) -> float:
+    """The mean of a component. A call that failed counts as 0."""
+    return fmean(grade.components[name] or 0.0 for grade in grades)
+
+
 def sample_rows(step: int, rollouts: list[Rollout], reward_PG: Tensor) -> list[dict[str, Any]]:
     """The first response to each of the first prompts."""
     group = reward_PG.shape[1]
@@ -141,6 +164,7 @@ def sample_rows(step: int, rollouts: list[Rollout], reward_PG: Tensor) -> list[d
             "answer": rollout.problem.answer,
             "response": rollout.text,
             "reward": reward,
+            "components": rollout.grade.components,
             "tokens": rollout.length,
             "finished": rollout.completion.finished,
         }
