@@ -33,7 +33,7 @@ class VLLMEngine:
 
     load_weights: False leaves random weights until the first `sync`. batch_invariant: vLLM's mode
     in which a sample does not depend on its batch. UserError if this vLLM does not have the
-    mode, or if vLLM is not installed."""
+    mode, if it refuses the model in float16, or if vLLM is not installed."""
 
     name = "vllm"
 
@@ -77,7 +77,15 @@ class VLLMEngine:
         )
         # LLM() seeds the global random generators anew.
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
-            self.llm = LLM(**arguments)
+            try:
+                self.llm = LLM(**arguments)
+            except ValueError as error:
+                if "does not support float16" not in str(error):
+                    raise
+                raise UserError(
+                    f"--dtype float16: vLLM refuses it for the model {path}, whose activations "
+                    "overflow; use --dtype bfloat16"
+                ) from error
         if on_gpu and dist.get_rank() == 0:
             warn_of_old_runner(self.llm)
         # On a CPU, vLLM's log-prob helper would spend 10 s in a C++ compiler. Dynamo is off during

@@ -97,8 +97,7 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> st
         return "sdpa"
     if not flash_runs:
         raise UserError(
-            f"--attention {name} needs CUDA and --dtype bfloat16, not {device.type} and {dtype}; "
-            "use sdpa"
+            f"--attention {name} needs CUDA and 16 bits, not {device.type} and {dtype}; use sdpa"
         )
     if name == "flash_attn" and not installed:
         raise UserError(
