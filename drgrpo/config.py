@@ -398,7 +398,7 @@ def math_1_5b() -> Config:
     """The paper's 1.5B run on one 80 GB card."""
     # python train.py --recipe math_1_5b --rehearse 1xA100-80GB
     # On 24 GB:
-    # python train.py --recipe math_1_5b --lora-rank 32 --tokens-per-microbatch 4096
+    # python train.py --recipe math_1_5b --lora-rank 32 --rehearse 1xRTX4090-24GB
     return replace(
         oat_zero_1_5b(),
         recipe="math_1_5b",
