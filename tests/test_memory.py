@@ -170,6 +170,14 @@ def test_what_it_decides_fits(model, gb):
     assert max(result.peaks.values()) <= 0.95001 * gb and result.fits
 
 
+def test_a_cache_beside_training_leaves_room_for_sampling_too():
+    """A small micro-batch needs less than a decode step of 2048 sequences."""
+    small = {"tokens_per_microbatch": 1, "max_new_tokens": 16, "max_prompt_tokens": 16}
+    result = ledger("1.5B", gb=13, world=64, sleep="off", sampler_batch=2048, **small)
+    assert sum(result.training.values()) < sum(result.sampling.values())
+    assert result.peaks["sampling"] == pytest.approx(result.usable)
+
+
 NO_ROOM = [{"world": 1}, {"gb": 24}, {"checkpointing": "none"}, {"world": 2, "sleep": "off"}]
 
 

@@ -202,7 +202,7 @@ def real_mesh(device: torch.device, replicate: int) -> DeviceMesh:
 
 
 def rehearse_training(config: Config, lm: PretrainedConfig, processes: int) -> Rehearsal:
-    """Two micro-batches of one optimizer step, clipping, and the weights for the sampler, on
+    """The last micro-batch of an optimizer step, clipping, and the weights for the sampler, on
     process 0 of `processes`."""
     batch, model = fullest_batch(config, longest_prompt(config, lm)), meta_model(config, lm)
     with fake_processes(processes), FakeTensorMode(allow_non_fake_inputs=True):
@@ -210,15 +210,13 @@ def rehearse_training(config: Config, lm: PretrainedConfig, processes: int) -> R
         tracker = FSDPMemTracker(policy) if isinstance(policy, FSDPModule) else MemTracker()
         # The trackers watch calls of a module, and `loss` is a forward pass by another name.
         policy.forward = MethodType(Policy.loss, policy)
-        with head_of_a_gpu() as logits:
-            for _ in range(2):  # the second micro-batch finds the gradients of the first
-                with tracker:  # which forgets the peak before
-                    tracker.reset_mod_stats()
-                    loss, _ = policy(batch, scale=1.0)
-                    at_head = tracker.get_tracker_snapshot("peak")[CPU]
-                    loss.backward()
-                    del loss
-                    peak = tracker.get_tracker_snapshot("peak")[CPU]
+        for parameter in policy.parameters():  # gradients of the micro-batches before this one
+            parameter.grad = torch.zeros_like(parameter)
+        with head_of_a_gpu() as logits, tracker:
+            loss, _ = policy(batch, scale=1.0)
+            at_head = tracker.get_tracker_snapshot("peak")[CPU]
+            loss.backward()
+            peak = tracker.get_tracker_snapshot("peak")[CPU]
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         policy.zero_grad()
         named = policy.named_weights(getattr(torch, config.dtype))
