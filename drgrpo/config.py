@@ -388,7 +388,6 @@ def gsm8k_0_5b() -> Config:
         template="qwen_math",  # the chat format of the model, with the system prompt of the paper
         max_prompt_tokens=512,  # ours; no question has 1000 characters
         max_new_tokens=1024,  # ours; the budget of MATH is for longer solutions
-        tokens_per_microbatch=8192,  # ours; a vocabulary of 152 k wants the memory
         steps=116,  # ours; two epochs
         save_every=16,  # ours; after each evaluation
     )
