@@ -387,7 +387,6 @@ def gsm8k_0_5b() -> Config:
         template="qwen_math",  # the chat format of the model, with the system prompt of the paper
         max_prompt_tokens=512,  # ours; no question has 1000 characters
         max_new_tokens=1024,  # ours; the budget of MATH is for longer solutions
-        tokens_per_microbatch=8192,  # ours; a vocabulary of 152 k wants the memory
         steps=116,  # ours; two epochs
         save_every=16,  # ours; after each evaluation
     )
@@ -397,7 +396,7 @@ def math_1_5b() -> Config:
     """The paper's 1.5B run on one 80 GB card."""
     # python train.py --recipe math_1_5b --rehearse 1xA100-80GB
     # On 24 GB:
-    # python train.py --recipe math_1_5b --lora-rank 32 --tokens-per-microbatch 4096
+    # python train.py --recipe math_1_5b --lora-rank 32 --rehearse 1xRTX4090-24GB
     return replace(
         oat_zero_1_5b(),
         recipe="math_1_5b",

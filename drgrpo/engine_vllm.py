@@ -34,7 +34,7 @@ class VLLMEngine:
 
     load_weights: False leaves random weights until the first `sync`. batch_invariant: vLLM's mode
     in which a sample does not depend on its batch. UserError if this vLLM does not have the
-    mode, or if vLLM is not installed."""
+    mode, if it refuses the model in float16, or if vLLM is not installed."""
 
     name = "vllm"
 
@@ -78,7 +78,15 @@ class VLLMEngine:
         )
         # LLM() seeds the global random generators anew.
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
-            self.llm = LLM(**arguments)
+            try:
+                self.llm = LLM(**arguments)
+            except ValueError as error:
+                if "does not support float16" not in str(error):
+                    raise
+                raise UserError(
+                    f"--dtype float16: vLLM refuses it for the model {path}, whose activations "
+                    "overflow; use --dtype bfloat16"
+                ) from error
         # At every sync it would warn of the rotary embedding, which has no weights. Another module
         # of vLLM lists the weights that are missing.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel("ERROR")
@@ -147,7 +155,14 @@ class VLLMEngine:
             self.asleep = True
 
     def close(self) -> None:
-        """End the engine and the default process group. Nothing collective may follow."""
+        """End the engine and the default process group. Nothing collective may follow.
+
+        It wakes first: vLLM would unmap memory that sleeps a second time, with a CUDA error for
+        each block."""
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights", "kv_cache"])
+            self.asleep = False
         self.llm.llm_engine.engine_core.shutdown()
 
 

@@ -96,8 +96,7 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> st
         return "sdpa"
     if not flash_runs:
         raise UserError(
-            f"--attention {name} needs CUDA and --dtype bfloat16, not {device.type} and {dtype}; "
-            "use sdpa"
+            f"--attention {name} needs CUDA and 16 bits, not {device.type} and {dtype}; use sdpa"
         )
     if name == "flash_attn" and not installed:
         raise UserError(
@@ -215,20 +214,23 @@ def load_policy(
     dtype: torch.dtype,
     device: torch.device,
     attention: str = "auto",
+    adapter: Adapter = NO_ADAPTER,
     **options: Any,
 ) -> Policy:
     """The policy of a Hugging Face folder or hub name. `options` are those of `make_policy`.
 
     The checkpoint is read in its own type, and each block becomes float32 just before it is
     sharded. So a process holds 2 bytes a parameter on the host, and on the device its shard and
-    one unsharded block. UserError if `attention` cannot run here, or if the model computes what a
-    `Policy` does not."""
+    one unsharded block. UserError if `attention` cannot run here, if the model computes what a
+    `Policy` does not, or if `adapter` does not fit it."""
     implementation = attention_implementation(attention, device, dtype)
     check_architecture(path)
     lm = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", attn_implementation=implementation
     )
-    return make_policy(lm, objective, dtype=dtype, device=device, **options)
+    if adapter.rank:
+        add_adapter(lm, adapter)
+    return make_policy(lm, objective, dtype=dtype, device=device, adapter=adapter, **options)
 
 
 PLAIN = {
@@ -274,15 +276,14 @@ def make_policy(
     dp_replicate: int = 1,
     adapter: Adapter = NO_ADAPTER,
 ) -> Policy:
-    """The policy of a causal LM that has one of the `ATTENTION` backends. The LM is used up.
+    """The policy of a causal LM that has one of the `ATTENTION` backends. The LM is used up, and it
+    holds `adapter` already.
 
     Master weights are float32, and `dtype` is the type of the computation and of what an `adapter`
     freezes. FSDP2 shards the policy if there are several processes or if `dtype` is not float32: it
     is also what keeps the master weights apart from the 16-bit ones. `dp_replicate` > 1 is HSDP, so
     many copies, each sharded over world / dp_replicate processes. UserError if `dp_replicate` does
-    not divide the world, or if `adapter` does not fit the LM."""
-    if adapter.rank:
-        add_adapter(lm, adapter)
+    not divide the world."""
     recompute_activations(lm, checkpointing)
     policy = Policy(lm, objective, kernel, adapter).train()
     policy.scaler = GradScaler(device.type, enabled=dtype == torch.float16)

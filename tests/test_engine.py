@@ -269,6 +269,19 @@ def test_sync_wakes_the_weights_loads_wakes_the_cache_and_resets_it(imitation, m
     assert engine.llm.calls == [*awake, "sleep 2", *asleep, *awake]
 
 
+def test_an_engine_that_sleeps_wakes_before_it_ends(imitation, monkeypatch):
+    engine = imitation(sleep=True)
+    calls = engine.llm.calls
+    shutdown = SimpleNamespace(shutdown=lambda: calls.append("shutdown"))
+    engine.llm.llm_engine = SimpleNamespace(engine_core=shutdown)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty cache"))
+    engine.sleep()
+    engine.close()
+    assert calls == ["sleep 2", "empty cache", "wake weights kv_cache", "shutdown"]
+    engine.close()
+    assert calls[4:] == ["shutdown"]
+
+
 def test_vllm_is_made_as_the_config_says(imitation):
     """And it samples from the whole distribution, whatever the model's own settings are."""
     settings = imitation(max_tokens=77, kv_cache_gb=2.0, tp=2).llm.settings

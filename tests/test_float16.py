@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
+from transformers import Glm4Config
 
 import train
 from drgrpo import model, parity
+from drgrpo.engine_vllm import VLLMEngine
 from drgrpo.model import Objective, Policy, load_policy
 from drgrpo.pack import Sequence, pack
 from drgrpo.run import guard
 from drgrpo.run.guard import advance
+from drgrpo.types import UserError
 from runs import assert_same_run, finish, launch, metrics, run, small
 
 CPU = torch.device("cpu")
@@ -172,6 +175,19 @@ def test_trainer_and_sampler_are_closer_than_in_bfloat16(straight, warm_model, t
     for ours, theirs in zip(straight[1], bfloat16, strict=False):
         assert ours["parity_mean"] < theirs["parity_mean"] / 3
         assert ours["parity_mean"] <= parity.LIMITS[torch.float16][0]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_model_that_vllm_refuses_in_float16_is_one_line(tmp_path, tokenizer, group_of_one):
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = Glm4Config(**shape, head_dim=16, pad_token_id=0, architectures=["Glm4ForCausalLM"])
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = {"batch": 4, "max_tokens": 64, "kv_cache_gb": 0.1, "tp": 1, "sleep": False}
+    with pytest.raises(UserError, match=r"--dtype float16: vLLM refuses it .* --dtype bfloat16"):
+        VLLMEngine(str(tmp_path), tokenizer, dtype=torch.float16, device=CPU, **settings)
 
 
 @pytest.mark.slow

@@ -45,6 +45,16 @@ def test_another_config_is_refused_with_a_name_for_its_own_folder(config, change
     assert str(error.value).endswith(suggestion)
 
 
+def test_a_run_from_before_a_field_existed_resumes_with_its_default(config):
+    folder.open_run(config, 0, {})
+    saved = asdict(config)
+    del saved["lora_rank"]
+    (config.folder / "config.json").write_text(json.dumps(saved))
+    folder.check(config)
+    with pytest.raises(UserError, match="lora_rank=0 there, 8 now"):
+        folder.check(replace(config, lora_rank=8))
+
+
 def test_fields_that_decide_only_when_and_how_may_change(config):
     folder.open_run(config, 0, {})
     folder.check(replace(config, steps=500, save_every=7, keep=9, max_hours=2.0))

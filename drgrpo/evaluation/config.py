@@ -24,7 +24,7 @@ FLAGS_OF_MODE = {"compare": {"out"}, "regrade": {"grader", "answer", "out"}, "an
 """The modes that need no model, and the fields that each of them takes."""
 
 
-Dtype = Literal["auto", "float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)

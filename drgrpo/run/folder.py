@@ -14,7 +14,7 @@ This file imports no torch, so that a wrong `--out` is reported at once.
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from drgrpo.config import MAY_CHANGE_ON_RESUME, Config
@@ -33,14 +33,17 @@ def check(config: Config) -> None:
         return
     if not (out / "config.json").is_file():
         raise UserError(f"--out {out} is not empty and holds no run; choose another folder")
-    saved, current = json.loads((out / "config.json").read_text()), asdict(config)
+    defaults = {field.name: field.default for field in fields(Config)}
+    # A field that did not exist when the run began had no effect, as its default has none.
+    saved = defaults | json.loads((out / "config.json").read_text())
+    current = asdict(config)
     changed = [
         name
         for name, value in current.items()
-        if name not in MAY_CHANGE_ON_RESUME and saved.get(name) != value
+        if name not in MAY_CHANGE_ON_RESUME and saved[name] != value
     ]
     if changed:
-        shown = ", ".join(f"{k}={saved.get(k)!r} there, {current[k]!r} now" for k in changed)
+        shown = ", ".join(f"{k}={saved[k]!r} there, {current[k]!r} now" for k in changed)
         raise UserError(
             f"--out {out} holds a run of another config ({shown}); give this run its own folder, "
             f"such as --out {out}-{suffix(current, changed)}"

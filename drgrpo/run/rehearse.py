@@ -176,7 +176,16 @@ def meta_model(config: Config, lm: PretrainedConfig) -> PreTrainedModel:
     # A cast of fake weights would untie an embedding that is the LM head too.
     dtype = dtype if config.lora_rank else torch.float32
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(lm, attn_implementation=implementation, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            lm, attn_implementation=implementation, dtype=dtype
+        )
+    if config.lora_rank:
+        add_adapter(model, adapter_of(config))
+    return model
+
+
+def adapter_of(config: Config) -> Adapter:
+    return Adapter(config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
 
 
 def build_policy(config: Config, model: PreTrainedModel) -> Policy:
@@ -186,7 +195,7 @@ def build_policy(config: Config, model: PreTrainedModel) -> Policy:
     objective = Objective(
         config.clip_low, config.clip_high, tis_cap, config.temperature, config.kl_coef
     )
-    with mock.patch.multiple("drgrpo.model", device_mesh=real_mesh, add_adapter=meta_adapter):
+    with mock.patch("drgrpo.model.device_mesh", real_mesh):
         return make_policy(
             model,
             objective,
@@ -195,7 +204,7 @@ def build_policy(config: Config, model: PreTrainedModel) -> Policy:
             kernel="torch",
             checkpointing=config.checkpointing,
             dp_replicate=config.dp_replicate,
-            adapter=Adapter(config.lora_rank, config.lora_alpha, config.lora_targets, config.seed),
+            adapter=adapter_of(config),
         )
 
 
@@ -203,13 +212,6 @@ def real_mesh(device: torch.device, replicate: int) -> DeviceMesh:
     """The mesh of the processes. It holds real ranks, also while other tensors are fake."""
     with unset_fake_temporarily():
         return device_mesh(device, replicate)
-
-
-def meta_adapter(lm: PreTrainedModel, adapter: Adapter) -> None:
-    """The adapter of a model on the meta device. peft moves modules in a way that fake tensors do
-    not support."""
-    with unset_fake_temporarily():
-        add_adapter(lm, adapter)
 
 
 def rehearse_training(config: Config, lm: PretrainedConfig, processes: int) -> Rehearsal:
