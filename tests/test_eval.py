@@ -114,7 +114,7 @@ def test_it_scores_what_training_scores(warm_model, tmp_path):
         ("--samples 2 --temperatures 0,1", "greedy answers would all be the same"),
         ("--templates qwen_math,r2", "unknown template 'r2'"),
         ("--engine vlm", "did you mean 'vllm'"),
-        ("--dtype float16", "did you mean 'bfloat16'"),
+        ("--dtype bfloat61", "did you mean 'bfloat16'"),
         ("--compare a b", "with --model takes one name"),
         ("--compare nowhere", "no responses at nowhere"),
         ("--compare DIR/aime24.jsonl", "aime24.jsonl:1 lacks benchmark"),

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen3Config
 
 from drgrpo.config import Config
+from drgrpo.lora import Adapter
 from drgrpo.model import Objective, load_policy
 from drgrpo.pack import pack
 from drgrpo.run import flops
@@ -36,6 +37,23 @@ def test_matmuls_of_blocks_and_head(policy):
     head = 3 * 2 * config.vocab_size * config.hidden_size * 29
     expected = (counted - head) * 64 / 62 + head
     assert flops.training_flops(policy.lm, lengths) - attention == pytest.approx(expected, rel=0.02)
+
+
+def test_a_frozen_weight_has_no_product_for_its_gradient(random_model):
+    """LoRA's own factors are small, and the first block's inputs need no gradient."""
+    adapter = Adapter(rank=1)
+    policy = load_policy(
+        random_model, Objective(), dtype=torch.float32, device=CPU, adapter=adapter
+    )
+    batch = pack([([1] * 30, [2] * 40, [-1.0] * 40, 1.0)])
+    with FlopCounterMode(display=False) as counter:
+        policy.loss(batch, scale=1.0)[0].backward()
+    counts = counter.get_flop_counts()["Global"]
+    counted = sum(n for op, n in counts.items() if "attention" not in str(op))
+    config = policy.lm.config
+    attention = 3 * 4 * 70**2 / 2 * config.hidden_size * config.num_hidden_layers
+    ours = flops.training_flops(policy.lm, [(30, 40)]) - attention
+    assert ours == pytest.approx(counted, rel=0.08)
 
 
 def test_the_width_of_a_head_is_the_configs_own_or_its_share_of_the_model():

@@ -34,7 +34,8 @@ def head_dim(config: PretrainedConfig) -> int:
 
 
 def training_flops(lm: PreTrainedModel, lengths: list[tuple[int, int]]) -> float:
-    """Operations of forward and backward (3 x forward) over packed (prompt, response) tokens.
+    """Operations of forward and backward over packed (prompt, response) tokens: 3 x forward, or 2 x
+    where the weights are frozen and LoRA trains beside them.
 
     Matmuls, causal attention, and the LM head on response tokens only. What activation
     checkpointing recomputes does not count."""
@@ -47,7 +48,8 @@ def training_flops(lm: PreTrainedModel, lengths: list[tuple[int, int]]) -> float
     width = config.num_attention_heads * head_dim(config)
     attention = 4 * pairs * width * config.num_hidden_layers
     head = 2 * config.vocab_size * config.hidden_size * responses
-    return 3 * (2 * weights * tokens + attention + head)
+    passes = 3 if lm.get_output_embeddings().weight.requires_grad else 2
+    return passes * (2 * weights * tokens + head) + 3 * attention
 
 
 def peak_flops(device: torch.device) -> float | None:
