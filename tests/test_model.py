@@ -516,8 +516,9 @@ def test_varlen_attention_passes_the_checks_of_this_torch():
 
 
 COMPILE_THREADS = """
+import torch
 from drgrpo.engine_vllm import prepare_environment
-prepare_environment(on_gpu=False)
+prepare_environment(on_gpu=False, dtype=torch.float32)
 import vllm, torch._inductor.config
 print(torch._inductor.config.compile_threads)
 """

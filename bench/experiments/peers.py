@@ -62,7 +62,7 @@ from drgrpo.tiny.tokenizer import byte_tokenizer
 from drgrpo.tiny.warmup import Warmup, cached_tiny_model
 from drgrpo.types import Sampling
 
-PEERS = {"trl": "trl", "accelerate": "accelerate", "liger_kernel": "liger-kernel"}
+PEERS = {"trl": "trl", "liger_kernel": "liger-kernel"}
 """Modules, and the distributions that they come from."""
 TRAINERS = ("TRL", "ours")
 PHASES = ("rollout", "grade", "pack", "old", "train", "sync", "rest")
