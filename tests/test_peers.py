@@ -40,7 +40,7 @@ def test_a_missing_package_is_one_line_with_the_way_out(monkeypatch, capsys):
         bench.main([])
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and "--group peers" in line
-    compared = "bench.experiments.peers compares with trl, accelerate, liger-kernel, not installed"
+    compared = "bench.experiments.peers compares with trl, liger-kernel, not installed"
     assert line.startswith(f"error: {compared}")
 
 
