@@ -172,6 +172,7 @@ def test_the_ledger_agrees_with_the_rehearsal_of_every_recipe(name, checkpointin
     agrees(recipe(name, checkpointing=checkpointing), MEANT_FOR.get(name, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "changes"),
     [
