@@ -1,5 +1,5 @@
 # make train   from an empty checkout to a finished `tiny` run in runs/tiny; ARGS="--seed 1" passes flags on
-# make check   lint, format, types and the fast tests, in three to four minutes
+# make check   lint, format, types and the fast tests, in two minutes
 # make test    everything that can be tested without a GPU
 # make study   GRPO's two terms one at a time, many seeds; an hour or two on two cores
 # make gpu     check and measure everything on this GPU, in ten minutes; ARGS=--rehearse needs no GPU
