@@ -135,6 +135,7 @@ def test_what_is_no_sum_is_refused(spec, message):
         ("import os; os._exit(7)", "a worker did not start: status 7"),
         ("import time; time.sleep(60)", "a worker did not start: SIGALRM"),
         ("def ff(response, **columns): ...", "'f'; did you mean 'ff'"),
+        ("from os.path import join\ndef ff(**columns): ...", "did you mean 'ff'? there are ff"),
         ("f = 3", "wrong.py holds no function"),
         ("def f(response): ...", r"f(response) must take (response, *, problem, answer,"),
         ("def f(response, *, problem, answer, finished): ...", "'other_column'"),
