@@ -5,8 +5,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import DynamicLayer
 
 from drgrpo.types import Completion, OnFinish, Request, Sampling, no_callback
@@ -34,12 +41,36 @@ def sample_token(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tu
     if temperature == 0:
         token_B = logprob_BV.argmax(-1)
     else:
-        cdf_BV = logprob_BV.double().exp().cumsum(-1)
+        cdf_BV = logprob_BV.exp().cumsum(-1, dtype=torch.double)
         # The sum of the rounded probabilities is not exactly 1.
         threshold_B = uniform_B * cdf_BV[:, -1]
         token_B = torch.searchsorted(cdf_BV, threshold_B[:, None], right=True)[:, 0]
         token_B = token_B.clamp(max=logits_BV.shape[1] - 1)
     return token_B, logprob_BV.gather(1, token_B[:, None])[:, 0]
+
+
+def grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention to a cache, where H query heads share K key heads.
+
+    query [B, H, new, d], key and value [B, K, length, d] -> [B, new, H, d]. Without a `mask`,
+    [B, 1, new, length], all tokens are new or one is. A single new token brings H / K queries to
+    each key head. As rows of one matrix they take an eighth of the time on a CPU."""
+    (B, H, new, d), K, scale = query.shape, key.shape[1], options.get("scaling")
+    if new == 1:
+        query = query.reshape(B, K, H // K, d)
+        mask = None if mask is None else mask.expand(-1, -1, H // K, -1)
+        out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        return out.reshape(B, 1, H, d), None
+    out = F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=H != K
+    )
+    return out.transpose(1, 2), None
+
+
+def own_mask(*args: Any, **kwargs: Any) -> None:
+    """The engine hands its mask over, so transformers builds none."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -94,7 +125,11 @@ class TorchEngine:
         batch: int,
         max_tokens: int,
     ) -> None:
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        AttentionInterface.register("drgrpo_grouped", grouped_attention)
+        AttentionMaskInterface.register("drgrpo_grouped", own_mask)
+        lm = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="drgrpo_grouped"
+        )
         self.lm, self.tokenizer, self.device = lm.to(device).eval(), tokenizer, device
         self.batch, self.max_tokens = batch, max_tokens
 
