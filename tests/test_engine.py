@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 def build(path: str, tokenizer, name: str = "torch", max_tokens=1024, **options):
     config = replace(RECIPES["tiny"](), engine=name, sampler_batch=16)
-    for field in ("tp", "batch_invariant"):
+    for field in ("tp", "batch_invariant", "dtype"):
         if field in options:
             config = replace(config, **{field: options.pop(field)})
     return make_engine(config, path, tokenizer, CPU, max_tokens, **options)
@@ -74,6 +74,28 @@ def test_log_probs_are_those_of_a_plain_forward_pass(engine, model, temperature)
     for request, completion in zip(batch, completions, strict=True):
         expected = forward_logprobs(model, request.prompt_ids, completion.token_ids, temperature)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
+
+
+def test_log_probs_of_prompts_without_padding(engine, model):
+    batch = requests(12, lengths=(7,))
+    for request, completion in zip(batch, engine.generate(batch, sampling()), strict=True):
+        expected = forward_logprobs(model, request.prompt_ids, completion.token_ids, 1.0)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
+
+
+def test_a_16_bit_sampler_computes_logits_in_float32(random_model, tokenizer):
+    engine = build(random_model, tokenizer, dtype="bfloat16")
+    base = AutoModelForCausalLM.from_pretrained(random_model, dtype=torch.bfloat16).eval()
+    weights = base.state_dict()
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 16  # bfloat16 would round the logits
+    engine.sync(weights.items())
+    request = requests(1)[0]
+    (completion,) = engine.generate([request], sampling(max_new_tokens=1))
+    with torch.no_grad():
+        hidden_D = base.model(torch.tensor([request.prompt_ids])).last_hidden_state[0, -1]
+        logit_V = weights["lm_head.weight"].float() @ hidden_D.float()
+    expected = torch.log_softmax(logit_V, -1)[completion.token_ids[0]].item()
+    assert completion.logprobs[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_sample_does_not_depend_on_the_batch(engine):
