@@ -2,11 +2,13 @@
 
 A source is one of these: a file (.jsonl, .json or .parquet), a folder that `datasets.save_to_disk`
 wrote, a name on the Hugging Face hub, or a name in `HUB` or `ARITHMETIC`. A folder or a hub name
-may end in `:split`. Only hub names, folders and Parquet need the `datasets` library.
+may end in `:split`. Any source may end in a share, as in `data.jsonl[:80%]` to train on and
+`data.jsonl[80%:]` to evaluate on. Only hub names, folders and Parquet need the `datasets` library.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from drgrpo.answers import last_number
 from drgrpo.tiny import arithmetic
 from drgrpo.types import Answer, Problem, UserError, check_name, comma_list, nearest
 
@@ -68,6 +71,10 @@ def _level(row: dict[str, Any]) -> int:
     return int(str(row["level"]).split()[-1])  # "Level 5" or 5
 
 
+def _without_unit(answer: str) -> str:
+    return answer.partition("(")[0].strip()  # "9 (apples)"
+
+
 # The worked solution ends in "#### answer".
 _GSM8K = Columns(("question",), read=lambda text: text.rpartition("####")[2].strip())
 
@@ -81,14 +88,22 @@ HUB = {
     # 7 473 and 1 319 rows. The paper's copy of the first holds the second too: never use that copy.
     "gsm8k": HubSet("openai/gsm8k", "train", _GSM8K, config="main"),
     "gsm8k_test": HubSet("openai/gsm8k", "test", _GSM8K, config="main"),
-    # 2 305 rows. Answers look like "9 (apples)". A row with several answers ("3; 5") is left out.
+    # 2 305 rows. A row with several answers ("3; 5") is left out.
     "asdiv": HubSet(
         "EleutherAI/asdiv",
         "validation",
         Columns(
+            ("body", "question"), read=_without_unit, keep=lambda row: ";" not in row["answer"]
+        ),
+    ),
+    # The rows of asdiv whose formula, such as "7+2=9", ends in the answer.
+    "asdiv_formulas": HubSet(
+        "EleutherAI/asdiv",
+        "validation",
+        Columns(
             ("body", "question"),
-            read=lambda text: text.partition("(")[0].strip(),
-            keep=lambda row: ";" not in row["answer"],
+            read=_without_unit,
+            keep=lambda row: last_number(row["formula"]) == _without_unit(row["answer"]),
         ),
     ),
     # 30, 83, 500, 272 and 674 rows. aime24 pads its answers with zeros ("025"). amc is AMC 12 of
@@ -104,11 +119,39 @@ HUB = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a set. A hash puts each question at a place between 0 and 100 percent, and the
+    share is the problems from `start` to `end`. So equal questions are in one share, and neither
+    the order of the rows nor the other rows matter."""
+
+    name: str
+    start: int = 0
+    end: int = 100
+
+    @classmethod
+    def of(cls, source: str) -> Share:
+        """`data.jsonl[25%:75%]`, or a whole set. UserError for a share without percents."""
+        match = re.fullmatch(r"(.+)\[(?:(\d+)%)?:(?:(\d+)%)?\]", source)
+        if not match:
+            return cls(source)
+        share = cls(match[1], int(match[2] or 0), int(match[3] or 100))
+        if not share.start < share.end <= 100:
+            raise UserError(f"{source} must end in a share such as [:80%] or [25%:75%]")
+        return share
+
+    def holds(self, problem: Problem) -> bool:
+        question = _normalize(problem.question).encode()
+        place = int.from_bytes(hashlib.blake2b(question, digest_size=8).digest()) / 2**64
+        return self.start <= 100 * place < self.end
+
+
 def check_sources(config: Config) -> None:
     """Raise the errors of `load_sets` that are known at once. Local JSON files are read in full. Of
     hub names, folders and Parquet only the spelling is checked. Needs no `datasets` library."""
     for source, columns in _sources(config):
-        if source not in ARITHMETIC and _reader(source).func in (_jsonl_rows, _json_rows):
+        name = Share.of(source).name
+        if name not in ARITHMETIC and _reader(name).func in (_jsonl_rows, _json_rows):
             load_problems(source, columns, log=lambda message: None)
 
 
@@ -139,10 +182,20 @@ def load_problems(
     """The problems of `source`. `id` is the row in the set, counted from 0 before `keep`. The sets
     in `HUB` have their own columns.
 
-    UserError for a missing file, set, split or field, for broken JSON, and for a set without rows.
+    UserError for a missing file, set, split, share or field, for broken JSON, and for a set without
+    rows.
     UserError for rows without question or answer, unless they are at most `MAX_UNUSABLE` of the
     set. These few are left out and logged: MATH-12K has 5 of 12 000.
     """
+    share = Share.of(source)
+    problems = _whole_set(share.name, columns, log)
+    kept = [problem for problem in problems if share.holds(problem)]
+    if not kept:
+        raise UserError(f"{source} is empty: none of its {len(problems)} problems is in the share")
+    return kept
+
+
+def _whole_set(source: str, columns: Columns, log: Callable[[str], None]) -> list[Problem]:
     if source in ARITHMETIC:
         return arithmetic.problems(ARITHMETIC[source])
     if source in HUB:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from drgrpo.data import (
     BENCHMARKS,
     HUB,
     Columns,
+    Share,
     benchmark_source,
     check_sources,
     load_problems,
@@ -88,8 +90,9 @@ def test_saved_folder_with_and_without_splits(tmp_path):
 
 MATH = [{"problem": f"p{i}", "answer": str(i), "level": f"Level {i}"} for i in range(1, 6)]
 ASDIV = [
-    {"body": "Ann has 9.", "question": "How many?", "answer": "9 (apples)"},
-    {"body": "Two of them.", "question": "Which?", "answer": "3; 5"},
+    {"body": "Ann has 9.", "question": "How many?", "answer": "9 (apples)", "formula": "5+4=9"},
+    {"body": "Two of them.", "question": "Which?", "answer": "3; 5", "formula": "3; 5"},
+    {"body": "Bo has 7.", "question": "Halves?", "answer": "3 (halves)", "formula": "7/2=3 r1"},
 ]
 GSM8K = [{"question": "q", "answer": "a #### mark\n#### 30,000"}]
 REPOS = {
@@ -131,6 +134,9 @@ def hub(monkeypatch):
     return library
 
 
+ANN = Problem(0, "Ann has 9. How many?", "9", columns={"formula": "5+4=9"})
+
+
 def math(level: int) -> Problem:
     return Problem(level - 1, f"p{level}", str(level), columns={"level": f"Level {level}"})
 
@@ -142,7 +148,8 @@ def math(level: int) -> Problem:
         ("math_lvl3to5", [math(level) for level in range(3, 6)]),
         ("gsm8k", [Problem(0, "q", "30,000")]),
         ("gsm8k_test", [Problem(0, "t", "7")]),
-        ("asdiv", [Problem(0, "Ann has 9. How many?", "9")]),
+        ("asdiv", [ANN, Problem(2, "Bo has 7. Halves?", "3", columns={"formula": "7/2=3 r1"})]),
+        ("asdiv_formulas", [ANN]),
         ("aime24", [Problem(0, "p", "025")]),
         ("amc", [Problem(0, "p", 142.0)]),
         ("math500", [Problem(0, "p", "p - q")]),
@@ -156,7 +163,7 @@ def test_named_sets(hub, name, problems):
 
 
 def test_every_name_is_tested():
-    others = {"math_12k", "math_lvl3to5", "gsm8k", "gsm8k_test", "asdiv"}
+    others = {"math_12k", "math_lvl3to5", "gsm8k", "gsm8k_test", "asdiv", "asdiv_formulas"}
     assert set(HUB) == {*BENCHMARKS, *others}
 
 
@@ -166,6 +173,41 @@ def test_hub_name_with_split(hub):
         load_problems("someone/set")
     with pytest.raises(UserError, match=r"cannot load 'someone/sett'.*name the file"):
         load_problems("someone/sett")
+
+
+def test_shares_of_a_set_are_disjoint_and_complete(tmp_path):
+    rows = [{"problem": f"{i} + 1 = ?", "answer": i + 1} for i in range(400)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    parts = [load_problems(f"{path}{share}") for share in ("[:25%]", "[25%:75%]", "[75%:]")]
+    assert sorted(p.id for p in chain(*parts)) == list(range(400))
+    assert [round(len(part), -1) for part in parts] == [100, 200, 100]
+    assert load_problems(f"{path}[:]") == load_problems(path)
+    # neither the other rows nor white space and case move a question
+    others = [{"problem": f" {row['problem']}  ", "answer": 0} for row in rows[9:]]
+    moved = jsonl(tmp_path / "b.jsonl", others)
+    ids = [p.id + 9 for p in load_problems(f"{moved}[:25%]")]
+    assert ids == [p.id for p in parts[0] if p.id >= 9]
+
+
+def test_shares_of_named_sets_and_splits(hub):
+    assert len(load_problems("math_12k[:50%]")) + len(load_problems("math_12k[50%:]")) == 5
+    assert len(load_problems("arithmetic[:10%]")) < len(load_problems("arithmetic"))
+    assert load_problems("someone/set:b[:]") == load_problems("someone/set:b")
+
+
+@pytest.mark.parametrize("share", ["[80%:20%]", "[50%:50%]", "[:120%]"])
+def test_a_share_that_holds_nothing(tmp_path, share):
+    path = jsonl(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(UserError, match="must end in a share such as"):
+        check_sources(config_of(f"{path}{share}"))
+
+
+def test_a_share_without_problems(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"problem": "1?", "answer": 1}])
+    (problem,) = load_problems(path)
+    empty = "[50%:]" if Share.of("a[:50%]").holds(problem) else "[:50%]"
+    with pytest.raises(UserError, match="none of its 1 problems is in the share"):
+        load_problems(f"{path}{empty}")
 
 
 def test_arithmetic():
