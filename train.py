@@ -57,8 +57,8 @@ from drgrpo.run.memory import ledger_of
 from drgrpo.run.metrics import Tally, Update, sample_rows, step_row
 from drgrpo.run.provenance import machine
 from drgrpo.templates import get_template
-from drgrpo.tiny.warmup import tiny_model
 from drgrpo.types import Batch, Rollout, Sampling
+from drgrpo.warmup import initial_model
 
 
 def main(config: Config) -> None:
@@ -73,7 +73,7 @@ def main(config: Config) -> None:
     # ---- Setup: prompts.
     template = get_template(config.template, config.answer, config.system)
     problems, eval_sets = data.load_sets(config, log.say)
-    model_path = tiny_model(config, log.say) if config.model == "tiny" else config.model
+    model_path = initial_model(config, log.say)
     tokenizer = load_tokenizer(model_path)
     longest = longest_prompt(model_path, config.max_prompt_tokens, config.max_new_tokens)
     problems, eval_sets, dropped = tokenize_sets(

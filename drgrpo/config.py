@@ -48,7 +48,8 @@ class Config:
 
     # model
     model: str = ""
-    """Hugging Face folder or hub name of the initial policy; `tiny` builds a 0.1 M parameter one"""
+    """Hugging Face folder or hub name of the initial policy, or one that is made: `tiny`, of 0.1 M
+    parameters, and `smol`, from SmolLM2-135M"""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """compute type of policy and sampler; master weights and optimizer state are float32"""
     attention: Literal["auto", "flash_attn", "varlen", "sdpa"] = "auto"
@@ -420,7 +421,45 @@ def math_7b_lora() -> Config:
     )
 
 
-_ALL = (tiny, gsm8k_0_5b, math_1_5b, math_7b_lora, oat_zero_1_5b, oat_zero_3b, oat_zero_7b)
+def asdiv_smol() -> Config:
+    """An hour on two CPU cores: word problems with a pretrained model of 135 M parameters, after
+    minutes of supervised training."""
+    # docs/asdiv.md has the trials behind the values
+    return Config(
+        recipe="asdiv_smol",
+        model="smol",
+        train_data="asdiv_formulas[25%:75%]",
+        eval_data="asdiv_formulas[75%:]",
+        template="{q}\n",
+        answer="number",
+        engine="torch",
+        checkpointing="none",
+        prompts_per_step=24,
+        group_size=8,
+        max_new_tokens=24,
+        minibatches=2,
+        old_logprob="sampler",
+        lr=2e-5,
+        warmup_steps=4,
+        tokens_per_microbatch=2048,
+        steps=64,
+        eval_every=16,
+        eval_samples=4,
+        save_every=16,
+        kv_cache_gb=1.0,
+    )
+
+
+_ALL = (
+    tiny,
+    asdiv_smol,
+    gsm8k_0_5b,
+    math_1_5b,
+    math_7b_lora,
+    oat_zero_1_5b,
+    oat_zero_3b,
+    oat_zero_7b,
+)
 RECIPES = {recipe.__name__: recipe for recipe in _ALL}
 
 
@@ -481,7 +520,7 @@ def parse_args(argv: list[str] | None = None) -> Config:
     machine = parse_machine(rehearsed) if rehearsed else None
     world = machine.count if machine else world_size()
     check_divides(world, tp=config.tp, dp_replicate=config.dp_replicate)
-    if config.model != "tiny":
+    if config.model not in ("tiny", "smol"):
         check_model(config.model)
     reward.check(config.reward)
     if print_only:

@@ -146,9 +146,23 @@ class Share:
         return self.start <= 100 * place < self.end
 
 
+def share_before(source: str) -> str:
+    """The problems before those of `source`, which a supervised phase may see. UserError if there
+    are none."""
+    share = Share.of(source)
+    if not share.start:
+        raise UserError(
+            f"--model smol imitates the problems before those of --train-data {source}, and there "
+            "are none; leave it a share, as in --train-data 'data.jsonl[25%:75%]'"
+        )
+    return f"{share.name}[:{share.start}%]"
+
+
 def check_sources(config: Config) -> None:
     """Raise the errors of `load_sets` that are known at once. Local JSON files are read in full. Of
     hub names, folders and Parquet only the spelling is checked. Needs no `datasets` library."""
+    if config.model == "smol":
+        share_before(config.train_data)
     for source, columns in _sources(config):
         name = Share.of(source).name
         if name not in ARITHMETIC and _reader(name).func in (_jsonl_rows, _json_rows):

@@ -1,19 +1,28 @@
-"""The warm-up learns, is cached by its inputs, and leaves nothing half-made behind."""
+"""The models that recipes make themselves, and the one of `tiny`."""
 
-import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from drgrpo import imitation
 from drgrpo.config import RECIPES
-from drgrpo.model import load_policy
-from drgrpo.pack import pack
-from drgrpo.tiny import warmup
-from drgrpo.tiny.warmup import Warmup, build_tiny_model, cached_tiny_model, tiny_model
+from drgrpo.tiny.warmup import Warmup, build_tiny_model, cached_tiny_model, demonstrations
+from drgrpo.warmup import initial_model
 
 SHORT = Warmup(steps=2, batch=8)
+
+
+def test_the_model_of_a_run_has_its_seed(tmp_path, monkeypatch, group_of_one):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(imitation, "imitate", lambda *args: None)
+    path = initial_model(replace(RECIPES["tiny"](), seed=5), print)
+    assert path == str(cached_tiny_model(Warmup(seed=5), "runs/warmup"))
+
+
+def test_any_other_model_is_taken_as_it_is():
+    assert initial_model(RECIPES["oat_zero_7b"](), print) == "Qwen/Qwen2.5-Math-7B"
 
 
 def test_the_model_is_a_small_qwen2_that_any_text_fits_into(tmp_path):
@@ -39,59 +48,19 @@ def test_weights_follow_the_seed_and_leave_the_global_generator_alone(tmp_path):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_the_same_inputs_are_trained_once(tmp_path, monkeypatch):
-    trained, log = [], []
-    monkeypatch.setattr(warmup, "train", lambda config, path, log: trained.append(config))
-    changes = ({"seed": 1}, {"lr": 1e-3}, {"steps": 3}, {"hidden_size": 128}, {"notices": False})
-    configs = [SHORT, *(replace(SHORT, **change) for change in changes)]
-    paths = [cached_tiny_model(config, tmp_path, log.append) for config in configs * 2]
-    assert trained == configs
-    assert paths[:6] == paths[6:] and len(set(paths)) == 6
-    assert [f"warm-up: from the cache, {path}" for path in paths[6:]] == log
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"lr": 1e-3}, {"steps": 3}, {"hidden_size": 128}, {"notices": False}]
+)
+def test_every_setting_is_part_of_the_cache_key(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(imitation, "imitate", lambda *args: None)
+    configs = (SHORT, replace(SHORT, **change), replace(SHORT, **asdict(SHORT)))
+    first, other, same = (cached_tiny_model(config, tmp_path) for config in configs)
+    assert first == same != other
 
 
-def test_the_model_of_a_run_has_its_seed(tmp_path, monkeypatch, group_of_one):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warmup, "train", lambda *args: None)
-    path = tiny_model(replace(RECIPES["tiny"](), seed=5), print)
-    assert path == str(cached_tiny_model(Warmup(seed=5), "runs/warmup"))
-
-
-def test_a_warm_up_that_dies_leaves_no_model_under_the_final_name(tmp_path, monkeypatch):
-    def die(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(warmup, "train", die)
-        cached_tiny_model(SHORT, tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".partial", ".lock"}
-    assert (cached_tiny_model(SHORT, tmp_path) / "model.safetensors").exists()
-
-
-def test_every_response_ends_and_every_step_has_its_own_gradient(tmp_path, monkeypatch):
-    policies, sequences = [], []
-
-    def noted_load(*args, **options):
-        policies.append(load_policy(*args, **options))
-        return policies[-1]
-
-    def noted_pack(batch):
-        assert all(p.grad is None for p in policies[0].parameters())
-        sequences.extend(batch)
-        return pack(batch)
-
-    monkeypatch.setattr(warmup, "load_policy", noted_load)
-    monkeypatch.setattr(warmup, "pack", noted_pack)
-    build_tiny_model(SHORT, tmp_path)
-    warmup.train(SHORT, tmp_path)
-    lengths = [len(sequence.token_ids) for sequence in sequences]
-    assert len(lengths) == 16, "two steps of eight"
-    assert [sequence.token_ids.index(256) + 1 for sequence in sequences] == lengths
-
-
-def test_it_learns_to_imitate(tmp_path):
-    log = []
-    cached_tiny_model(Warmup(steps=100, batch=16), tmp_path, log.append)
-    (line,) = log
-    nll = float(re.search(r"100/100  nll/token ([\d.]+)", line)[1])
-    assert nll < 1.5, "a uniform guess over 260 bytes costs 5.6 nats"
+def test_every_response_ends():
+    for _, batch in zip(range(2), demonstrations(SHORT), strict=False):
+        assert len(batch) == 8
+        assert all(
+            sequence.token_ids.index(256) + 1 == len(sequence.token_ids) for sequence in batch
+        )

@@ -18,7 +18,7 @@ CARDS = {
 "total capacity" of PyTorch's out-of-memory messages in public issues."""
 
 MODELS = {
-    "HuggingFaceTB/SmolLM2-135M": ("llama", 49_152, 576, 1536, 30, 9, 3, 8192, True),
+    "smol": ("llama", 49_152, 576, 1536, 30, 9, 3, 8192, True),
     "Qwen/Qwen2.5-0.5B": ("qwen2", 151_936, 896, 4864, 24, 14, 2, 32_768, True),
     "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", 151_936, 896, 4864, 24, 14, 2, 32_768, True),
     "Qwen/Qwen2.5-1.5B": ("qwen2", 151_936, 1536, 8960, 28, 12, 2, 131_072, True),
