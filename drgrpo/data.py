@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from drgrpo.answers import last_number
+from drgrpo.answers import formula_value
 from drgrpo.tiny import arithmetic
 from drgrpo.types import Answer, Problem, UserError, check_name, comma_list, nearest
 
@@ -96,14 +96,14 @@ HUB = {
             ("body", "question"), read=_without_unit, keep=lambda row: ";" not in row["answer"]
         ),
     ),
-    # The rows of asdiv whose formula, such as "7+2=9", ends in the answer.
+    # The rows of asdiv whose formula, such as "7+2=9", has the answer as its value.
     "asdiv_formulas": HubSet(
         "EleutherAI/asdiv",
         "validation",
         Columns(
             ("body", "question"),
             read=_without_unit,
-            keep=lambda row: last_number(row["formula"]) == _without_unit(row["answer"]),
+            keep=lambda row: formula_value(row["formula"]) == _without_unit(row["answer"]),
         ),
     ),
     # 30, 83, 500, 272 and 674 rows. aime24 pads its answers with zeros ("025"). amc is AMC 12 of

@@ -1,7 +1,8 @@
 """The start of the `asdiv_smol` recipe: SmolLM2-135M-Instruct that has imitated formulas.
 
-The model as published answers word problems in long sentences and is rarely right. After a few
-minutes of supervised training it answers with a formula, such as 7+2=9.
+The model as published answers word problems in sentences, and its sums are rarely right. After a
+few minutes of supervised training it answers with a formula, such as 46-22. The grader works it
+out (`--answer formula`), as the calculator of GSM8K does.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def smol_model(config: Config, log: Callable[[str], None]) -> Path:
     columns = Columns((config.problem_field,), config.answer_field)
     template = get_template(config.template, config.answer, config.system)
     problems = right_formulas(load_problems(source, columns, log), template, source)
-    texts = [(p.id, p.question, p.columns[COLUMN]) for p in problems]
+    texts = [(p.id, p.question, formula(p)) for p in problems]
     inputs = [asdict(schedule), base_name(), config.template, texts, Path(__file__).read_text()]
     inputs.append(Path(imitation.__file__).read_text())
 
@@ -66,7 +67,7 @@ def right_formulas(problems: list[Problem], template: Template, source: str) -> 
     """The problems in whose formula the template's rule finds the right answer."""
 
     def right(problem: Problem) -> bool:
-        answer = extract(str(problem.columns.get(COLUMN)), template.answer)
+        answer = extract(formula(problem), template.answer)
         truths = truths_of(problem.answer)
         return answer is not None and bool(equal_as_strings(answer, truths, template.answer))
 
@@ -74,9 +75,14 @@ def right_formulas(problems: list[Problem], template: Template, source: str) -> 
     if not chosen:
         raise UserError(
             f"no row of {source} has a field {COLUMN!r} in which --answer {template.answer} finds "
-            "the right answer; --model smol imitates such formulas, for example 7+2=9"
+            "the right answer; --model smol imitates such formulas, for example 46-22=24"
         )
     return chosen
+
+
+def formula(problem: Problem) -> str:
+    """The formula of a problem without its value, which is for the grader to find."""
+    return str(problem.columns.get(COLUMN)).partition("=")[0]
 
 
 def base_name() -> str:
@@ -119,7 +125,7 @@ def demonstrations(
         while len(pool) < schedule.batch:
             pool += rng.sample(problems, len(problems))
         chosen, pool = pool[: schedule.batch], pool[schedule.batch :]
-        responses = tokenizer([p.columns[COLUMN] for p in chosen]).input_ids
+        responses = tokenizer([formula(p) for p in chosen]).input_ids
         pairs = zip(chosen, responses, strict=True)
         yield [
             imitation.demonstration(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-AnswerRule = Literal["auto", "boxed", "tag", "hash", "gsm8k", "number"]
+AnswerRule = Literal["auto", "boxed", "tag", "hash", "gsm8k", "number", "formula"]
 """What `--answer` takes: a rule of `drgrpo.answers.extract`, or `auto` for the template's own."""
 
 
