@@ -80,14 +80,18 @@ def serve(**answers: int):
         server.shutdown()
 
 
+def environment(home, port: int, token: str = "hf_secret") -> dict[str, str]:
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_TOKEN": token, "HF_HOME": str(home / "home"), "HF_HUB_DISABLE_XET": "1"}
+    return env | {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
 def call(step: str, name: str, out, port: int = 9, token: str = "hf_secret", **more: str):
     """A step of hub.py in its own process, because the client reads the environment once. Nobody
     answers at port 9."""
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
-    env |= {"HF_TOKEN": token, "HF_HOME": str(out / "home"), "HF_HUB_DISABLE_XET": "1"}
-    env |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    env = environment(out, port, token) | more
     command = [sys.executable, "-c", CALL, step, name, str(out)]
-    return subprocess.run(command, env=env | more, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
 def refusal(process) -> str:
@@ -175,6 +179,25 @@ def test_a_run_that_was_stopped_is_not_uploaded(complete):
     process = call("push", "ann/toy", complete)
     assert process.returncode == 0, process.stderr
     assert process.stdout == "nothing is uploaded to ann/toy before step 100; this is step 99\n"
+
+
+@pytest.mark.slow
+def test_train_py_checks_trains_and_uploads(tmp_path, random_model):
+    out = tmp_path / "run"
+    flags = {"recipe": "tiny", "model": random_model, "out": out, "push-to-hub": "ann/toy"}
+    flags |= {"steps": 1, "prompts-per-step": 2, "group-size": 2, "minibatches": 1}
+    flags |= {"max-new-tokens": 4, "eval-data": ""}
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    with serve() as server:
+        env = environment(tmp_path, server.server_port)
+        command = [sys.executable, "train.py", *arguments]
+        process = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert server.uploaded == {file.name: file.read_bytes() for file in (out / "hf").iterdir()}
+    assert {"README.md", "model.safetensors", "config.json"} <= server.uploaded.keys()
+    created, _ = [i for i, (path, _) in enumerate(server.requests) if path.endswith("/create")]
+    committed = [i for i, (path, _) in enumerate(server.requests) if "/commit/" in path]
+    assert created < min(committed)
 
 
 # ---- whose job it is

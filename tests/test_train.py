@@ -25,7 +25,7 @@ from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss_ref
 from drgrpo.model import Objective, Policy, load_policy
 from drgrpo.pack import Sequence
 from drgrpo.rollout import Sampler, sample_seed
-from drgrpo.run import checkpoint, folder, summary
+from drgrpo.run import checkpoint, folder, report, summary
 from drgrpo.run.files import append_jsonl, read_jsonl
 from drgrpo.run.guard import NonFinite
 from drgrpo.run.log import Log
@@ -284,7 +284,9 @@ def notes(monkeypatch) -> list:
 
     def watchdog(rank, minutes):
         notes.append(f"watch {minutes:g} minutes")
-        return SimpleNamespace(enter=lambda phase: notes.append(f"{phase}:"))
+        return SimpleNamespace(
+            enter=lambda phase: notes.append(f"{phase}:"), rest=lambda: notes.append("rest")
+        )
 
     monkeypatch.setattr(train, "Watchdog", watchdog)
     for name in ("sync", "sleep", "close"):
@@ -296,6 +298,7 @@ def notes(monkeypatch) -> list:
         (distributed, "any_rank", lambda flag: f"stopping {flag}"),
         (checkpoint, "write", lambda config, now, *args: f"write {now.step}"),
         (checkpoint, "commit", lambda config, step: f"commit {step}"),
+        (report, "refresh", lambda log: "report"),
         (Log, "track", lambda log, *args: f"track {args[0]} {args[1]!r}"),
         (Log, "step", lambda log, row, *args: f"row {row['step']}"),
     )
@@ -315,7 +318,7 @@ rollout: | grade: | pack: | sleep | old:
 train: | update lr=0.375 gate=True old=True ref=True | finite True at 2.0
 update lr=0.5 gate=False old=True ref=True | finite True at 2.1
 sync: | sync | stopping False | eval: | 1 x T=0 | 3 x T=1 | save: | write 2 | row 2 | commit 2
-finish: | sleep | summary | close
+report | finish: | sleep | summary | close | rest
 """
 
 
@@ -381,6 +384,8 @@ def test_a_time_limit_saves_and_stops_and_the_same_command_resumes(
 def test_only_rank_0_prints_and_records(random_model, tmp_path, monkeypatch, capsys):
     distributed.start()
     monkeypatch.setattr(distributed, "start", lambda *args: (1, 1, CPU))
+    # The checkpoint asks the group, whose only rank is 0.
+    monkeypatch.setattr(checkpoint.model_card, "write", lambda *args: None)
     train.main(micro(random_model, tmp_path / "run"))
     assert capsys.readouterr().out == ""
     written = [p.name for p in (tmp_path / "run").rglob("*") if "partial" not in str(p)]
