@@ -12,7 +12,7 @@ import sys
 from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, BinaryIO
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
@@ -164,21 +164,29 @@ def choose_samples(path: Path) -> tuple[list[Row], int]:
     no tokens and are left out.
 
     Small files go in with every step. Of larger ones as many steps go in as MEGABYTES hold, evenly
-    spaced, the first and the last among them. Only their lines are parsed, because the file of a
-    long run has hundreds of megabytes."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    lines = [line for line in lines if line.endswith(b"\n")]  # the run may be writing the last
-    by_step: dict[int, list[bytes]] = {}
-    for line in lines:
-        if match := re.match(rb'\{"step": (\d+)', line):
-            by_step.setdefault(int(match[1]), []).append(line)
-    bytes_of_step = SAMPLES_SHOWN * sum(map(len, lines)) / max(1, len(lines))
-    room = max(2, int(MEGABYTES * 1e6 / max(1, bytes_of_step)))
-    shown = []
-    for step in evenly_spaced(list(by_step), room):
-        rows = [json.loads(line) for line in by_step[step]]
-        shown += [sample(row) for row in mixed(rows) if "pieces" in row]
-    return shown, len(by_step)
+    spaced, the first and the last among them. Only their lines are kept and parsed, because the
+    file of a long run has hundreds of megabytes."""
+    starts: dict[int, list[int]] = {}  # step -> where its lines start in the file
+    position = count = 0
+    with open(path, "rb") as file:
+        for line in file:
+            match = re.match(rb'\{"step": (\d+)', line)
+            if match and line.endswith(b"\n"):  # the run may be writing the last one
+                starts.setdefault(int(match[1]), []).append(position)
+                count += 1
+            position += len(line)
+        bytes_of_step = SAMPLES_SHOWN * position / max(1, count)
+        room = max(2, int(MEGABYTES * 1e6 / max(1, bytes_of_step)))
+        shown = []
+        for step in evenly_spaced(list(starts), room):
+            rows = [json.loads(line_at(file, start)) for start in starts[step]]
+            shown += [sample(row) for row in mixed(rows) if "pieces" in row]
+    return shown, len(starts)
+
+
+def line_at(file: BinaryIO, start: int) -> bytes:
+    file.seek(start)
+    return file.readline()
 
 
 def evenly_spaced(items: list[int], count: int) -> list[int]:
