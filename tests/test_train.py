@@ -419,16 +419,29 @@ def test_every_step_writes_the_documented_columns(base):
     assert any(r["tokens_trained"] < r["tokens"] for r in rows), "no group had a single reward"
     samples = read_jsonl(out / "samples.jsonl")
     assert len(samples) == 32, "one response to each of 16 prompts, twice"
-    assert {"step", "problem", "answer", "response", "reward"} <= samples[0].keys()
+    page = (ROOT / "docs" / "metrics.md").read_text().partition("## A line of samples.jsonl")[2]
+    cells = " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
+    assert samples[0].keys() == set(re.findall(r"`(\w+)`", cells))
+    assert all("".join(row["pieces"]) == row["response"] for row in samples)
     evals = read_jsonl(out / "eval.jsonl")
     expected = [(0, 0.0), (0, 1.0), (2, 0.0), (2, 1.0)]
     assert [(r["step"], r["temperature"]) for r in evals] == expected
-    columns = {"benchmark", "accuracy", "n", "len_correct", "len_incorrect", "truncated_frac"}
+    columns = {
+        "benchmark",
+        "accuracy",
+        "interval",
+        "n",
+        "len_correct",
+        "len_incorrect",
+        "truncated_frac",
+    }
     assert columns <= evals[0].keys() and evals[0]["template"] == "arithmetic"
     (start,) = json.loads((out / "run.json").read_text())
     assert start["resumed_step"] == 0 and start["torch"] == torch.__version__
     for figure in ("curves.png", "time.png"):
         assert (out / "plots" / figure).read_bytes().startswith(b"\x89PNG")
+    assert "Step 2 of 2" in (out / "report.html").read_text()
+    assert "after 2 steps" in (out / "hf" / "README.md").read_text()
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(base, warm_model, tmp_path):
