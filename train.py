@@ -19,7 +19,7 @@ The file reads top to bottom: setup, then the loop
 
 from drgrpo import data
 from drgrpo.config import Config, parse_args
-from drgrpo.run import folder
+from drgrpo.run import folder, hub
 from drgrpo.run.cli import hard_exit, user_errors
 
 if __name__ == "__main__":  # a mistake is answered before torch is imported, which takes seconds
@@ -27,6 +27,7 @@ if __name__ == "__main__":  # a mistake is answered before torch is imported, wh
         CONFIG = parse_args()
         folder.check(CONFIG)
         data.check_sources(CONFIG)
+        hub.check(CONFIG)
 
 import json
 import math
@@ -48,14 +49,14 @@ from drgrpo.grade import Grade, Grader
 from drgrpo.lora import Adapter, WithoutAdapter, reference_model
 from drgrpo.model import Objective, Policy, load_policy, load_tokenizer
 from drgrpo.rollout import Sampler, longest_prompt, tokenize_sets, with_grades
-from drgrpo.run import checkpoint, summary
+from drgrpo.run import checkpoint, provenance, report, summary
 from drgrpo.run.dry_run import dry_run
 from drgrpo.run.flops import utilization
 from drgrpo.run.guard import NonFinite, Stopper, Watchdog, advance
 from drgrpo.run.log import Log, Stopwatch
 from drgrpo.run.memory import ledger_of
-from drgrpo.run.metrics import Tally, Update, sample_rows, step_row
-from drgrpo.run.provenance import machine
+from drgrpo.run.metrics import Tally, Update, step_row
+from drgrpo.run.samples import sample_rows
 from drgrpo.templates import get_template
 from drgrpo.types import Batch, Rollout, Sampling
 from drgrpo.warmup import initial_model
@@ -98,11 +99,10 @@ def main(config: Config) -> None:
     )
     summary.start(config, policy, engine.name, ledger, device, log)
     if config.dry_run:
-        engine.sleep()
-        dry_run(config, policy, optimizer, longest, log)
+        dry_run(config, policy, optimizer, engine, longest, log)
         return engine.close()
     if rank == 0:
-        folder.open_run(config, done.step, machine(device.type))
+        folder.open_run(config, done.step, provenance.machine(device.type))
     log.track(config.tensorboard, config.wandb, asdict(config))
     started = time.monotonic() - 3600 * done.hours_used
 
@@ -118,9 +118,8 @@ def main(config: Config) -> None:
     with Grader(template.answer, reward=config.reward) as grader:
         if done.step == 0:
             evaluate(step=0)
-        group = config.group_size
         for step in range(done.step + 1, config.steps + 1):
-            timer = Stopwatch(watchdog.enter)
+            timer, group = Stopwatch(watchdog.enter), config.group_size
             prompts = data.step_problems(problems, step, config.prompts_per_step, config.seed)
 
             # 1. Every process samples its share of the responses. Grading starts with the first.
@@ -170,9 +169,11 @@ def main(config: Config) -> None:
                     checkpoint.write(config, now, policy, optimizer, tokenizer)
             row = step_row(config, now, rollouts, reward_PG, advantage_PG, updates, timer, grader)
             row |= utilization(config, policy.lm, rollouts, advantage_PG, timer, device)
-            log.step(row, sample_rows(step, rollouts, reward_PG), config.steps)
+            samples = sample_rows(step, rollouts, reward_PG, advantage_PG, tokenizer)
+            log.step(row, samples, config.steps)
             if saving and rank == 0:  # the step's records are on disk: the checkpoint may count
                 checkpoint.commit(config, step)
+                report.refresh(log)
             if stopping and step < config.steps:
                 why = stopper.reason or "another process was asked to"
                 log.say(f"stopping after step {step}: {why}; the same command resumes")
@@ -185,6 +186,7 @@ def main(config: Config) -> None:
     summary.finish(config, log)
     dist.barrier()
     engine.close()
+    watchdog.rest()
 
 
 def reward(rollout: Rollout, grade: Grade) -> float:
@@ -196,10 +198,8 @@ def load_policies(
     config: Config, path: str, device: torch.device
 ) -> tuple[Policy, Policy | WithoutAdapter | None, torch.optim.Optimizer]:
     """The policy, the reference model of a KL penalty if there is one, and the optimizer."""
-    tis_cap = config.tis_cap or None
-    objective = Objective(
-        config.clip_low, config.clip_high, tis_cap, config.temperature, config.kl_coef
-    )
+    tis_cap, kl_coef = config.tis_cap or None, config.kl_coef
+    objective = Objective(config.clip_low, config.clip_high, tis_cap, config.temperature, kl_coef)
     load = partial(
         load_policy,
         path,
@@ -212,7 +212,7 @@ def load_policies(
     )
     adapter = Adapter(config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     policy = load(adapter=adapter, checkpointing=config.checkpointing, compile=config.compile)
-    reference = reference_model(policy, load) if config.kl_coef else None
+    reference = reference_model(policy, load) if kl_coef else None
     trained = [p for p in policy.parameters() if p.requires_grad]
     lr, betas, decay = config.lr, (config.beta1, config.beta2), config.weight_decay
     return policy, reference, torch.optim.AdamW(trained, lr, betas, weight_decay=decay, fused=True)
@@ -297,3 +297,4 @@ if __name__ == "__main__":
     with hard_exit(), user_errors():
         main(CONFIG)
         distributed.stop()
+        hub.push(CONFIG)

@@ -21,7 +21,7 @@ from drgrpo.types import UserError, check_divides, check_name, world_size
 
 MAY_CHANGE_ON_RESUME = (
     *("out", "steps", "eval_every", "save_every", "keep", "max_hours", "resume", "parity"),
-    *("tensorboard", "wandb", "watchdog_minutes", "dry_run", "attention", "kernel"),
+    *("tensorboard", "wandb", "push_to_hub", "watchdog_minutes", "dry_run", "attention", "kernel"),
     *("checkpointing", "compile", "dp_replicate", "tokens_per_microbatch", "sleep"),
     *("kv_cache_gb", "sampler_batch", "drop_zero_advantage", "batch_invariant"),
 )
@@ -172,6 +172,8 @@ class Config:
     """write the metrics to OUT/tensorboard too"""
     wandb: str = ""
     """Weights & Biases project to write the metrics to"""
+    push_to_hub: str = ""
+    """hub name to upload OUT/hf to at the end; a new repository is private, see docs/report.md"""
     dry_run: bool = False
     """train on the longest possible micro-batch, log memory and projected hours, and stop"""
 

@@ -46,10 +46,25 @@ NO_ADAPTER = Adapter()
 
 def add_adapter(lm: PreTrainedModel, adapter: Adapter) -> None:
     """Freeze the model and put trainable factors into its blocks. It computes what it did before.
-
-    UserError for a target that no block has, and for a rank above the width of a target."""
+    UserError as `target_layers`."""
     from peft import LoraConfig, inject_adapter_in_model  # a second that only LoRA pays
 
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=target_layers(lm, adapter),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=lm.name_or_path,
+    )
+    with torch.random.fork_rng(devices=[]):  # every process draws the same factors
+        torch.manual_seed(adapter.seed)
+        inject_adapter_in_model(config, lm)
+
+
+def target_layers(lm: PreTrainedModel, adapter: Adapter) -> list[str]:
+    """The names of the linear layers that get an adapter. `lm` needs no weights.
+
+    UserError for a target that no block has, and for a rank above the width of a target."""
     width = linear_widths(lm)
     names = list(width) if adapter.targets == ALL else comma_list(adapter.targets)
     for name in names or [adapter.targets]:
@@ -60,16 +75,7 @@ def add_adapter(lm: PreTrainedModel, adapter: Adapter) -> None:
             f"--lora-rank {adapter.rank} exceeds the width of {narrowest}, which is "
             f"{width[narrowest]}; use at most that, or leave {narrowest} out of --lora-targets"
         )
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        target_modules=names,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=lm.name_or_path,
-    )
-    with torch.random.fork_rng(devices=[]):  # every process draws the same factors
-        torch.manual_seed(adapter.seed)
-        inject_adapter_in_model(config, lm)
+    return names
 
 
 def linear_widths(lm: PreTrainedModel) -> dict[str, int]:

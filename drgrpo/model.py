@@ -29,7 +29,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss, linear_logprob
-from drgrpo.lora import NO_ADAPTER, Adapter, add_adapter, merged_weights
+from drgrpo.lora import NO_ADAPTER, Adapter, add_adapter, merged_weights, target_layers
 from drgrpo.types import Batch, UserError
 
 # ---- attention inside each packed sequence
@@ -225,6 +225,10 @@ def load_policy(
     `Policy` does not, or if `adapter` does not fit it."""
     implementation = attention_implementation(attention, device, dtype)
     check_architecture(path)
+    if adapter.rank:
+        with torch.device("meta"):  # without weights, which take minutes to read
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        target_layers(empty, adapter)
     lm = AutoModelForCausalLM.from_pretrained(
         path, dtype="auto", attn_implementation=implementation
     )

@@ -35,9 +35,10 @@ def test_it_projects_the_hours_of_full_micro_batches(
     policy = load_policy(random_model, Objective(), dtype=torch.float32, device=torch.device("cpu"))
     optimizer = torch.optim.AdamW(policy.parameters())
     monkeypatch.setattr(module, "Stopwatch", Slow)
-    said = []
-    dry_run(config, policy, optimizer, 10, SimpleNamespace(say=said.append))
+    said, slept = [], []
+    engine = SimpleNamespace(sleep=lambda: slept.append(True))
+    dry_run(config, policy, optimizer, engine, 10, SimpleNamespace(say=said.append))
     (line,) = said
     assert f"a micro-batch of {shape} tokens takes 36.00 s, with 2.00 GB in use" in line
     assert f"would train for {hours}" in line
-    assert optimizer.state, "Adam's moments are part of the memory"
+    assert slept and optimizer.state, "Adam's moments are part of the memory"

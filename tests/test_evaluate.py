@@ -36,6 +36,7 @@ def test_columns():
     cut_off = scored(2, 0, 20, finished=False, parsed=False)
     assert summarize([scored(0, 1, 4), scored(1, 0, 10), cut_off, scored(3, 1, 8)]) == {
         "accuracy": 0.5,
+        "interval": [0.0, 1.0],
         "n": 4,
         "dropped": 0,
         "len_correct": 6,
@@ -121,7 +122,7 @@ def test_training_gets_one_row_per_set_from_one_call_of_the_sampler(sampler, pro
             7,
         )
     assert sampler.engine.calls == 1
-    columns = "accuracy n dropped len_correct len_incorrect truncated_frac unparsed_frac"
+    columns = "accuracy interval n dropped len_correct len_incorrect truncated_frac unparsed_frac"
     settings = "samples temperature max_new_tokens"
     assert list(rows[0]) == ["step", "benchmark", *columns.split(), *settings.split()]
     shown = [(r["step"], r["benchmark"], r["accuracy"], r["n"], r["dropped"]) for r in rows]

@@ -238,6 +238,7 @@ FILE = "adapter_model.safetensors"
 def test_the_saved_adapter_on_the_base_model_is_the_saved_model(warm_model, straight):
     base = AutoModelForCausalLM.from_pretrained(warm_model, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, straight / "adapter")
+    assert "library_name: peft" in (straight / "adapter" / "README.md").read_text()
     assert model.peft_config["default"].base_model_name_or_path == warm_model
     merged, ours = model.merge_and_unload().state_dict(), weights(straight)
     before = weights_of(warm_model)
@@ -302,7 +303,10 @@ def test_without_lr_lora_takes_ten_times_the_recipes():
     ],
     ids=str,
 )
-def test_an_adapter_that_does_not_fit_the_model_is_refused(random_model, adapter, message):
+def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(
+    random_model, adapter, message, monkeypatch
+):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: None)
     with pytest.raises(UserError, match=message):
         load(random_model, adapter)
 

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 LIBRARY = sorted(p for p in (ROOT / "drgrpo").rglob("*.py") if "kernels" not in p.parts)
+TEMPLATES = sorted((ROOT / "drgrpo").rglob("*.jinja"))  # without them a run writes no page
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 ALGORITHM = [path for path in LIBRARY if path.parent.name == "drgrpo" and path.stem != "config"]
 PLAIN = {"types", "templates", "data", "answers", "advantage", "pack"}
@@ -111,9 +112,9 @@ def test_the_librarys_page_lists_exactly_the_files_that_exist():
     for line in (ROOT / "drgrpo" / "README.md").read_text().split("```")[1].splitlines():
         if match := re.match(r"([\w/]+)/\s", line):
             folder = match[1]
-        elif match := re.match(r"  ([\w.]+\.py)\b", line):
+        elif match := re.match(r"  ([\w.]+\.(?:py|jinja))\b", line):
             listed.add(f"{folder}/{match[1]}")
-    assert listed == {name(path) for path in [*LIBRARY, *KERNELS]}
+    assert listed == {name(path) for path in [*LIBRARY, *TEMPLATES, *KERNELS]}
 
 
 def test_the_benchmarks_page_names_exactly_the_files_that_exist():
@@ -187,7 +188,7 @@ def test_a_wheel_holds_the_kernels_under_our_own_name(tmp_path):
     assert "drgrpo/kernels/linear_drgrpo.py" in names and "drgrpo/advantage.py" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"drgrpo"}
     library = {n for n in names if n.startswith("drgrpo/") and "kernels" not in n}
-    assert library == {name(path) for path in LIBRARY}
+    assert library == {name(path) for path in [*LIBRARY, *TEMPLATES]}
 
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

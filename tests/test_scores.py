@@ -78,6 +78,7 @@ def test_columns_count_problems_that_do_not_fit_as_wrong():
     ]
     assert columns(rows) == {
         "accuracy": 1 / 3,
+        "interval": [0.0, 1.0],
         "n": 3,
         "dropped": 1,
         "len_correct": 4,

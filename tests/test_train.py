@@ -25,7 +25,7 @@ from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss_ref
 from drgrpo.model import Objective, Policy, load_policy
 from drgrpo.pack import Sequence
 from drgrpo.rollout import Sampler, sample_seed
-from drgrpo.run import checkpoint, folder, summary
+from drgrpo.run import checkpoint, folder, report, summary
 from drgrpo.run.files import append_jsonl, read_jsonl
 from drgrpo.run.guard import NonFinite
 from drgrpo.run.log import Log
@@ -284,7 +284,9 @@ def notes(monkeypatch) -> list:
 
     def watchdog(rank, minutes):
         notes.append(f"watch {minutes:g} minutes")
-        return SimpleNamespace(enter=lambda phase: notes.append(f"{phase}:"))
+        return SimpleNamespace(
+            enter=lambda phase: notes.append(f"{phase}:"), rest=lambda: notes.append("rest")
+        )
 
     monkeypatch.setattr(train, "Watchdog", watchdog)
     for name in ("sync", "sleep", "close"):
@@ -296,6 +298,7 @@ def notes(monkeypatch) -> list:
         (distributed, "any_rank", lambda flag: f"stopping {flag}"),
         (checkpoint, "write", lambda config, now, *args: f"write {now.step}"),
         (checkpoint, "commit", lambda config, step: f"commit {step}"),
+        (report, "refresh", lambda log: "report"),
         (Log, "track", lambda log, *args: f"track {args[0]} {args[1]!r}"),
         (Log, "step", lambda log, row, *args: f"row {row['step']}"),
     )
@@ -315,7 +318,7 @@ rollout: | grade: | pack: | sleep | old:
 train: | update lr=0.375 gate=True old=True ref=True | finite True at 2.0
 update lr=0.5 gate=False old=True ref=True | finite True at 2.1
 sync: | sync | stopping False | eval: | 1 x T=0 | 3 x T=1 | save: | write 2 | row 2 | commit 2
-finish: | sleep | summary | close
+report | finish: | sleep | summary | close | rest
 """
 
 
@@ -381,6 +384,8 @@ def test_a_time_limit_saves_and_stops_and_the_same_command_resumes(
 def test_only_rank_0_prints_and_records(random_model, tmp_path, monkeypatch, capsys):
     distributed.start()
     monkeypatch.setattr(distributed, "start", lambda *args: (1, 1, CPU))
+    # The checkpoint asks the group, whose only rank is 0.
+    monkeypatch.setattr(checkpoint.model_card, "write", lambda *args: None)
     train.main(micro(random_model, tmp_path / "run"))
     assert capsys.readouterr().out == ""
     written = [p.name for p in (tmp_path / "run").rglob("*") if "partial" not in str(p)]
@@ -414,16 +419,29 @@ def test_every_step_writes_the_documented_columns(base):
     assert any(r["tokens_trained"] < r["tokens"] for r in rows), "no group had a single reward"
     samples = read_jsonl(out / "samples.jsonl")
     assert len(samples) == 32, "one response to each of 16 prompts, twice"
-    assert {"step", "problem", "answer", "response", "reward"} <= samples[0].keys()
+    page = (ROOT / "docs" / "metrics.md").read_text().partition("## A line of samples.jsonl")[2]
+    cells = " ".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))
+    assert samples[0].keys() == set(re.findall(r"`(\w+)`", cells))
+    assert all("".join(row["pieces"]) == row["response"] for row in samples)
     evals = read_jsonl(out / "eval.jsonl")
     expected = [(0, 0.0), (0, 1.0), (2, 0.0), (2, 1.0)]
     assert [(r["step"], r["temperature"]) for r in evals] == expected
-    columns = {"benchmark", "accuracy", "n", "len_correct", "len_incorrect", "truncated_frac"}
+    columns = {
+        "benchmark",
+        "accuracy",
+        "interval",
+        "n",
+        "len_correct",
+        "len_incorrect",
+        "truncated_frac",
+    }
     assert columns <= evals[0].keys() and evals[0]["template"] == "arithmetic"
     (start,) = json.loads((out / "run.json").read_text())
     assert start["resumed_step"] == 0 and start["torch"] == torch.__version__
     for figure in ("curves.png", "time.png"):
         assert (out / "plots" / figure).read_bytes().startswith(b"\x89PNG")
+    assert "Step 2 of 2" in (out / "report.html").read_text()
+    assert "after 2 steps" in (out / "hf" / "README.md").read_text()
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(base, warm_model, tmp_path):

@@ -48,6 +48,7 @@ def columns(rows: list[dict]) -> dict:
     scores = problem_scores(rows)
     return {
         "accuracy": fmean(scores.values()),
+        "interval": interval(bootstrap(list(scores.values()))),
         "n": len(scores),
         "dropped": len(scores) - len(by_problem(answered)),
         "len_correct": mean(values(right, "tokens")),
@@ -71,13 +72,12 @@ def rewards(rows: list[dict]) -> dict:
 
 
 def score(rows: list[dict]) -> dict:
-    """The columns of one benchmark in `eval.json`: those of training, the interval, and pass@k and
-    maj@k if there are several samples."""
+    """The columns of one benchmark in `eval.json`: those of training, and pass@k and maj@k if there
+    are several samples."""
     groups = list(by_problem(rows).values())
     samples = min(map(len, groups))
     ks = powers_of_two(samples) if samples > 1 else []
     result = columns(rows) | {"samples": samples}
-    result["interval"] = interval(bootstrap(list(problem_scores(rows).values())))
     result["pass_at"] = {str(k): mean_pass_at_k(groups, k) for k in ks}
     result["maj_at"] = {str(k): mean_maj_at_k(groups, k) for k in ks}
     return result

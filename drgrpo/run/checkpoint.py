@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent, and resumed exactly.
 
     OUT/checkpoints/step-000050/   state/         trained weights and optimizer, sharded
-                                   hf/            for transformers, vLLM and eval.py
+                                   hf/            for transformers, vLLM and eval.py, with a card
                                    adapter/       with LoRA, for peft
                                    trainer.json   step, hours, config, loss scale
                                    manifest.json  checksum of every file
@@ -33,6 +33,7 @@ from drgrpo.config import Config
 from drgrpo.distributed import gather_lists, shard
 from drgrpo.lora import save_adapter
 from drgrpo.model import Policy
+from drgrpo.run import model_card
 from drgrpo.run.files import write_json
 from drgrpo.run.folder import list_checkpoints
 
@@ -134,6 +135,9 @@ def write(
     if policy.adapter.rank:
         save_adapter(policy.lm, partial / "adapter", write=dist.get_rank() == 0)
     if dist.get_rank() == 0:
+        model_card.write(config, progress.step, partial / "hf", "transformers")
+        if policy.adapter.rank:
+            model_card.write(config, progress.step, partial / "adapter", "peft")
         about = {"processes": dist.get_world_size(), "config": asdict(config)}
         if scale := policy.scaler.state_dict():
             about["loss_scale"] = scale

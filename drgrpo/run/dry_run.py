@@ -5,15 +5,22 @@ import torch.distributed as dist
 
 from drgrpo import pack
 from drgrpo.config import Config
+from drgrpo.engine import Engine
 from drgrpo.model import Policy
 from drgrpo.run.log import Log, Stopwatch
 
 
 def dry_run(
-    config: Config, policy: Policy, optimizer: torch.optim.Optimizer, longest: int, log: Log
+    config: Config,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    engine: Engine,
+    longest: int,
+    log: Log,
 ) -> None:
     """Train on the fullest micro-batch with prompts of `longest` tokens, and log memory and hours.
-    Writes nothing."""
+    The sampler sleeps, as it does in training. Writes nothing."""
+    engine.sleep()
     length = longest + config.max_new_tokens
     count = max(1, config.tokens_per_microbatch // length)
     response, logprobs = [1] * config.max_new_tokens, [-1.0] * config.max_new_tokens

@@ -5,6 +5,7 @@
     OUT/metrics.jsonl   one line a step
     OUT/samples.jsonl   prompts and responses
     OUT/eval.jsonl      one line an evaluation of a benchmark
+    OUT/report.html     all of that in one page
     OUT/plots/          figures
     OUT/checkpoints/    see checkpoint.py
     OUT/hf              the newest weights, for transformers, vLLM and eval.py
@@ -17,7 +18,7 @@ import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from drgrpo.config import MAY_CHANGE_ON_RESUME, Config
+from drgrpo.config import MAY_CHANGE_ON_RESUME, RECIPES, Config
 from drgrpo.run.cli import flag
 from drgrpo.run.files import write_atomically, write_json
 from drgrpo.types import UserError
@@ -52,6 +53,17 @@ def check(config: Config) -> None:
         raise UserError(
             f"--out {out} holds checkpoints and --resume is never; choose another --out"
         )
+
+
+def changed_settings(settings: dict) -> dict:
+    """The fields of a saved config that differ from its recipe's. All of them if the recipe is
+    unknown. `recipe` and `out` do not count."""
+    recipe = asdict(RECIPES[settings["recipe"]]()) if settings["recipe"] in RECIPES else {}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in ("recipe", "out") and (name not in recipe or recipe[name] != value)
+    }
 
 
 def check_writable(out: Path) -> None:

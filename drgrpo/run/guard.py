@@ -2,6 +2,7 @@
 loss scale."""
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -59,6 +60,10 @@ class Watchdog:
 
     def enter(self, phase: str) -> None:
         self.phase, self.since = phase, time.monotonic()
+
+    def rest(self) -> None:
+        """No phase follows: what comes now may take as long as it takes."""
+        self.since = math.inf
 
     def _watch(self) -> None:
         while (remaining := self.since + self.limit - time.monotonic()) > 0:

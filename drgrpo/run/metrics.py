@@ -1,4 +1,4 @@
-"""What `metrics.jsonl` and `samples.jsonl` hold of a step. docs/metrics.md explains each column."""
+"""What `metrics.jsonl` holds of a step. docs/metrics.md explains each column."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,6 @@ from drgrpo.run.checkpoint import Progress
 from drgrpo.run.guard import MIN_LOSS_SCALE
 from drgrpo.run.log import Stopwatch
 from drgrpo.types import Batch, Grade, Rollout
-
-SAMPLES_LOGGED = 32  # prompts of a step whose first response goes into samples.jsonl
 
 
 class Tally:
@@ -151,25 +149,6 @@ def reward_columns(grades: list[Grade]) -> dict[str, float]:
 def mean_of(grades: list[Grade], name: str) -> float:
     """The mean of a component. A call that failed counts as 0."""
     return fmean(grade.components[name] or 0.0 for grade in grades)
-
-
-def sample_rows(step: int, rollouts: list[Rollout], reward_PG: Tensor) -> list[dict[str, Any]]:
-    """The first response to each of the first prompts."""
-    group = reward_PG.shape[1]
-    first = list(zip(rollouts, reward_PG.flatten().tolist(), strict=True))[::group]
-    return [
-        {
-            "step": step,
-            "problem": rollout.problem.question,
-            "answer": rollout.problem.answer,
-            "response": rollout.text,
-            "reward": reward,
-            "components": rollout.grade.components,
-            "tokens": rollout.length,
-            "finished": rollout.completion.finished,
-        }
-        for rollout, reward in first[:SAMPLES_LOGGED]
-    ]
 
 
 def column(updates: list[Update], name: str) -> list[float]:
