@@ -1,11 +1,16 @@
 """Models that a recipe makes itself, by a supervised phase before RL."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from drgrpo import distributed
-from drgrpo.config import Config
 from drgrpo.smol import smol_model
 from drgrpo.tiny.warmup import tiny_model
+
+if TYPE_CHECKING:
+    from drgrpo.config import Config
 
 MADE = {"tiny": tiny_model, "smol": smol_model}
 

