@@ -34,10 +34,10 @@ Cost, for T = 16384, D = 3584, V = 152064 in bf16:
 Precision. `logits_dtype` chooses the type of Z. The default is fp32 where log-probs are compared
 with those of another pass, because a bf16 logit of 25 is off by up to 0.06 nats. It is the inputs'
 type otherwise. fp32 logits take 2 C V bytes more. dZ has the inputs' type in both cases; a 16-bit
-dZ lies in the upper half of its fp32 row. In fp16 the power of two of `scale` and the incoming
-scalar wait for the backward pass, so that neither can make dZ vanish or overflow. A token with
-|w rho A| / temperature above 6.5e4 makes dZ infinite all the same, and no loss scale cures that: a
-ratio of e^11 with a negative advantage, which has no upper clip, or an advantage of that size.
+dZ lies in the upper half of its fp32 row. In fp16 `scale` and the incoming scalar wait for the
+backward pass, so that neither can make dZ vanish or overflow. A token with |w rho A| / temperature
+above 6.5e4 makes dZ infinite all the same, and no loss scale cures that: a ratio of e^11 with a
+negative advantage, which has no upper clip, or an advantage of that size.
 
 Shapes: T tokens, D model width, V vocabulary, C tokens of a chunk.
 
@@ -127,6 +127,7 @@ def token_objective(
     if tis_cap is not None:
         assert sampler_logprob is not None, "tis_cap needs sampler_logprob"
         tis_weight = (old - sampler_logprob).exp().clamp(max=tis_cap)
+    tis_weight = torch.where(ignored, 0.0, tis_weight)
     token_loss = torch.where(active, -tis_weight * torch.where(cut, bounded, surrogate), 0.0)
     stats = {
         "log_ratio": log_ratio,
@@ -318,6 +319,7 @@ def _drgrpo_row_kernel(
     old_ptr,
     sampler_ptr,
     ref_ptr,
+    scale_ptr,  # [1] fp32
     stat_ptr,  # [len(STATS), T] fp32 out, at the chunk's first token
     clipped_ptr,  # [C] int8 out
     V,
@@ -329,7 +331,6 @@ def _drgrpo_row_kernel(
     ratio_high,
     tis_cap,
     kl_coef,
-    grad_scale,  # scale / temperature
     LOSS: constexpr,  # else log-prob and entropy only
     GRAD: constexpr,
     HAS_OLD: constexpr,
@@ -392,6 +393,7 @@ def _drgrpo_row_kernel(
         if HAS_SAMPLER:
             tis_weight = tl.exp(old - tl.load(sampler_ptr + row))
             tis_weight = tl.where(tis_weight > tis_cap, tis_cap, tis_weight)
+        tis_weight = tl.where(ignored, 0.0, tis_weight)
         active = advantage != 0  # else 0, also where the ratio overflows
         loss = tl.where(active, -tis_weight * tl.where(cut, bounded * advantage, surrogate), 0.0)
         g = tl.where(active & (cut == 0), -tis_weight * surrogate, 0.0)  # d loss / d logprob
@@ -411,7 +413,7 @@ def _drgrpo_row_kernel(
 
         if GRAD:
             # Second sweep, descending: the logits read last are the likeliest to be in the cache.
-            g *= grad_scale
+            g *= tl.load(scale_ptr) * (k * _LN_2)  # scale / temperature
             dz_ptr += row * stride_dz
             # The target is compared with every element. One that does not fit int32 has made g NaN.
             target = target.to(tl.int32)
@@ -464,20 +466,13 @@ class _Objective(NamedTuple):
     clip_high: float = 0.0
     tis_cap: float = math.inf
     temperature: float = 1.0
-    scale: float = 1.0
     kl_coef: float = 0.0
-    fp16_unit: float = 1.0  # the stored gradients are those of loss / fp16_unit
-
-    @property
-    def grad_scale(self) -> float:
-        """What d token_loss / d logprob is multiplied by for the gradient of the raw logits."""
-        return self.scale / self.fp16_unit / self.temperature
 
 
 class _Execution(NamedTuple):
     """How the head runs."""
 
-    chunk_tokens: int
+    chunk_tokens: int | None  # None: `default_chunk_tokens`
     logits_dtype: torch.dtype
     need_dhidden: bool = False
     need_dweight: bool = False
@@ -496,7 +491,7 @@ class _Outputs(NamedTuple):
 def _empty_outputs(
     hidden: Tensor, weight: Tensor, per_token: _PerToken | None, execution: _Execution
 ) -> _Outputs:
-    T, f32 = len(hidden), torch.float32
+    T, f32 = hidden.shape[0], torch.float32  # len() would compile one graph per token count
     rows = 2 if per_token is None else len(STATS) - (per_token.ref_logprob is None)
     return _Outputs(
         stat=hidden.new_empty(rows, T, dtype=f32),
@@ -512,6 +507,7 @@ def _chunked_head(
     weight: Tensor,
     target: Tensor,
     per_token: _PerToken | None,
+    scale: Tensor | None,
     objective: _Objective,
     execution: _Execution,
 ) -> _Outputs:
@@ -521,7 +517,11 @@ def _chunked_head(
     torch backend breaks a compiled graph. The Triton backend is a custom operator and one node."""
     T, V = len(hidden), len(weight)
     chunk_tokens, logits_dtype, need_dhidden, need_dweight, backend = execution
-    stat, clipped, dhidden, dweight = _empty_outputs(hidden, weight, per_token, execution)
+    outputs = _empty_outputs(hidden, weight, per_token, execution)
+    if hidden.is_meta:  # shapes, without numbers
+        return outputs
+    stat, clipped, dhidden, dweight = outputs
+    chunk_tokens = chunk_tokens or default_chunk_tokens(T, V, hidden.device)
     target = target.contiguous()
     if per_token is not None:
         per_token = per_token.map(Tensor.contiguous)
@@ -539,6 +539,7 @@ def _chunked_head(
             V,
             target[chunk],
             None if per_token is None else per_token.map(itemgetter(chunk)),
+            scale,
             objective,
             stat[:, chunk],
             clipped[chunk],
@@ -552,7 +553,7 @@ def _chunked_head(
             _matmul(dlogits_CV.t(), hidden[chunk], out=dweight, accumulate=start > 0)
     if T == 0:
         dweight.zero_()
-    return _Outputs(stat, clipped, dhidden, dweight)
+    return outputs
 
 
 def _rows_triton(
@@ -560,6 +561,7 @@ def _rows_triton(
     V: int,
     target: Tensor,
     per_token: _PerToken | None,
+    scale: Tensor | None,  # [1] fp32
     objective: _Objective,
     stat: Tensor,
     clipped: Tensor,
@@ -579,6 +581,7 @@ def _rows_triton(
             old,
             sampler,
             ref,
+            scale,
             stat,
             clipped,
             V,
@@ -590,7 +593,6 @@ def _rows_triton(
             ratio_high=1.0 + objective.clip_high,
             tis_cap=objective.tis_cap,
             kl_coef=objective.kl_coef,
-            grad_scale=objective.grad_scale,
             LOSS=advantage is not None,
             GRAD=grad_dtype is not None,
             HAS_OLD=old is not None,
@@ -608,6 +610,7 @@ def _rows_torch(
     V: int,
     target: Tensor,
     per_token: _PerToken | None,
+    scale: Tensor | None,  # [1] fp32
     objective: _Objective,
     stat: Tensor,
     clipped: Tensor,
@@ -629,11 +632,12 @@ def _rows_torch(
     stats = {"logprob": logprob, "entropy": entropy}
     dz = None
     if per_token is not None:
+        assert scale is not None, "a loss has a scale"
         g, token_stats = _slope(logprob, ignored, per_token, objective, grad_dtype is not None)
         clipped.copy_(token_stats["clipped"])
         stats |= token_stats
         if g is not None:
-            g = g * objective.grad_scale
+            g = g * scale / objective.temperature
             dz = p.mul_(-g[:, None]).scatter_add_(1, index, g[:, None]).to(grad_dtype)
             dz.index_fill_(0, (g == 0).nonzero()[:, 0], 0.0)  # 0 * NaN is NaN
     for i, name in enumerate(STATS[: len(stat)]):
@@ -683,18 +687,18 @@ def _triton_logprob_op(
     weight: Tensor,
     target: Tensor,
     temperature: float,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     logits_dtype: torch.dtype,
 ) -> Tensor:
     """[2, T]: log-prob, entropy."""
     objective = _Objective(temperature=temperature)
     execution = _Execution(chunk_tokens, logits_dtype)
-    return _chunked_head(hidden, weight, target, None, objective, execution).stat
+    return _chunked_head(hidden, weight, target, None, None, objective, execution).stat
 
 
 @_triton_logprob_op.register_fake
 def _(hidden: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty(2, len(hidden), dtype=torch.float32)
+    return hidden.new_empty(2, hidden.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("drgrpo::linear_drgrpo", mutates_args=())
@@ -706,8 +710,9 @@ def _triton_loss_op(
     old: Tensor | None,
     sampler: Tensor | None,
     ref: Tensor | None,
+    scale: Tensor,
     objective: list[float],
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     logits_dtype: torch.dtype,
     need_dhidden: bool,
     need_dweight: bool,
@@ -716,13 +721,13 @@ def _triton_loss_op(
     per_token = _PerToken(advantage, old, sampler, ref)
     execution = _Execution(chunk_tokens, logits_dtype, need_dhidden, need_dweight)
     return tuple(
-        _chunked_head(hidden, weight, target, per_token, _Objective(*objective), execution)
+        _chunked_head(hidden, weight, target, per_token, scale, _Objective(*objective), execution)
     )
 
 
 @_triton_loss_op.register_fake
 def _(hidden: Tensor, weight: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *per_token, _objective, chunk_tokens, logits_dtype, need_dhidden, need_dweight = args
+    *per_token, _scale, _objective, chunk_tokens, logits_dtype, need_dhidden, need_dweight = args
     execution = _Execution(chunk_tokens, logits_dtype, need_dhidden, need_dweight)
     return tuple(_empty_outputs(hidden, weight, _PerToken(*per_token), execution))
 
@@ -735,20 +740,25 @@ class _LinearDrGRPO(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         per_token: _PerToken,
+        scale: Tensor,
         objective: _Objective,
         execution: _Execution,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # Gradients of 1e-7 vanish in fp16, so `scale` multiplies them in the backward pass there.
+        now, later = scale, torch.ones_like(scale)
+        if hidden.dtype == torch.float16:
+            now, later = later, now
+        inputs = (hidden, weight, target)
         if execution.backend == "triton":
-            inputs = (hidden, weight, target, *per_token)
-            outputs = _triton_loss_op(*inputs, list(objective), *execution[:-1])
+            outputs = _triton_loss_op(*inputs, *per_token, now, list(objective), *execution[:-1])
         else:
-            outputs = _chunked_head(hidden, weight, target, per_token, objective, execution)
+            outputs = _chunked_head(*inputs, per_token, now, objective, execution)
         stat, clipped, dhidden, dweight = outputs
         ctx.mark_non_differentiable(stat, clipped)
         ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype, ctx.fp16_unit = weight.dtype, objective.fp16_unit
+        ctx.weight_dtype, ctx.scale = weight.dtype, later
         ctx.backward_ran = False
-        return objective.scale * stat[STATS.index("token_loss")].sum(), stat, clipped
+        return scale[0] * stat[STATS.index("token_loss")].sum(), stat, clipped
 
     @staticmethod
     @once_differentiable
@@ -760,9 +770,9 @@ class _LinearDrGRPO(torch.autograd.Function):
             )
         ctx.backward_ran = True
         saved_dhidden, saved_dweight = ctx.saved_tensors
-        # [1, 1] and not a scalar: torch rounds a scalar to the gradients' dtype first, in which
-        # 2^16 can be infinite.
-        upstream = (dloss * ctx.fp16_unit).reshape(1, 1)
+        # [1] and not a scalar: torch rounds a scalar to the gradients' dtype first, in which 2^16
+        # can be infinite.
+        upstream = dloss * ctx.scale
         dhidden = dweight = None
         if ctx.needs_input_grad[0]:
             dhidden = torch.mul(saved_dhidden, upstream, out=saved_dhidden)
@@ -772,7 +782,7 @@ class _LinearDrGRPO(torch.autograd.Function):
             if ctx.weight_dtype != out.dtype:
                 out = torch.empty_like(out, dtype=ctx.weight_dtype)
             dweight = torch.mul(saved_dweight, upstream, out=out)
-        return dhidden, dweight, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None
 
 
 # ---- the two functions
@@ -796,14 +806,13 @@ def linear_logprob(
     hidden, weight = _autocast(hidden.detach(), weight.detach())
     _check_tensors(hidden, weight, target, None)
     _check_execution(hidden, temperature, chunk_tokens, logits_dtype)
-    chunk_tokens = chunk_tokens or default_chunk_tokens(len(hidden), len(weight), hidden.device)
     logits_dtype = logits_dtype or torch.float32
     if resolve_backend(backend, hidden.device) == "triton":
         stat = _triton_logprob_op(hidden, weight, target, temperature, chunk_tokens, logits_dtype)
     else:
         objective = _Objective(temperature=temperature)
         execution = _Execution(chunk_tokens, logits_dtype, backend="torch")
-        stat = _chunked_head(hidden, weight, target, None, objective, execution).stat
+        stat = _chunked_head(hidden, weight, target, None, None, objective, execution).stat
     return stat[0], stat[1]
 
 
@@ -848,31 +857,27 @@ def linear_drgrpo_loss(
     if logits_dtype is None:
         compared = any(x is not None for x in per_token[1:])
         logits_dtype = torch.float32 if compared else hidden.dtype
-    grad, fp16_unit = torch.is_grad_enabled(), _fp16_unit(scale, hidden.dtype)
-    objective = _Objective(clip_low, clip_high, tis_cap, temperature, scale, kl_coef, fp16_unit)
+    # As a tensor, another scale does not compile another graph.
+    scale_1 = hidden.new_ones(1, dtype=torch.float32) * scale
+    objective = _Objective(clip_low, clip_high, tis_cap, temperature, kl_coef)
+    grad = torch.is_grad_enabled()
     execution = _Execution(
-        chunk_tokens or default_chunk_tokens(len(hidden), len(weight), hidden.device),
+        chunk_tokens,
         logits_dtype,
         need_dhidden=grad and hidden.requires_grad,
         need_dweight=grad and weight.requires_grad,
         backend=resolve_backend(backend, hidden.device),
     )
     loss, stat, clipped = _LinearDrGRPO.apply(
-        hidden, weight, target, per_token.map(Tensor.detach), objective, execution
+        hidden, weight, target, per_token.map(Tensor.detach), scale_1, objective, execution
     )
     return loss, dict(zip(STATS, stat.unbind(), strict=False), clipped=clipped)
-
-
-def _fp16_unit(scale: float, dtype: torch.dtype) -> float:
-    """Gradients of 1e-7 vanish in fp16. Only the mantissa of `scale` goes into them there, and its
-    power of two waits for the backward pass."""
-    return 2.0 ** math.frexp(scale)[1] if dtype == torch.float16 else 1.0
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What autocast would do to the inputs of a linear layer."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
@@ -899,7 +904,7 @@ def _check_tensors(
             f"hidden is {hidden.dtype}, weight {weight.dtype}: they must be the same of float16, "
             "bfloat16, float32; cast one, or use autocast. In float64 there is the _ref function"
         )
-    T, V = len(hidden), len(weight)
+    T, V = hidden.shape[0], weight.shape[0]
     if V == 0:
         raise ValueError("weight has no rows")
     if target.shape != (T,) or target.dtype not in (torch.int32, torch.int64):
