@@ -18,8 +18,8 @@ are. The forward pass computes the gradient, chunk by chunk. The backward pass o
 the scalar, on the device. Each chunk of C tokens takes four steps:
 
     1. Z = X W^T           cuBLAS
-    2. one Triton program a row: an online softmax gives logp, entropy, ratio, clip, loss and g;
-       a second sweep overwrites Z with dZ
+    2. one Triton program a row: two sums give logp, entropy, ratio, clip, loss and g; a second
+       sweep overwrites Z with dZ
     3. dX = dZ W           cuBLAS
     4. dW += dZ^T X        cuBLAS, accumulated in fp32
 
@@ -46,8 +46,9 @@ surfaces. Left out on purpose: a bias (the Qwen and Llama heads have none), labe
 of whole sequences (they need every log-prob of the sequence before the first gradient),
 tensor-parallel vocabularies.
 
-The per-lane online softmax descends from Milakov & Gimelshein (arXiv 1805.02867). Liger popularized
-gradients in the forward pass of a fused head (https://github.com/linkedin/Liger-Kernel).
+The online softmax of difficult rows descends from Milakov & Gimelshein (arXiv 1805.02867). Liger
+popularized gradients in the forward pass of a fused head
+(https://github.com/linkedin/Liger-Kernel).
 
     pytest tests/test_linear_drgrpo*.py
     python -m bench.static_report
@@ -212,10 +213,10 @@ class Sizes(NamedTuple):
     chunk_logits: int  # logits of one chunk
 
 
-# One program per SM, wide enough to keep the memory busy. Few rows are in flight then, and the
-# logits of each row are still in the L2 cache for the second sweep. Predicted by
-# bench/static_report.py, not measured.
-BLOCK_V, NUM_WARPS = 8192, 32
+# One program per SM. Two loads of 16 bytes per thread are on their way at a time, which keeps the
+# memory busy. Few rows are in flight then, and the logits of each row are still in the L2 cache for
+# the second sweep. Predicted by bench/static_report.py, not measured.
+BLOCK_V, NUM_WARPS = 16_384, 32
 
 TUNED: dict[tuple[int, int], Sizes] = {}
 """Compute capability -> sizes that beat the ones above on such a card. `make gpu` sweeps sizes and
@@ -280,27 +281,53 @@ _LOGPROB, _ENTROPY, _LOG_RATIO, _TIS_WEIGHT, _TOKEN_LOSS, _KL = map(constexpr, r
 _IGNORE = constexpr(IGNORE)
 _LOWEST = constexpr(LOWEST)
 _LN_2 = constexpr(math.log(2))
+_LARGEST_SUM = constexpr(2.0**24)
 
 
 @_jit()
-def _online_softmax(z, m_i, l_i, t_i, k):
-    """Online softmax, one per lane. m: largest logit so far. l: sum of 2^((z-m)k). t: the same sum
-    weighted by z-m, for the entropy. A new maximum rescales the old sums, any other logit rescales
-    the new term. Both factors are 2^(-|z-m|k), so one exp2 is enough. A NaN stays in l and t."""
-    z = tl.where(z < _LOWEST, _LOWEST, z)
-    d = z - m_i
-    e = tl.exp2(tl.abs(d) * -k)
-    rises = d > 0
-    t_i = tl.where(rises, (t_i - d * l_i) * e, t_i + d * e)
-    l_i = tl.where(rises, l_i * e + 1.0, l_i + e)
-    return tl.where(rises, z, m_i), l_i, t_i
+def _add(z, reference, k, l_i, t_i):
+    """Adds a block to the sums of each lane. l: sum of 2^((z-reference)k). t: the same sum weighted
+    by z-reference, for the entropy."""
+    d = z - reference
+    e = tl.exp2(d * k)
+    return l_i + e, t_i + d * e
 
 
 @_jit()
-def _dlogits(z, is_target, m, log2_l, k, g):
-    """g (e - p), in fp32 until it is stored."""
-    p = tl.exp2((z - m) * k - log2_l)
-    return tl.where(is_target, p - 1.0, p) * -g
+def _online_softmax(z_ptr, V, width, k, BLOCK_V: constexpr):
+    """(m, l, t): the sums of `_add` relative to the row's largest logit m. Each lane keeps its
+    largest logit so far. A new maximum rescales the old sums, any other logit rescales the new
+    term. Both factors are 2^(-|z-m|k), so one exp2 is enough. A NaN stays in l and t. In a row of
+    -inf alone m is NaN, as in torch."""
+    m_i = tl.full([BLOCK_V], _LOWEST, tl.float32)
+    l_i = tl.zeros([BLOCK_V], tl.float32)
+    t_i = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, V, BLOCK_V):
+        offs = start + tl.arange(0, BLOCK_V)
+        z = tl.load(z_ptr + offs, mask=offs < width).to(tl.float32)
+        z = tl.where((offs >= V) | (z < _LOWEST), _LOWEST, z)
+        d = z - m_i
+        e = tl.exp2(tl.abs(d) * -k)
+        rises = d > 0
+        t_i = tl.where(rises, (t_i - d * l_i) * e, t_i + d * e)
+        l_i = tl.where(rises, l_i * e + 1.0, l_i + e)
+        m_i = tl.where(rises, z, m_i)
+    m = tl.max(m_i, 0)
+    m = tl.where(m > _LOWEST, m, float("nan"))
+    rescale = tl.exp2((m_i - m) * k)
+    return m, tl.sum(l_i * rescale, 0), tl.sum((t_i + (m_i - m) * l_i) * rescale, 0)
+
+
+@_jit()
+def _overwrite(z_ptr, dz_ptr, offs, mask, softmax, g, SHARED_ROW: constexpr):
+    """Replaces a block of logits by -g p. In a shared row the store comes after every warp's load.
+    It lies above everything that is still to be read."""
+    reference, k, log2_l = softmax
+    z = tl.load(z_ptr + offs, mask=mask, eviction_policy="evict_first").to(tl.float32)
+    if SHARED_ROW:
+        tl.debug_barrier()
+    p = tl.exp2((z - reference) * k - log2_l)
+    tl.store(dz_ptr + offs, (p * -g).to(dz_ptr.dtype.element_ty), mask=mask)
 
 
 # Addresses of per-token tensors and the number of tokens change from call to call. Triton would
@@ -347,31 +374,29 @@ def _drgrpo_row_kernel(
     ignored = target == _IGNORE
     full = tl.where(ignored, 0, V) // BLOCK_V * BLOCK_V  # of an ignored row one block is read
     tail = full + lanes  # [BLOCK_V]
-    in_tail = tail < V
-    in_row = (target >= 0) & (target < V)
-    z_target = tl.load(z_ptr + target, mask=in_row, other=float("nan")).to(tl.float32)
+    valid = (target >= 0) & (target < V)
+    z_target = tl.load(z_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
 
-    # First sweep, ascending. Unrolled, the running values change registers by name, which takes 13
-    # instructions an element in place of 16.
-    m_i = tl.full([BLOCK_V], _LOWEST, tl.float32)
+    # First sweep, ascending. Every power of two is relative to the target's logit, which lies near
+    # the largest where the token was sampled. That takes no maximum and no rescaling.
+    reference = tl.where(tl.abs(z_target) < -_LOWEST, z_target, 0.0)
     l_i = tl.zeros([BLOCK_V], tl.float32)
     t_i = tl.zeros([BLOCK_V], tl.float32)
-    for start in tl.range(0, full, BLOCK_V, loop_unroll_factor=2):
+    for start in range(0, full, BLOCK_V):
         z = tl.load(z_ptr + start + lanes, eviction_policy="evict_last").to(tl.float32)
-        m_i, l_i, t_i = _online_softmax(z, m_i, l_i, t_i, k)
-    z = tl.load(z_ptr + tail, mask=in_tail, other=float("-inf"), eviction_policy="evict_last").to(
-        tl.float32
-    )
-    m_i, l_i, t_i = _online_softmax(z, m_i, l_i, t_i, k)
-
-    # The lanes meet once.
-    m = tl.max(m_i, 0)
-    m = tl.where(m > _LOWEST, m, float("nan"))  # every logit is -inf: NaN, as in torch
-    rescale = tl.exp2((m_i - m) * k)
-    l = tl.sum(l_i * rescale, 0)
-    t = tl.sum((t_i + (m_i - m) * l_i) * rescale, 0)
+        l_i, t_i = _add(z, reference, k, l_i, t_i)
+    z = tl.load(z_ptr + tail, mask=tail < stride_z, eviction_policy="evict_last").to(tl.float32)
+    l_i, t_i = _add(tl.where(tail < V, z, _LOWEST), reference, k, l_i, t_i)
+    l = tl.sum(l_i, 0)
+    t = tl.sum(t_i, 0)
+    # The sums say whether the reference was good: 1 / l is the target's probability. One below
+    # 2^-24 costs the entropy digits. That, an infinite logit or a NaN takes another sweep, with a
+    # maximum and three numbers a lane, hence fewer lanes.
+    good = (l > 0.5) & (l < _LARGEST_SUM) & (t == t)
+    if (good | ignored) == 0:
+        reference, l, t = _online_softmax(z_ptr, V, stride_z, k, BLOCK_V // 2)
     log2_l = tl.log2(l)
-    logprob = ((z_target - m) * k - log2_l) * _LN_2
+    logprob = ((z_target - reference) * k - log2_l) * _LN_2
     entropy = (log2_l - t * k / l) * _LN_2
     tl.store(stat_ptr + _LOGPROB * stride_stat + row, tl.where(ignored, 0.0, logprob))
     tl.store(stat_ptr + _ENTROPY * stride_stat + row, tl.where(ignored, 0.0, entropy))
@@ -415,32 +440,23 @@ def _drgrpo_row_kernel(
             # Second sweep, descending: the logits read last are the likeliest to be in the cache.
             g *= tl.load(scale_ptr) * (k * _LN_2)  # scale / temperature
             dz_ptr += row * stride_dz
-            # The target is compared with every element. One that does not fit int32 has made g NaN.
-            target = target.to(tl.int32)
-            full = V // BLOCK_V * BLOCK_V
-            tail = full + lanes
-            in_tail = tail < V
             dtype = dz_ptr.dtype.element_ty
             if g == 0:  # an ignored, clipped or zero-advantage token: nothing to read
-                zeros = tl.zeros([BLOCK_V], dtype)
-                for start in range(0, full, BLOCK_V):
-                    tl.store(dz_ptr + start + lanes, zeros)
-                tl.store(dz_ptr + tail, zeros, mask=in_tail)
+                for start in range(0, V, BLOCK_V):
+                    offs = start + lanes  # [BLOCK_V]
+                    tl.store(dz_ptr + offs, tl.zeros([BLOCK_V], dtype), mask=offs < stride_z)
             else:
-                z = tl.load(z_ptr + tail, mask=in_tail, other=0.0).to(tl.float32)
-                # In a shared row the store comes after every warp's load. It lies above everything
-                # that is still to be read.
-                if SHARED_ROW:
-                    tl.debug_barrier()
-                dz = _dlogits(z, tail == target, m, log2_l, k, g)
-                tl.store(dz_ptr + tail, dz.to(dtype), mask=in_tail)
-                for i in range(0, full, BLOCK_V):
-                    offs = full - BLOCK_V - i + lanes  # [BLOCK_V]
-                    z = tl.load(z_ptr + offs, eviction_policy="evict_first").to(tl.float32)
-                    if SHARED_ROW:
-                        tl.debug_barrier()
-                    dz = _dlogits(z, offs == target, m, log2_l, k, g)
-                    tl.store(dz_ptr + offs, dz.to(dtype))
+                full = V // BLOCK_V * BLOCK_V
+                tail = full + lanes
+                softmax = (reference, k, log2_l)
+                _overwrite(z_ptr, dz_ptr, tail, tail < stride_z, softmax, g, SHARED_ROW)
+                for i in range(BLOCK_V, full + 1, BLOCK_V):
+                    _overwrite(z_ptr, dz_ptr, full - i + lanes, None, softmax, g, SHARED_ROW)
+                # The target's own element comes after every warp's stores.
+                tl.debug_barrier()
+                p_target = tl.exp2((z_target - reference) * k - log2_l)
+                dz_target = ((1.0 - p_target) * g).to(dtype)
+                tl.store(dz_ptr + target, dz_target, mask=valid)
 
 
 # ---- one chunk after another
