@@ -33,11 +33,17 @@ Cost, for T = 16384, D = 3584, V = 152064 in bf16:
 
 Precision. `logits_dtype` chooses the type of Z. The default is fp32 where log-probs are compared
 with those of another pass, because a bf16 logit of 25 is off by up to 0.06 nats. It is the inputs'
-type otherwise. fp32 logits take 2 C V bytes more. dZ has the inputs' type in both cases; a 16-bit
-dZ lies in the upper half of its fp32 row. In fp16 `scale` and the incoming scalar wait for the
-backward pass, so that neither can make dZ vanish or overflow. A token with |w rho A| / temperature
-above 6.5e4 makes dZ infinite all the same, and no loss scale cures that: a ratio of e^11 with a
-negative advantage, which has no upper clip, or an advantage of that size.
+type otherwise. fp32 logits take 2 C V bytes more. "shifted" logits have the inputs' 16-bit type.
+One more column of the GEMM subtracts the target's logit inside the fp32 accumulator. Softmax does
+not see a shift, but rounding does: what is rounded is near 0 where the probability is. That takes
+2 V D bytes for a copy of W. Errors of log-probs at V = 151936 are 3.5e-2 nats (rms) with bf16
+logits, 1.4e-3 with shifted ones and 1e-6 with fp32 ones (logits up to 26, on a CPU).
+
+dZ has the inputs' type in all cases; a 16-bit dZ lies in the upper half of its fp32 row. In fp16
+`scale` and the incoming scalar wait for the backward pass, so that neither can make dZ vanish or
+overflow. A token with |w rho A| / temperature above 6.5e4 makes dZ infinite all the same, and no
+loss scale cures that: a ratio of e^11 with a negative advantage, which has no upper clip, or an
+advantage of that size.
 
 Shapes: T tokens, D model width, V vocabulary, C tokens of a chunk.
 
@@ -58,7 +64,7 @@ popularized gradients in the forward pass of a fused head
 import math
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +86,9 @@ STATS = ("logprob", "entropy", "log_ratio", "tis_weight", "token_loss", "kl")
 CHUNK_LOGITS = {"cuda": 4096 * 152_064, "cpu": 512 * 1024}
 """Logits of one chunk. On a GPU they take 1.25 GB in bf16, and reading W and dW again for each
 chunk costs a few percent. On a CPU they stay in the cache."""
+
+LogitsDtype = torch.dtype | Literal["shifted"] | None
+"""Type of the logits; "shifted" is the inputs' 16-bit type, rounded about the target's logit."""
 
 LOWEST = -1e30
 """Replaces -inf where a difference or a product follows: inf - inf and 0 * inf are NaN."""
@@ -150,7 +159,7 @@ def linear_logprob_ref(
     *,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
-    logits_dtype: torch.dtype | None = None,
+    logits_dtype: LogitsDtype = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What `linear_logprob` means, differentiable. Computes in fp32, and in fp64 on fp64 inputs.
@@ -179,7 +188,7 @@ def linear_drgrpo_loss_ref(
     temperature: float = 1.0,
     scale: float = 1.0,
     chunk_tokens: int | None = None,
-    logits_dtype: torch.dtype | None = None,
+    logits_dtype: LogitsDtype = None,
     backend: str = "auto",
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
@@ -490,6 +499,7 @@ class _Execution(NamedTuple):
 
     chunk_tokens: int | None  # None: `default_chunk_tokens`
     logits_dtype: torch.dtype
+    shifted: bool
     need_dhidden: bool = False
     need_dweight: bool = False
     backend: str = "triton"
@@ -532,7 +542,7 @@ def _chunked_head(
     Dynamo cannot trace the autograd call of the torch backend inside an autograd function, so the
     torch backend breaks a compiled graph. The Triton backend is a custom operator and one node."""
     T, V = len(hidden), len(weight)
-    chunk_tokens, logits_dtype, need_dhidden, need_dweight, backend = execution
+    chunk_tokens, logits_dtype, shifted, need_dhidden, need_dweight, backend = execution
     outputs = _empty_outputs(hidden, weight, per_token, execution)
     if hidden.is_meta:  # shapes, without numbers
         return outputs
@@ -546,10 +556,14 @@ def _chunked_head(
     buffer_CV = hidden.new_empty(min(chunk_tokens, T), row_stride, dtype=logits_dtype)
     grad_dtype = hidden.dtype if need_dhidden or need_dweight else None
     row_pass = _rows_triton if backend == "triton" else _rows_torch
+    head_weight = _with_columns(weight, weight.new_ones(V)) if shifted else weight
     for start in range(0, T, chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, T))
         logits_CV = buffer_CV[: chunk.stop - start]
-        _matmul(hidden[chunk], weight.t(), out=logits_CV[:, :V])
+        hidden_C = hidden[chunk]
+        if shifted:
+            hidden_C = _with_columns(hidden_C, -_target_logit(hidden_C, weight, target[chunk]))
+        _matmul(hidden_C, head_weight.t(), out=logits_CV[:, :V])
         dlogits_CV = row_pass(
             logits_CV,
             V,
@@ -570,6 +584,18 @@ def _chunked_head(
     if T == 0:
         dweight.zero_()
     return outputs
+
+
+def _target_logit(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """[C], in hidden's type. Close is enough, as it only moves the point about which logits are
+    rounded."""
+    row = torch.where((target >= 0) & (target < weight.shape[0]), target, 0).long()
+    return (hidden * weight[row]).sum(1, dtype=torch.float32).to(hidden.dtype)
+
+
+def _with_columns(x: Tensor, column: Tensor) -> Tensor:
+    """x [N, D] with one column more, and 7 of zeros: GEMMs want rows of whole 16 bytes."""
+    return torch.cat([x, column[:, None], x.new_zeros(len(x), 7)], dim=1)
 
 
 def _rows_triton(
@@ -705,10 +731,11 @@ def _triton_logprob_op(
     temperature: float,
     chunk_tokens: int | None,
     logits_dtype: torch.dtype,
+    shifted: bool,
 ) -> Tensor:
     """[2, T]: log-prob, entropy."""
     objective = _Objective(temperature=temperature)
-    execution = _Execution(chunk_tokens, logits_dtype)
+    execution = _Execution(chunk_tokens, logits_dtype, shifted)
     return _chunked_head(hidden, weight, target, None, None, objective, execution).stat
 
 
@@ -730,12 +757,13 @@ def _triton_loss_op(
     objective: list[float],
     chunk_tokens: int | None,
     logits_dtype: torch.dtype,
+    shifted: bool,
     need_dhidden: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of `_Outputs`. `objective` holds those of `_Objective`."""
     per_token = _PerToken(advantage, old, sampler, ref)
-    execution = _Execution(chunk_tokens, logits_dtype, need_dhidden, need_dweight)
+    execution = _Execution(chunk_tokens, logits_dtype, shifted, need_dhidden, need_dweight)
     return tuple(
         _chunked_head(hidden, weight, target, per_token, scale, _Objective(*objective), execution)
     )
@@ -743,8 +771,8 @@ def _triton_loss_op(
 
 @_triton_loss_op.register_fake
 def _(hidden: Tensor, weight: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *per_token, _scale, _objective, chunk_tokens, logits_dtype, need_dhidden, need_dweight = args
-    execution = _Execution(chunk_tokens, logits_dtype, need_dhidden, need_dweight)
+    *per_token, _scale, _objective = args[:6]
+    execution = _Execution(*args[6:])
     return tuple(_empty_outputs(hidden, weight, _PerToken(*per_token), execution))
 
 
@@ -811,7 +839,7 @@ def linear_logprob(
     *,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
-    logits_dtype: torch.dtype | None = None,
+    logits_dtype: LogitsDtype = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of `target`, entropy) of each token in nats, fp32 [T], without gradient.
@@ -822,12 +850,12 @@ def linear_logprob(
     hidden, weight = _autocast(hidden.detach(), weight.detach())
     _check_tensors(hidden, weight, target, None)
     _check_execution(hidden, temperature, chunk_tokens, logits_dtype)
-    logits_dtype = logits_dtype or torch.float32
+    logits = _logits(logits_dtype or torch.float32, hidden.dtype)
     if resolve_backend(backend, hidden.device) == "triton":
-        stat = _triton_logprob_op(hidden, weight, target, temperature, chunk_tokens, logits_dtype)
+        stat = _triton_logprob_op(hidden, weight, target, temperature, chunk_tokens, *logits)
     else:
         objective = _Objective(temperature=temperature)
-        execution = _Execution(chunk_tokens, logits_dtype, backend="torch")
+        execution = _Execution(chunk_tokens, *logits, backend="torch")
         stat = _chunked_head(hidden, weight, target, None, None, objective, execution).stat
     return stat[0], stat[1]
 
@@ -846,7 +874,7 @@ def linear_drgrpo_loss(
     temperature: float = 1.0,  # the sampler's: the logits are divided by it
     scale: float = 1.0,  # factor of the sum over tokens, 1 / (B * C) for Dr. GRPO
     chunk_tokens: int | None = None,  # tokens whose logits exist at a time; None chooses
-    logits_dtype: torch.dtype | None = None,  # None: fp32 where log-probs are compared
+    logits_dtype: LogitsDtype = None,  # None: fp32 where log-probs are compared, else hidden's
     backend: str = "auto",  # "triton", "torch", or "auto": triton on CUDA
     ref_logprob: Tensor | None = None,  # [T] fp32, a reference model's, for a KL penalty
     kl_coef: float = 0.0,  # 0 with ref_logprob: the KL is a statistic only
@@ -879,7 +907,7 @@ def linear_drgrpo_loss(
     grad = torch.is_grad_enabled()
     execution = _Execution(
         chunk_tokens,
-        logits_dtype,
+        *_logits(logits_dtype, hidden.dtype),
         need_dhidden=grad and hidden.requires_grad,
         need_dweight=grad and weight.requires_grad,
         backend=resolve_backend(backend, hidden.device),
@@ -888,6 +916,13 @@ def linear_drgrpo_loss(
         hidden, weight, target, per_token.map(Tensor.detach), scale_1, objective, execution
     )
     return loss, dict(zip(STATS, stat.unbind(), strict=False), clipped=clipped)
+
+
+def _logits(
+    logits_dtype: torch.dtype | Literal["shifted"], dtype: torch.dtype
+) -> tuple[torch.dtype, bool]:
+    """(type of the logits, whether they are shifted), for inputs of this type."""
+    return (dtype, True) if isinstance(logits_dtype, str) else (logits_dtype, False)
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -938,16 +973,21 @@ def _check_tensors(
 
 
 def _check_execution(
-    hidden: Tensor, temperature: float, chunk_tokens: int | None, logits_dtype: torch.dtype | None
+    hidden: Tensor, temperature: float, chunk_tokens: int | None, logits_dtype: LogitsDtype
 ) -> None:
     if not temperature > 0:
         raise ValueError(
             f"temperature ({temperature}) must be positive; greedy sampling has no log-probs to "
             "train on"
         )
-    if logits_dtype not in (None, torch.float32, hidden.dtype):
+    if logits_dtype not in (None, torch.float32, hidden.dtype, "shifted"):
         raise ValueError(
-            f"logits_dtype ({logits_dtype}) must be float32 or hidden's {hidden.dtype}"
+            f"logits_dtype ({logits_dtype!r}) must be float32, hidden's {hidden.dtype} or 'shifted'"
+        )
+    if logits_dtype == "shifted" and hidden.dtype == torch.float32:
+        raise ValueError(
+            "logits_dtype ('shifted') rounds logits to the 16 bits of the inputs, and hidden is "
+            "float32; use None or float32"
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens ({chunk_tokens}) must be at least 1; None chooses")

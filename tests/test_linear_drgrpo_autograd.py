@@ -298,9 +298,10 @@ def test_operators_pass_torch_own_checks(needs, reference, small_blocks):
     inputs = (case.hidden, case.weight, case.target)
     per_token = (case.advantage, case.old_logprob, None, case.ref_logprob if reference else None)
     scale = torch.ones(1, device=DEVICE)
-    args = (*inputs, *per_token, scale, list(head._Objective()), 2, torch.float32, *needs)
+    logits = (2, torch.float32, False)
+    args = (*inputs, *per_token, scale, list(head._Objective()), *logits, *needs)
     torch.library.opcheck(head._triton_loss_op, args, test_utils=checks)
-    args = (*inputs, 1.0, 2, torch.float32)
+    args = (*inputs, 1.0, *logits)
     torch.library.opcheck(head._triton_logprob_op, args, test_utils=checks)
 
 

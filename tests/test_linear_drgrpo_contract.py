@@ -228,6 +228,7 @@ WRONG = {
     "kl_without_ref": (dict(kl_coef=0.1), "needs ref_logprob"),
     "chunk": (dict(chunk_tokens=0), r"chunk_tokens \(0\)"),
     "logits_dtype": (dict(logits_dtype=torch.float16), "float16"),
+    "shifted_float32": (dict(logits_dtype="shifted"), "hidden is float32"),
     "backend": (dict(backend="cuda"), "'cuda'"),
 }
 
