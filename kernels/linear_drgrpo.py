@@ -18,8 +18,8 @@ are. The forward pass computes the gradient, chunk by chunk. The backward pass o
 the scalar, on the device. Each chunk of C tokens takes four steps:
 
     1. Z = X W^T           cuBLAS
-    2. one Triton program a row: an online softmax gives logp, entropy, ratio, clip, loss and g;
-       a second sweep overwrites Z with dZ
+    2. one Triton program a row: two sums give logp, entropy, ratio, clip, loss and g; a second
+       sweep overwrites Z with dZ
     3. dX = dZ W           cuBLAS
     4. dW += dZ^T X        cuBLAS, accumulated in fp32
 
@@ -33,11 +33,17 @@ Cost, for T = 16384, D = 3584, V = 152064 in bf16:
 
 Precision. `logits_dtype` chooses the type of Z. The default is fp32 where log-probs are compared
 with those of another pass, because a bf16 logit of 25 is off by up to 0.06 nats. It is the inputs'
-type otherwise. fp32 logits take 2 C V bytes more. dZ has the inputs' type in both cases; a 16-bit
-dZ lies in the upper half of its fp32 row. In fp16 the power of two of `scale` and the incoming
-scalar wait for the backward pass, so that neither can make dZ vanish or overflow. A token with
-|w rho A| / temperature above 6.5e4 makes dZ infinite all the same, and no loss scale cures that: a
-ratio of e^11 with a negative advantage, which has no upper clip, or an advantage of that size.
+type otherwise. fp32 logits take 2 C V bytes more. "shifted" logits have the inputs' 16-bit type.
+One more column of the GEMM subtracts the target's logit inside the fp32 accumulator. Softmax does
+not see a shift, but rounding does: what is rounded is near 0 where the probability is. That takes
+2 V D bytes for a copy of W. Errors of log-probs at V = 151936 are 3.5e-2 nats (rms) with bf16
+logits, 1.4e-3 with shifted ones and 1e-6 with fp32 ones (logits up to 26, on a CPU).
+
+dZ has the inputs' type in all cases; a 16-bit dZ lies in the upper half of its fp32 row. In fp16
+`scale` and the incoming scalar wait for the backward pass, so that neither can make dZ vanish or
+overflow. A token with |w rho A| / temperature above 6.5e4 makes dZ infinite all the same, and no
+loss scale cures that: a ratio of e^11 with a negative advantage, which has no upper clip, or an
+advantage of that size.
 
 Shapes: T tokens, D model width, V vocabulary, C tokens of a chunk.
 
@@ -46,8 +52,9 @@ surfaces. Left out on purpose: a bias (the Qwen and Llama heads have none), labe
 of whole sequences (they need every log-prob of the sequence before the first gradient),
 tensor-parallel vocabularies.
 
-The per-lane online softmax descends from Milakov & Gimelshein (arXiv 1805.02867). Liger popularized
-gradients in the forward pass of a fused head (https://github.com/linkedin/Liger-Kernel).
+The online softmax of difficult rows descends from Milakov & Gimelshein (arXiv 1805.02867). Liger
+popularized gradients in the forward pass of a fused head
+(https://github.com/linkedin/Liger-Kernel).
 
     pytest tests/test_linear_drgrpo*.py
     python -m bench.static_report
@@ -57,7 +64,7 @@ gradients in the forward pass of a fused head (https://github.com/linkedin/Liger
 import math
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +86,9 @@ STATS = ("logprob", "entropy", "log_ratio", "tis_weight", "token_loss", "kl")
 CHUNK_LOGITS = {"cuda": 4096 * 152_064, "cpu": 512 * 1024}
 """Logits of one chunk. On a GPU they take 1.25 GB in bf16, and reading W and dW again for each
 chunk costs a few percent. On a CPU they stay in the cache."""
+
+LogitsDtype = torch.dtype | Literal["shifted"] | None
+"""Type of the logits; "shifted" is the inputs' 16-bit type, rounded about the target's logit."""
 
 LOWEST = -1e30
 """Replaces -inf where a difference or a product follows: inf - inf and 0 * inf are NaN."""
@@ -127,6 +137,7 @@ def token_objective(
     if tis_cap is not None:
         assert sampler_logprob is not None, "tis_cap needs sampler_logprob"
         tis_weight = (old - sampler_logprob).exp().clamp(max=tis_cap)
+    tis_weight = torch.where(ignored, 0.0, tis_weight)
     token_loss = torch.where(active, -tis_weight * torch.where(cut, bounded, surrogate), 0.0)
     stats = {
         "log_ratio": log_ratio,
@@ -148,7 +159,7 @@ def linear_logprob_ref(
     *,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
-    logits_dtype: torch.dtype | None = None,
+    logits_dtype: LogitsDtype = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What `linear_logprob` means, differentiable. Computes in fp32, and in fp64 on fp64 inputs.
@@ -177,7 +188,7 @@ def linear_drgrpo_loss_ref(
     temperature: float = 1.0,
     scale: float = 1.0,
     chunk_tokens: int | None = None,
-    logits_dtype: torch.dtype | None = None,
+    logits_dtype: LogitsDtype = None,
     backend: str = "auto",
     ref_logprob: Tensor | None = None,
     kl_coef: float = 0.0,
@@ -211,10 +222,10 @@ class Sizes(NamedTuple):
     chunk_logits: int  # logits of one chunk
 
 
-# One program per SM, wide enough to keep the memory busy. Few rows are in flight then, and the
-# logits of each row are still in the L2 cache for the second sweep. Predicted by
-# bench/static_report.py, not measured.
-BLOCK_V, NUM_WARPS = 8192, 32
+# One program per SM. Two loads of 16 bytes per thread are on their way at a time, which keeps the
+# memory busy. Few rows are in flight then, and the logits of each row are still in the L2 cache for
+# the second sweep. Predicted by bench/static_report.py, not measured.
+BLOCK_V, NUM_WARPS = 16_384, 32
 
 TUNED: dict[tuple[int, int], Sizes] = {}
 """Compute capability -> sizes that beat the ones above on such a card. `make gpu` sweeps sizes and
@@ -279,27 +290,53 @@ _LOGPROB, _ENTROPY, _LOG_RATIO, _TIS_WEIGHT, _TOKEN_LOSS, _KL = map(constexpr, r
 _IGNORE = constexpr(IGNORE)
 _LOWEST = constexpr(LOWEST)
 _LN_2 = constexpr(math.log(2))
+_LARGEST_SUM = constexpr(2.0**24)
 
 
 @_jit()
-def _online_softmax(z, m_i, l_i, t_i, k):
-    """Online softmax, one per lane. m: largest logit so far. l: sum of 2^((z-m)k). t: the same sum
-    weighted by z-m, for the entropy. A new maximum rescales the old sums, any other logit rescales
-    the new term. Both factors are 2^(-|z-m|k), so one exp2 is enough. A NaN stays in l and t."""
-    z = tl.where(z < _LOWEST, _LOWEST, z)
-    d = z - m_i
-    e = tl.exp2(tl.abs(d) * -k)
-    rises = d > 0
-    t_i = tl.where(rises, (t_i - d * l_i) * e, t_i + d * e)
-    l_i = tl.where(rises, l_i * e + 1.0, l_i + e)
-    return tl.where(rises, z, m_i), l_i, t_i
+def _add(z, reference, k, l_i, t_i):
+    """Adds a block to the sums of each lane. l: sum of 2^((z-reference)k). t: the same sum weighted
+    by z-reference, for the entropy."""
+    d = z - reference
+    e = tl.exp2(d * k)
+    return l_i + e, t_i + d * e
 
 
 @_jit()
-def _dlogits(z, is_target, m, log2_l, k, g):
-    """g (e - p), in fp32 until it is stored."""
-    p = tl.exp2((z - m) * k - log2_l)
-    return tl.where(is_target, p - 1.0, p) * -g
+def _online_softmax(z_ptr, V, width, k, BLOCK_V: constexpr):
+    """(m, l, t): the sums of `_add` relative to the row's largest logit m. Each lane keeps its
+    largest logit so far. A new maximum rescales the old sums, any other logit rescales the new
+    term. Both factors are 2^(-|z-m|k), so one exp2 is enough. A NaN stays in l and t. In a row of
+    -inf alone m is NaN, as in torch."""
+    m_i = tl.full([BLOCK_V], _LOWEST, tl.float32)
+    l_i = tl.zeros([BLOCK_V], tl.float32)
+    t_i = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, V, BLOCK_V):
+        offs = start + tl.arange(0, BLOCK_V)
+        z = tl.load(z_ptr + offs, mask=offs < width).to(tl.float32)
+        z = tl.where((offs >= V) | (z < _LOWEST), _LOWEST, z)
+        d = z - m_i
+        e = tl.exp2(tl.abs(d) * -k)
+        rises = d > 0
+        t_i = tl.where(rises, (t_i - d * l_i) * e, t_i + d * e)
+        l_i = tl.where(rises, l_i * e + 1.0, l_i + e)
+        m_i = tl.where(rises, z, m_i)
+    m = tl.max(m_i, 0)
+    m = tl.where(m > _LOWEST, m, float("nan"))
+    rescale = tl.exp2((m_i - m) * k)
+    return m, tl.sum(l_i * rescale, 0), tl.sum((t_i + (m_i - m) * l_i) * rescale, 0)
+
+
+@_jit()
+def _overwrite(z_ptr, dz_ptr, offs, mask, softmax, g, SHARED_ROW: constexpr):
+    """Replaces a block of logits by -g p. In a shared row the store comes after every warp's load.
+    It lies above everything that is still to be read."""
+    reference, k, log2_l = softmax
+    z = tl.load(z_ptr + offs, mask=mask, eviction_policy="evict_first").to(tl.float32)
+    if SHARED_ROW:
+        tl.debug_barrier()
+    p = tl.exp2((z - reference) * k - log2_l)
+    tl.store(dz_ptr + offs, (p * -g).to(dz_ptr.dtype.element_ty), mask=mask)
 
 
 # Addresses of per-token tensors and the number of tokens change from call to call. Triton would
@@ -318,6 +355,7 @@ def _drgrpo_row_kernel(
     old_ptr,
     sampler_ptr,
     ref_ptr,
+    scale_ptr,  # [1] fp32
     stat_ptr,  # [len(STATS), T] fp32 out, at the chunk's first token
     clipped_ptr,  # [C] int8 out
     V,
@@ -329,7 +367,6 @@ def _drgrpo_row_kernel(
     ratio_high,
     tis_cap,
     kl_coef,
-    grad_scale,  # scale / temperature
     LOSS: constexpr,  # else log-prob and entropy only
     GRAD: constexpr,
     HAS_OLD: constexpr,
@@ -346,31 +383,29 @@ def _drgrpo_row_kernel(
     ignored = target == _IGNORE
     full = tl.where(ignored, 0, V) // BLOCK_V * BLOCK_V  # of an ignored row one block is read
     tail = full + lanes  # [BLOCK_V]
-    in_tail = tail < V
-    in_row = (target >= 0) & (target < V)
-    z_target = tl.load(z_ptr + target, mask=in_row, other=float("nan")).to(tl.float32)
+    valid = (target >= 0) & (target < V)
+    z_target = tl.load(z_ptr + target, mask=valid, other=float("nan")).to(tl.float32)
 
-    # First sweep, ascending. Unrolled, the running values change registers by name, which takes 13
-    # instructions an element in place of 16.
-    m_i = tl.full([BLOCK_V], _LOWEST, tl.float32)
+    # First sweep, ascending. Every power of two is relative to the target's logit, which lies near
+    # the largest where the token was sampled. That takes no maximum and no rescaling.
+    reference = tl.where(tl.abs(z_target) < -_LOWEST, z_target, 0.0)
     l_i = tl.zeros([BLOCK_V], tl.float32)
     t_i = tl.zeros([BLOCK_V], tl.float32)
-    for start in tl.range(0, full, BLOCK_V, loop_unroll_factor=2):
+    for start in range(0, full, BLOCK_V):
         z = tl.load(z_ptr + start + lanes, eviction_policy="evict_last").to(tl.float32)
-        m_i, l_i, t_i = _online_softmax(z, m_i, l_i, t_i, k)
-    z = tl.load(z_ptr + tail, mask=in_tail, other=float("-inf"), eviction_policy="evict_last").to(
-        tl.float32
-    )
-    m_i, l_i, t_i = _online_softmax(z, m_i, l_i, t_i, k)
-
-    # The lanes meet once.
-    m = tl.max(m_i, 0)
-    m = tl.where(m > _LOWEST, m, float("nan"))  # every logit is -inf: NaN, as in torch
-    rescale = tl.exp2((m_i - m) * k)
-    l = tl.sum(l_i * rescale, 0)
-    t = tl.sum((t_i + (m_i - m) * l_i) * rescale, 0)
+        l_i, t_i = _add(z, reference, k, l_i, t_i)
+    z = tl.load(z_ptr + tail, mask=tail < stride_z, eviction_policy="evict_last").to(tl.float32)
+    l_i, t_i = _add(tl.where(tail < V, z, _LOWEST), reference, k, l_i, t_i)
+    l = tl.sum(l_i, 0)
+    t = tl.sum(t_i, 0)
+    # The sums say whether the reference was good: 1 / l is the target's probability. One below
+    # 2^-24 costs the entropy digits. That, an infinite logit or a NaN takes another sweep, with a
+    # maximum and three numbers a lane, hence fewer lanes.
+    good = (l > 0.5) & (l < _LARGEST_SUM) & (t == t)
+    if (good | ignored) == 0:
+        reference, l, t = _online_softmax(z_ptr, V, stride_z, k, BLOCK_V // 2)
     log2_l = tl.log2(l)
-    logprob = ((z_target - m) * k - log2_l) * _LN_2
+    logprob = ((z_target - reference) * k - log2_l) * _LN_2
     entropy = (log2_l - t * k / l) * _LN_2
     tl.store(stat_ptr + _LOGPROB * stride_stat + row, tl.where(ignored, 0.0, logprob))
     tl.store(stat_ptr + _ENTROPY * stride_stat + row, tl.where(ignored, 0.0, entropy))
@@ -392,6 +427,7 @@ def _drgrpo_row_kernel(
         if HAS_SAMPLER:
             tis_weight = tl.exp(old - tl.load(sampler_ptr + row))
             tis_weight = tl.where(tis_weight > tis_cap, tis_cap, tis_weight)
+        tis_weight = tl.where(ignored, 0.0, tis_weight)
         active = advantage != 0  # else 0, also where the ratio overflows
         loss = tl.where(active, -tis_weight * tl.where(cut, bounded * advantage, surrogate), 0.0)
         g = tl.where(active & (cut == 0), -tis_weight * surrogate, 0.0)  # d loss / d logprob
@@ -411,34 +447,25 @@ def _drgrpo_row_kernel(
 
         if GRAD:
             # Second sweep, descending: the logits read last are the likeliest to be in the cache.
-            g *= grad_scale
+            g *= tl.load(scale_ptr) * (k * _LN_2)  # scale / temperature
             dz_ptr += row * stride_dz
-            # The target is compared with every element. One that does not fit int32 has made g NaN.
-            target = target.to(tl.int32)
-            full = V // BLOCK_V * BLOCK_V
-            tail = full + lanes
-            in_tail = tail < V
             dtype = dz_ptr.dtype.element_ty
             if g == 0:  # an ignored, clipped or zero-advantage token: nothing to read
-                zeros = tl.zeros([BLOCK_V], dtype)
-                for start in range(0, full, BLOCK_V):
-                    tl.store(dz_ptr + start + lanes, zeros)
-                tl.store(dz_ptr + tail, zeros, mask=in_tail)
+                for start in range(0, V, BLOCK_V):
+                    offs = start + lanes  # [BLOCK_V]
+                    tl.store(dz_ptr + offs, tl.zeros([BLOCK_V], dtype), mask=offs < stride_z)
             else:
-                z = tl.load(z_ptr + tail, mask=in_tail, other=0.0).to(tl.float32)
-                # In a shared row the store comes after every warp's load. It lies above everything
-                # that is still to be read.
-                if SHARED_ROW:
-                    tl.debug_barrier()
-                dz = _dlogits(z, tail == target, m, log2_l, k, g)
-                tl.store(dz_ptr + tail, dz.to(dtype), mask=in_tail)
-                for i in range(0, full, BLOCK_V):
-                    offs = full - BLOCK_V - i + lanes  # [BLOCK_V]
-                    z = tl.load(z_ptr + offs, eviction_policy="evict_first").to(tl.float32)
-                    if SHARED_ROW:
-                        tl.debug_barrier()
-                    dz = _dlogits(z, offs == target, m, log2_l, k, g)
-                    tl.store(dz_ptr + offs, dz.to(dtype))
+                full = V // BLOCK_V * BLOCK_V
+                tail = full + lanes
+                softmax = (reference, k, log2_l)
+                _overwrite(z_ptr, dz_ptr, tail, tail < stride_z, softmax, g, SHARED_ROW)
+                for i in range(BLOCK_V, full + 1, BLOCK_V):
+                    _overwrite(z_ptr, dz_ptr, full - i + lanes, None, softmax, g, SHARED_ROW)
+                # The target's own element comes after every warp's stores.
+                tl.debug_barrier()
+                p_target = tl.exp2((z_target - reference) * k - log2_l)
+                dz_target = ((1.0 - p_target) * g).to(dtype)
+                tl.store(dz_ptr + target, dz_target, mask=valid)
 
 
 # ---- one chunk after another
@@ -464,21 +491,15 @@ class _Objective(NamedTuple):
     clip_high: float = 0.0
     tis_cap: float = math.inf
     temperature: float = 1.0
-    scale: float = 1.0
     kl_coef: float = 0.0
-    fp16_unit: float = 1.0  # the stored gradients are those of loss / fp16_unit
-
-    @property
-    def grad_scale(self) -> float:
-        """What d token_loss / d logprob is multiplied by for the gradient of the raw logits."""
-        return self.scale / self.fp16_unit / self.temperature
 
 
 class _Execution(NamedTuple):
     """How the head runs."""
 
-    chunk_tokens: int
+    chunk_tokens: int | None  # None: `default_chunk_tokens`
     logits_dtype: torch.dtype
+    shifted: bool
     need_dhidden: bool = False
     need_dweight: bool = False
     backend: str = "triton"
@@ -496,7 +517,7 @@ class _Outputs(NamedTuple):
 def _empty_outputs(
     hidden: Tensor, weight: Tensor, per_token: _PerToken | None, execution: _Execution
 ) -> _Outputs:
-    T, f32 = len(hidden), torch.float32
+    T, f32 = hidden.shape[0], torch.float32  # len() would compile one graph per token count
     rows = 2 if per_token is None else len(STATS) - (per_token.ref_logprob is None)
     return _Outputs(
         stat=hidden.new_empty(rows, T, dtype=f32),
@@ -512,6 +533,7 @@ def _chunked_head(
     weight: Tensor,
     target: Tensor,
     per_token: _PerToken | None,
+    scale: Tensor | None,
     objective: _Objective,
     execution: _Execution,
 ) -> _Outputs:
@@ -520,8 +542,12 @@ def _chunked_head(
     Dynamo cannot trace the autograd call of the torch backend inside an autograd function, so the
     torch backend breaks a compiled graph. The Triton backend is a custom operator and one node."""
     T, V = len(hidden), len(weight)
-    chunk_tokens, logits_dtype, need_dhidden, need_dweight, backend = execution
-    stat, clipped, dhidden, dweight = _empty_outputs(hidden, weight, per_token, execution)
+    chunk_tokens, logits_dtype, shifted, need_dhidden, need_dweight, backend = execution
+    outputs = _empty_outputs(hidden, weight, per_token, execution)
+    if hidden.is_meta:  # shapes, without numbers
+        return outputs
+    stat, clipped, dhidden, dweight = outputs
+    chunk_tokens = chunk_tokens or default_chunk_tokens(T, V, hidden.device)
     target = target.contiguous()
     if per_token is not None:
         per_token = per_token.map(Tensor.contiguous)
@@ -530,15 +556,20 @@ def _chunked_head(
     buffer_CV = hidden.new_empty(min(chunk_tokens, T), row_stride, dtype=logits_dtype)
     grad_dtype = hidden.dtype if need_dhidden or need_dweight else None
     row_pass = _rows_triton if backend == "triton" else _rows_torch
+    head_weight = _with_columns(weight, weight.new_ones(V)) if shifted else weight
     for start in range(0, T, chunk_tokens):
         chunk = slice(start, min(start + chunk_tokens, T))
         logits_CV = buffer_CV[: chunk.stop - start]
-        _matmul(hidden[chunk], weight.t(), out=logits_CV[:, :V])
+        hidden_C = hidden[chunk]
+        if shifted:
+            hidden_C = _with_columns(hidden_C, -_target_logit(hidden_C, weight, target[chunk]))
+        _matmul(hidden_C, head_weight.t(), out=logits_CV[:, :V])
         dlogits_CV = row_pass(
             logits_CV,
             V,
             target[chunk],
             None if per_token is None else per_token.map(itemgetter(chunk)),
+            scale,
             objective,
             stat[:, chunk],
             clipped[chunk],
@@ -552,7 +583,19 @@ def _chunked_head(
             _matmul(dlogits_CV.t(), hidden[chunk], out=dweight, accumulate=start > 0)
     if T == 0:
         dweight.zero_()
-    return _Outputs(stat, clipped, dhidden, dweight)
+    return outputs
+
+
+def _target_logit(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """[C], in hidden's type. Close is enough, as it only moves the point about which logits are
+    rounded."""
+    row = torch.where((target >= 0) & (target < weight.shape[0]), target, 0).long()
+    return (hidden * weight[row]).sum(1, dtype=torch.float32).to(hidden.dtype)
+
+
+def _with_columns(x: Tensor, column: Tensor) -> Tensor:
+    """x [N, D] with one column more, and 7 of zeros: GEMMs want rows of whole 16 bytes."""
+    return torch.cat([x, column[:, None], x.new_zeros(len(x), 7)], dim=1)
 
 
 def _rows_triton(
@@ -560,6 +603,7 @@ def _rows_triton(
     V: int,
     target: Tensor,
     per_token: _PerToken | None,
+    scale: Tensor | None,  # [1] fp32
     objective: _Objective,
     stat: Tensor,
     clipped: Tensor,
@@ -579,6 +623,7 @@ def _rows_triton(
             old,
             sampler,
             ref,
+            scale,
             stat,
             clipped,
             V,
@@ -590,7 +635,6 @@ def _rows_triton(
             ratio_high=1.0 + objective.clip_high,
             tis_cap=objective.tis_cap,
             kl_coef=objective.kl_coef,
-            grad_scale=objective.grad_scale,
             LOSS=advantage is not None,
             GRAD=grad_dtype is not None,
             HAS_OLD=old is not None,
@@ -608,6 +652,7 @@ def _rows_torch(
     V: int,
     target: Tensor,
     per_token: _PerToken | None,
+    scale: Tensor | None,  # [1] fp32
     objective: _Objective,
     stat: Tensor,
     clipped: Tensor,
@@ -629,11 +674,12 @@ def _rows_torch(
     stats = {"logprob": logprob, "entropy": entropy}
     dz = None
     if per_token is not None:
+        assert scale is not None, "a loss has a scale"
         g, token_stats = _slope(logprob, ignored, per_token, objective, grad_dtype is not None)
         clipped.copy_(token_stats["clipped"])
         stats |= token_stats
         if g is not None:
-            g = g * objective.grad_scale
+            g = g * scale / objective.temperature
             dz = p.mul_(-g[:, None]).scatter_add_(1, index, g[:, None]).to(grad_dtype)
             dz.index_fill_(0, (g == 0).nonzero()[:, 0], 0.0)  # 0 * NaN is NaN
     for i, name in enumerate(STATS[: len(stat)]):
@@ -683,18 +729,19 @@ def _triton_logprob_op(
     weight: Tensor,
     target: Tensor,
     temperature: float,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     logits_dtype: torch.dtype,
+    shifted: bool,
 ) -> Tensor:
     """[2, T]: log-prob, entropy."""
     objective = _Objective(temperature=temperature)
-    execution = _Execution(chunk_tokens, logits_dtype)
-    return _chunked_head(hidden, weight, target, None, objective, execution).stat
+    execution = _Execution(chunk_tokens, logits_dtype, shifted)
+    return _chunked_head(hidden, weight, target, None, None, objective, execution).stat
 
 
 @_triton_logprob_op.register_fake
 def _(hidden: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty(2, len(hidden), dtype=torch.float32)
+    return hidden.new_empty(2, hidden.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("drgrpo::linear_drgrpo", mutates_args=())
@@ -706,24 +753,26 @@ def _triton_loss_op(
     old: Tensor | None,
     sampler: Tensor | None,
     ref: Tensor | None,
+    scale: Tensor,
     objective: list[float],
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     logits_dtype: torch.dtype,
+    shifted: bool,
     need_dhidden: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of `_Outputs`. `objective` holds those of `_Objective`."""
     per_token = _PerToken(advantage, old, sampler, ref)
-    execution = _Execution(chunk_tokens, logits_dtype, need_dhidden, need_dweight)
+    execution = _Execution(chunk_tokens, logits_dtype, shifted, need_dhidden, need_dweight)
     return tuple(
-        _chunked_head(hidden, weight, target, per_token, _Objective(*objective), execution)
+        _chunked_head(hidden, weight, target, per_token, scale, _Objective(*objective), execution)
     )
 
 
 @_triton_loss_op.register_fake
 def _(hidden: Tensor, weight: Tensor, target: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *per_token, _objective, chunk_tokens, logits_dtype, need_dhidden, need_dweight = args
-    execution = _Execution(chunk_tokens, logits_dtype, need_dhidden, need_dweight)
+    *per_token, _scale, _objective = args[:6]
+    execution = _Execution(*args[6:])
     return tuple(_empty_outputs(hidden, weight, _PerToken(*per_token), execution))
 
 
@@ -735,20 +784,25 @@ class _LinearDrGRPO(torch.autograd.Function):
         weight: Tensor,
         target: Tensor,
         per_token: _PerToken,
+        scale: Tensor,
         objective: _Objective,
         execution: _Execution,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # Gradients of 1e-7 vanish in fp16, so `scale` multiplies them in the backward pass there.
+        now, later = scale, torch.ones_like(scale)
+        if hidden.dtype == torch.float16:
+            now, later = later, now
+        inputs = (hidden, weight, target)
         if execution.backend == "triton":
-            inputs = (hidden, weight, target, *per_token)
-            outputs = _triton_loss_op(*inputs, list(objective), *execution[:-1])
+            outputs = _triton_loss_op(*inputs, *per_token, now, list(objective), *execution[:-1])
         else:
-            outputs = _chunked_head(hidden, weight, target, per_token, objective, execution)
+            outputs = _chunked_head(*inputs, per_token, now, objective, execution)
         stat, clipped, dhidden, dweight = outputs
         ctx.mark_non_differentiable(stat, clipped)
         ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype, ctx.fp16_unit = weight.dtype, objective.fp16_unit
+        ctx.weight_dtype, ctx.scale = weight.dtype, later
         ctx.backward_ran = False
-        return objective.scale * stat[STATS.index("token_loss")].sum(), stat, clipped
+        return scale[0] * stat[STATS.index("token_loss")].sum(), stat, clipped
 
     @staticmethod
     @once_differentiable
@@ -760,9 +814,9 @@ class _LinearDrGRPO(torch.autograd.Function):
             )
         ctx.backward_ran = True
         saved_dhidden, saved_dweight = ctx.saved_tensors
-        # [1, 1] and not a scalar: torch rounds a scalar to the gradients' dtype first, in which
-        # 2^16 can be infinite.
-        upstream = (dloss * ctx.fp16_unit).reshape(1, 1)
+        # [1] and not a scalar: torch rounds a scalar to the gradients' dtype first, in which 2^16
+        # can be infinite.
+        upstream = dloss * ctx.scale
         dhidden = dweight = None
         if ctx.needs_input_grad[0]:
             dhidden = torch.mul(saved_dhidden, upstream, out=saved_dhidden)
@@ -772,7 +826,7 @@ class _LinearDrGRPO(torch.autograd.Function):
             if ctx.weight_dtype != out.dtype:
                 out = torch.empty_like(out, dtype=ctx.weight_dtype)
             dweight = torch.mul(saved_dweight, upstream, out=out)
-        return dhidden, dweight, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None
 
 
 # ---- the two functions
@@ -785,7 +839,7 @@ def linear_logprob(
     *,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
-    logits_dtype: torch.dtype | None = None,
+    logits_dtype: LogitsDtype = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(log-prob of `target`, entropy) of each token in nats, fp32 [T], without gradient.
@@ -796,14 +850,13 @@ def linear_logprob(
     hidden, weight = _autocast(hidden.detach(), weight.detach())
     _check_tensors(hidden, weight, target, None)
     _check_execution(hidden, temperature, chunk_tokens, logits_dtype)
-    chunk_tokens = chunk_tokens or default_chunk_tokens(len(hidden), len(weight), hidden.device)
-    logits_dtype = logits_dtype or torch.float32
+    logits = _logits(logits_dtype or torch.float32, hidden.dtype)
     if resolve_backend(backend, hidden.device) == "triton":
-        stat = _triton_logprob_op(hidden, weight, target, temperature, chunk_tokens, logits_dtype)
+        stat = _triton_logprob_op(hidden, weight, target, temperature, chunk_tokens, *logits)
     else:
         objective = _Objective(temperature=temperature)
-        execution = _Execution(chunk_tokens, logits_dtype, backend="torch")
-        stat = _chunked_head(hidden, weight, target, None, objective, execution).stat
+        execution = _Execution(chunk_tokens, *logits, backend="torch")
+        stat = _chunked_head(hidden, weight, target, None, None, objective, execution).stat
     return stat[0], stat[1]
 
 
@@ -821,7 +874,7 @@ def linear_drgrpo_loss(
     temperature: float = 1.0,  # the sampler's: the logits are divided by it
     scale: float = 1.0,  # factor of the sum over tokens, 1 / (B * C) for Dr. GRPO
     chunk_tokens: int | None = None,  # tokens whose logits exist at a time; None chooses
-    logits_dtype: torch.dtype | None = None,  # None: fp32 where log-probs are compared
+    logits_dtype: LogitsDtype = None,  # None: fp32 where log-probs are compared, else hidden's
     backend: str = "auto",  # "triton", "torch", or "auto": triton on CUDA
     ref_logprob: Tensor | None = None,  # [T] fp32, a reference model's, for a KL penalty
     kl_coef: float = 0.0,  # 0 with ref_logprob: the KL is a statistic only
@@ -848,31 +901,34 @@ def linear_drgrpo_loss(
     if logits_dtype is None:
         compared = any(x is not None for x in per_token[1:])
         logits_dtype = torch.float32 if compared else hidden.dtype
-    grad, fp16_unit = torch.is_grad_enabled(), _fp16_unit(scale, hidden.dtype)
-    objective = _Objective(clip_low, clip_high, tis_cap, temperature, scale, kl_coef, fp16_unit)
+    # As a tensor, another scale does not compile another graph.
+    scale_1 = hidden.new_ones(1, dtype=torch.float32) * scale
+    objective = _Objective(clip_low, clip_high, tis_cap, temperature, kl_coef)
+    grad = torch.is_grad_enabled()
     execution = _Execution(
-        chunk_tokens or default_chunk_tokens(len(hidden), len(weight), hidden.device),
-        logits_dtype,
+        chunk_tokens,
+        *_logits(logits_dtype, hidden.dtype),
         need_dhidden=grad and hidden.requires_grad,
         need_dweight=grad and weight.requires_grad,
         backend=resolve_backend(backend, hidden.device),
     )
     loss, stat, clipped = _LinearDrGRPO.apply(
-        hidden, weight, target, per_token.map(Tensor.detach), objective, execution
+        hidden, weight, target, per_token.map(Tensor.detach), scale_1, objective, execution
     )
     return loss, dict(zip(STATS, stat.unbind(), strict=False), clipped=clipped)
 
 
-def _fp16_unit(scale: float, dtype: torch.dtype) -> float:
-    """Gradients of 1e-7 vanish in fp16. Only the mantissa of `scale` goes into them there, and its
-    power of two waits for the backward pass."""
-    return 2.0 ** math.frexp(scale)[1] if dtype == torch.float16 else 1.0
+def _logits(
+    logits_dtype: torch.dtype | Literal["shifted"], dtype: torch.dtype
+) -> tuple[torch.dtype, bool]:
+    """(type of the logits, whether they are shifted), for inputs of this type."""
+    return (dtype, True) if isinstance(logits_dtype, str) else (logits_dtype, False)
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """What autocast would do to the inputs of a linear layer."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype)
@@ -899,7 +955,7 @@ def _check_tensors(
             f"hidden is {hidden.dtype}, weight {weight.dtype}: they must be the same of float16, "
             "bfloat16, float32; cast one, or use autocast. In float64 there is the _ref function"
         )
-    T, V = len(hidden), len(weight)
+    T, V = hidden.shape[0], weight.shape[0]
     if V == 0:
         raise ValueError("weight has no rows")
     if target.shape != (T,) or target.dtype not in (torch.int32, torch.int64):
@@ -917,16 +973,21 @@ def _check_tensors(
 
 
 def _check_execution(
-    hidden: Tensor, temperature: float, chunk_tokens: int | None, logits_dtype: torch.dtype | None
+    hidden: Tensor, temperature: float, chunk_tokens: int | None, logits_dtype: LogitsDtype
 ) -> None:
     if not temperature > 0:
         raise ValueError(
             f"temperature ({temperature}) must be positive; greedy sampling has no log-probs to "
             "train on"
         )
-    if logits_dtype not in (None, torch.float32, hidden.dtype):
+    if logits_dtype not in (None, torch.float32, hidden.dtype, "shifted"):
         raise ValueError(
-            f"logits_dtype ({logits_dtype}) must be float32 or hidden's {hidden.dtype}"
+            f"logits_dtype ({logits_dtype!r}) must be float32, hidden's {hidden.dtype} or 'shifted'"
+        )
+    if logits_dtype == "shifted" and hidden.dtype == torch.float32:
+        raise ValueError(
+            "logits_dtype ('shifted') rounds logits to the 16 bits of the inputs, and hidden is "
+            "float32; use None or float32"
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens ({chunk_tokens}) must be at least 1; None chooses")

@@ -188,7 +188,8 @@ def rows(backend, logits, target, advantage=None, grad_dtype=None, old=None, **o
     numbers = head._Objective(**({"clip_low": 0.2, "clip_high": 0.2} | objective))
     row_pass = head._rows_triton if backend == "triton" else head._rows_torch
     grad_dtype = grad_dtype or logits.dtype
-    dz = row_pass(z, V, target.to(DEVICE), per_token, numbers, stat, clipped, grad_dtype)
+    scale = torch.ones(1, device=DEVICE)
+    dz = row_pass(z, V, target.to(DEVICE), per_token, scale, numbers, stat, clipped, grad_dtype)
     return dict(zip(head.STATS, stat, strict=False), clipped=clipped), dz
 
 

@@ -132,7 +132,7 @@ def test_vocabulary_sizes(backend, V, offset, small_blocks):
 
 
 @both
-@pytest.mark.parametrize("V", [8191, 8193, 50257, 151_936])
+@pytest.mark.parametrize("V", [16_383, 16_385, 50_257, 151_936])
 def test_vocabulary_sizes_at_the_real_block(backend, V):
     """The gradient's wider bound is the GEMM's: for two rows it adds V products one after
     another."""
@@ -197,6 +197,55 @@ def test_fp16_overflows_at_a_large_ratio_whatever_the_scale(
     case.old_logprob, case.advantage = stats["logprob"] - log_ratio, -torch.ones(3, device=DEVICE)
     *_, dhidden, dweight = run(linear_drgrpo_loss, case, backend=backend, scale=scale)
     assert bool(dhidden.isfinite().all() and dweight.isfinite().all()) == finite
+
+
+# (V, standard deviation of the logits): entropies of 7.5, 4.3 and 2.7 nats, largest logits of 13 to
+# 27. They span a small base model and a trained one.
+PEAKEDNESS = [(151_936, 3.0), (128_256, 4.5), (151_936, 6.0)]
+
+
+@both
+@pytest.mark.parametrize(("V", "spread"), PEAKEDNESS)
+def test_shifted_logits_give_exact_log_probs(backend, V, spread):
+    """Measured at 24 tokens: 0.6 to 2.5e-3 nats, against 1.5 to 3.5e-2 of plain bf16 logits."""
+    case = make(12, 64, V, torch.bfloat16, spread=spread, on_policy=True)
+    inputs = (case.hidden, case.weight, case.target)
+    logprob64, entropy64 = linear_logprob_ref(
+        case.hidden.double(), *case.double().grad_inputs()[1:3]
+    )
+    plain, _ = linear_logprob(*inputs, logits_dtype=torch.bfloat16, backend=backend)
+    logprob, entropy = linear_logprob(*inputs, logits_dtype="shifted", backend=backend)
+    assert rms(logprob, logprob64) <= min(4e-3, rms(plain, logprob64) / 4)
+    assert rms(entropy, entropy64) <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_shifted_logits_give_gradients_as_exact_as_fp32_logits(dtype):
+    """The torch backend, which rounds to nearest. In fp16 all three are close to the rounding of
+    dZ."""
+    case = make(32, 64, 20_000, dtype, spread=6.0, on_policy=True)
+    exact = run(linear_drgrpo_loss_ref, case.double())
+
+    def errors(logits_dtype):
+        result = run(linear_drgrpo_loss, case, logits_dtype=logits_dtype, backend="torch")
+        return [distance(x, truth) for x, truth in zip(result[2:], exact[2:], strict=True)]
+
+    for shifted, fp32, plain in zip(*map(errors, ("shifted", torch.float32, dtype)), strict=True):
+        assert shifted <= 1.25 * fp32
+        assert shifted <= plain / 3
+
+
+@both
+def test_shifted_logits_of_tokens_without_a_target(backend, small_blocks):
+    """Ignored tokens are 0, invalid targets are NaN, and neither reaches another token."""
+    case = make(5, 8, 96, torch.bfloat16, on_policy=True)
+    how = dict(logits_dtype="shifted", backend=backend)
+    clean, _ = linear_logprob(case.hidden, case.weight, case.target, **how)
+    case.target[1:4] = torch.tensor([-100, 96, -1])
+    logprob, entropy = linear_logprob(case.hidden, case.weight, case.target, **how)
+    assert logprob[1] == entropy[1] == 0
+    assert logprob.isnan().tolist() == [False, False, True, True, False]
+    assert torch.equal(logprob[[0, 4]], clean[[0, 4]])
 
 
 @both
@@ -270,6 +319,49 @@ def test_hard_rows(backend, name, small_blocks):
     assert (error <= 5e-6 + 2e-7 * logp[finite].abs()).all()
     assert (stats["entropy"] - entropy).abs().max() <= 1e-5
     assert (dz + slope)[finite].abs().max() <= 2e-6
+
+
+BELOW = [0.0, 3.0, 12.0, 16.0, 17.0, 30.0, 100.0, 1e4]
+
+
+def rows_with_targets_below_the_top(offset):
+    """(logits, targets): the target of row i lies BELOW[i] nats under the largest logit."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(len(BELOW), 200, generator=rng) + offset
+    target = 25 * torch.arange(len(BELOW))
+    top = logits.amax(1)
+    logits[torch.arange(len(BELOW)), target] = top - torch.tensor(BELOW)
+    return logits.to(DEVICE), target
+
+
+@both
+@pytest.mark.parametrize("offset", [0.0, -200.0, 1e5, 1e6, -1e6])
+def test_targets_far_below_the_top(backend, offset, small_blocks):
+    """The Triton kernel changes its reference between 12 and 16 nats. Errors are relative to the
+    log-prob. The entropy is at most ln 200."""
+    logits, target = rows_with_targets_below_the_top(offset)
+    logp, entropy, slope = expect(logits, target)
+    stats, dz = rows(backend, logits, target)
+    assert ((stats["logprob"] - logp).abs() <= 1e-6 + 2e-7 * logp.abs()).all()
+    assert (stats["entropy"] - entropy).abs().max() <= 3e-6
+    assert (dz + slope).abs().max() <= 3e-7
+
+
+@needs_triton
+@pytest.mark.skipif(not INTERPRETED, reason="compiled code cannot be patched")
+def test_only_rare_targets_read_the_row_again(monkeypatch, small_blocks):
+    """That costs a third of the row pass."""
+    read_again, original = [], head._online_softmax
+
+    def recorded(*args):
+        read_again.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(head, "_online_softmax", recorded)
+    logits, target = rows_with_targets_below_the_top(-200.0)
+    rows("triton", logits, target)
+    rare = expect(logits, target)[0] < -24 * math.log(2)
+    assert len(read_again) == rare.sum() == 5
 
 
 @both
@@ -356,7 +448,7 @@ def test_exactly_on_the_bound_the_gradient_passes(backend, a, small_blocks):
 
 
 @both
-@pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("logits_dtype", [None, torch.bfloat16, "shifted"])
 def test_a_separate_pass_gives_ratio_one_exactly(backend, logits_dtype, small_blocks):
     """And on-policy is the same call with old = the own log-prob."""
     case = make(10, 16, 130, torch.bfloat16, seed=12, on_policy=True)

@@ -150,6 +150,12 @@ def test_no_gradient_of_the_gradient():
         gradient.sum().backward()
 
 
+def test_functional_gradients_are_refused():
+    hidden, *inputs = make(4, 8, 50).grad_inputs()
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda hidden: linear_drgrpo_loss(hidden, *inputs)[0])(hidden.detach())
+
+
 def test_tied_weights():
     """One parameter as embedding and head: both gradients arrive."""
     V, D, ids = 40, 8, torch.tensor([1, 5, 9], device=DEVICE)
@@ -249,6 +255,40 @@ def test_compile_sees_one_node_of_the_triton_backend(small_blocks):
     assert sum("drgrpo" in name for name in nodes) == 1
 
 
+def graphs_of(changing, monkeypatch):
+    """Graphs that torch.compile makes of loss and log-prob while the token count or `scale` changes
+    in every call. The token counts take 1 to 6 chunks."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def step(hidden, weight, target, advantage, scale):
+        loss, _ = linear_drgrpo_loss(
+            hidden * 2, weight, target, advantage, scale=scale, backend="triton"
+        )
+        return loss, linear_logprob(hidden * 2, weight, target, backend="triton")[0]
+
+    monkeypatch.setattr(head, "default_chunk_tokens", lambda T, *_: min(T, 4))
+    counter = CompileCounterWithBackend("aot_eager")  # the graphs that run, not Dynamo's alone
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for i in range(20):
+        T, scale = (3 + i, 0.5) if changing == "tokens" else (5, 0.1 + 0.3 * i)
+        inputs = make(T, 4, 20, on_policy=True, seed=i).grad_inputs()
+        loss, logprob = compiled(*inputs, scale)
+        loss.backward()
+        want = step(*inputs, scale)
+        assert torch.equal(loss, want[0]) and torch.equal(logprob, want[1])
+    return counter.frame_count
+
+
+@needs_triton
+@pytest.mark.parametrize("changing", ["tokens", "scale"])
+def test_compile_makes_one_graph_for_all_token_counts_and_scales(
+    changing, small_blocks, monkeypatch
+):
+    """The first call's numbers are constants to Dynamo, so the second call makes the last graph."""
+    torch.compiler.reset()
+    assert graphs_of(changing, monkeypatch) <= 2
+
+
 @needs_triton
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("reference", [False, True])
@@ -257,9 +297,11 @@ def test_operators_pass_torch_own_checks(needs, reference, small_blocks):
     checks = ("test_schema", "test_faketensor")
     inputs = (case.hidden, case.weight, case.target)
     per_token = (case.advantage, case.old_logprob, None, case.ref_logprob if reference else None)
-    args = (*inputs, *per_token, list(head._Objective()), 2, torch.float32, *needs)
+    scale = torch.ones(1, device=DEVICE)
+    logits = (2, torch.float32, False)
+    args = (*inputs, *per_token, scale, list(head._Objective()), *logits, *needs)
     torch.library.opcheck(head._triton_loss_op, args, test_utils=checks)
-    args = (*inputs, 1.0, 2, torch.float32)
+    args = (*inputs, 1.0, *logits)
     torch.library.opcheck(head._triton_logprob_op, args, test_utils=checks)
 
 

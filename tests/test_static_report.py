@@ -90,7 +90,8 @@ def launch(T, V, logits, gradient, skip=0, names=()):
     stat = torch.empty(6, T + skip)[:, skip:]
     clipped = torch.empty(T + skip, dtype=torch.int8)[skip:]
     target = torch.empty(T, dtype=torch.int64)
-    head._rows_triton(z, V, target, per_token, head._Objective(), stat, clipped, gradient)
+    numbers = torch.ones(1), head._Objective()
+    head._rows_triton(z, V, target, per_token, *numbers, stat, clipped, gradient)
     print(len(kernel.device_caches[0][0]), end=" ")
 
 bf16, fp32 = torch.bfloat16, torch.float32
