@@ -299,6 +299,7 @@ HARD = {
     "all_but_one_inf": lambda z: z.masked_fill(columns(z) != 5, -math.inf),
     "first_block_inf": lambda z: z.masked_fill(columns(z) < 128, -math.inf),
     "very_negative": lambda z: z - 1e5,
+    "very_negative_without_its_target": lambda z: (z - 1e5).masked_fill(columns(z) == 5, -math.inf),
 }
 
 
