@@ -388,7 +388,7 @@ def _drgrpo_row_kernel(
 
     # First sweep, ascending. Every power of two is relative to the target's logit, which lies near
     # the largest where the token was sampled. That takes no maximum and no rescaling.
-    reference = tl.where(tl.abs(z_target) < -_LOWEST, z_target, 0.0)
+    reference = z_target
     l_i = tl.zeros([BLOCK_V], tl.float32)
     t_i = tl.zeros([BLOCK_V], tl.float32)
     for start in range(0, full, BLOCK_V):
@@ -401,7 +401,7 @@ def _drgrpo_row_kernel(
     # The sums say whether the reference was good: 1 / l is the target's probability. One below
     # 2^-24 costs the entropy digits. That, an infinite logit or a NaN takes another sweep, with a
     # maximum and three numbers a lane, hence fewer lanes.
-    good = (l > 0.5) & (l < _LARGEST_SUM) & (t == t)
+    good = (l < _LARGEST_SUM) & (t == t)
     if (good | ignored) == 0:
         reference, l, t = _online_softmax(z_ptr, V, stride_z, k, BLOCK_V // 2)
     log2_l = tl.log2(l)
