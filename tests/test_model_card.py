@@ -75,6 +75,7 @@ def test_what_is_not_on_the_hub_gets_no_hub_name(tmp_path, group_of_one):
     [
         ("math_12k", "rasbt/math_full_minus_math500"),
         ("ann/data:train", "ann/data"),
+        ("asdiv[:25%]", "EleutherAI/asdiv"),
         ("arithmetic", None),
         ("./data/set", None),
         ("/data/set", None),
@@ -85,6 +86,14 @@ def test_what_is_not_on_the_hub_gets_no_hub_name(tmp_path, group_of_one):
 def test_the_hubs_name_of_a_source(source, name):
     """The last one is a folder here."""
     assert model_card.dataset(source) == name
+
+
+def test_the_base_of_a_model_that_the_trainer_taught_first(tmp_path, group_of_one):
+    card = card_of(tmp_path, "asdiv_smol", evals=[evaluation(3, 0.5, "asdiv_formulas[75%:]")])
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert card.data.datasets == "EleutherAI/asdiv"
+    assert card.data.eval_results[0].dataset_type == "EleutherAI/asdiv"
+    assert "SmolLM2-135M-Instruct with a supervised phase on formulas after 32 steps" in card.text
 
 
 def test_an_adapters_card_says_that_it_needs_the_base_model(tmp_path, group_of_one):

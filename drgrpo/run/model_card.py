@@ -12,10 +12,18 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
 from drgrpo.config import Config
-from drgrpo.data import ARITHMETIC, HUB
+from drgrpo.data import ARITHMETIC, HUB, Share
 from drgrpo.run.accuracy import HEADINGS, before_and_after, sampling
 from drgrpo.run.files import read_jsonl
 from drgrpo.run.folder import changed_settings
+from drgrpo.smol import HUB_NAME as SMOL
+
+
+MADE = {
+    "tiny": "the warmed-up model of the tiny recipe",
+    "smol": f"{SMOL} with a supervised phase on formulas",
+}
+"""What the models are that the trainer makes itself."""
 
 
 def write(config: Config, step: int, folder: Path, library: str) -> None:
@@ -30,7 +38,7 @@ def write(config: Config, step: int, folder: Path, library: str) -> None:
     text = environment.get_template("model_card.md.jinja").render(
         card_data=metadata(config, step, library, evals).to_yaml(),
         name=out.resolve().name,
-        base=config.model if config.model != "tiny" else "the warmed-up model of the tiny recipe",
+        base=MADE.get(config.model, config.model),
         step=step,
         library=library,
         config=config,
@@ -46,9 +54,10 @@ def write(config: Config, step: int, folder: Path, library: str) -> None:
 
 def metadata(config: Config, step: int, library: str, evals: list[dict[str, Any]]) -> ModelCardData:
     """What the hub reads."""
+    base = SMOL if config.model == "smol" else config.model
     newest = [row for row in evals if row["step"] == evals[-1]["step"]]
     return ModelCardData(
-        base_model=config.model if is_hub_name(config.model) else None,
+        base_model=base if is_hub_name(base) else None,
         datasets=dataset(config.train_data),
         library_name=library,
         pipeline_tag="text-generation",
@@ -71,10 +80,11 @@ def result(row: dict[str, Any]) -> EvalResult:
 
 def dataset(source: str) -> str | None:
     """The hub's name of a source of problems, or None for one that is not on the hub."""
-    if source in HUB:
-        return HUB[source].repo
-    name = source.partition(":")[0]
-    return name if source not in ARITHMETIC and is_hub_name(name) else None
+    name = Share.of(source).name
+    if name in HUB:
+        return HUB[name].repo
+    name = name.partition(":")[0]
+    return name if name not in ARITHMETIC and is_hub_name(name) else None
 
 
 def is_hub_name(name: str) -> bool:
