@@ -18,7 +18,6 @@ from drgrpo.run.files import read_jsonl
 from drgrpo.run.folder import changed_settings
 from drgrpo.smol import HUB_NAME as SMOL
 
-
 MADE = {
     "tiny": "the warmed-up model of the tiny recipe",
     "smol": f"{SMOL} with a supervised phase on formulas",
