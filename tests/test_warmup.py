@@ -10,6 +10,7 @@ from drgrpo import imitation
 from drgrpo.config import RECIPES
 from drgrpo.tiny.warmup import Warmup, build_tiny_model, cached_tiny_model, demonstrations
 from drgrpo.warmup import initial_model
+from runs import finish, launch, metrics, small
 
 SHORT = Warmup(steps=2, batch=8)
 
@@ -46,6 +47,22 @@ def test_weights_follow_the_seed_and_leave_the_global_generator_alone(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / n).model.embed_tokens.weight for n in "abc"
     )
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+@pytest.mark.slow
+def test_two_processes_with_an_empty_cache_start(tmp_path):
+    """Rank 0 alone runs the supervised phase, so no part of it may be a collective."""
+    prelude = f"""
+from pathlib import Path
+from drgrpo import imitation
+from drgrpo.tiny import warmup
+imitation.CACHE = Path({str(tmp_path / "cache")!r})
+initial = warmup.Warmup.__init__
+warmup.Warmup.__init__ = lambda self, **fields: initial(self, **fields | dict(steps=2, batch=4))
+"""
+    config = small("tiny", tmp_path / "run", steps=1, eval_data="")
+    shown = finish(launch(config, processes=2, prelude=prelude))
+    assert "warm-up    2/2" in shown and len(metrics(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize(
