@@ -32,6 +32,7 @@ kernels/linear_drgrpo.py.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -263,8 +264,11 @@ def trl_chunked(case: Case) -> Contender:
 
 
 def unsloth(case: Case) -> Contender:
-    """Unsloth's head, as its GRPO calls it: log-probs and the entropy, which has no gradient."""
-    from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+    """Unsloth's head, as its GRPO calls it: log-probs and the entropy, which has no gradient.
+    `import unsloth` would patch TRL, and unsloth_zoo alone asks for this variable. The settings of
+    the allocator that unsloth_zoo writes to the environment are undone."""
+    with patch.dict(os.environ, UNSLOTH_IS_PRESENT="1"):
+        from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
 
     options = dict(return_entropy=True, entropy_requires_grad=False)
     return from_logprob(case, lambda *inputs: fused_linear_logprobs(*inputs, **options)[0])
