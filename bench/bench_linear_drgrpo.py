@@ -1,19 +1,28 @@
-"""Speed, memory and error of the fused head, beside other programs that compute the same gradients.
+"""Speed, memory and error of the fused head, beside other programs that compute the same.
 
     python -m bench.bench_linear_drgrpo                              both models, four token counts
     python -m bench.bench_linear_drgrpo --models 7B --tokens 16384   one shape
+    python -m bench.bench_linear_drgrpo --cases frozen-head          one case
     python -m bench.bench_linear_drgrpo --sweep                      other block and chunk sizes too
     python -m bench.bench_linear_drgrpo --device cpu                 the torch backend, small sizes
 
-Every contender gets the same hidden states, weight, targets and an advantage of 1, strictly
-on-policy. There the gradient of Dr. GRPO is that of the mean cross-entropy, so the cross-entropy
-kernels compete on equal terms. The denominator is the bare GEMMs. Targets are sampled from the
-softmax, so entropies are realistic; tensors of zeros would run at higher clocks.
+There are four cases:
 
-First the fused head must be as exact as plain autograd, or nothing is timed. Then, per shape:
-milliseconds (p20, p50, p80) of forward and backward and of log-probs alone, peak memory beyond the
-inputs, relative error of both gradients against float64 on the first tokens, host syncs. A
-contender that is not installed, or does not run on this machine, is listed with the reason. The
+    on-policy     forward and backward without old log-probs
+    old-logprob   the same with old log-probs: the ratio is 0.9, or 1.65 and clipped for a tenth
+    frozen-head   on-policy without the gradient of the weight, which LoRA does not train
+    logprob       log-probs alone
+
+Every contender gets the same hidden states, weight, targets and an advantage of 1. Without old
+log-probs the gradient of Dr. GRPO is that of the mean cross-entropy, so the cross-entropy kernels
+compete on equal terms. The denominator is the bare GEMMs: three, or two with a frozen head, or one
+for log-probs. Targets are sampled from the softmax, so entropies are realistic; tensors of zeros
+would run at higher clocks.
+
+First the fused head must be as exact as plain autograd, or nothing is timed. Then, per case and
+shape: milliseconds (p20, p50, p80), peak memory beyond the inputs, relative errors of the gradients
+or the log-probs' error against float64 on the first tokens, host syncs. A contender that is not
+installed, does not run on this machine or does not know the case is listed with the reason. The
 benchmark writes OUT.json after every shape, then OUT.png. The last line of stdout is JSON.
 
 The sweep times forward and backward at the first token count with other sizes of a row program,
@@ -23,6 +32,7 @@ kernels/linear_drgrpo.py.
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +41,7 @@ from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -51,6 +62,8 @@ DEFAULTS = {
     "cuda": (["7B", "1.5B"], [2048, 4096, 16_384, 65_536]),
     "cpu": (["tiny", "small"], [1024, 4096]),
 }
+CASES = ("on-policy", "old-logprob", "frozen-head", "logprob")
+CLIP = 0.2  # the default of linear_drgrpo_loss
 ERROR_TOKENS, ERRORS = 256, ("dhidden", "dweight", "logprob_rms")
 # What a sweep tries: (BLOCK_V, NUM_WARPS) that fit the registers, of which the torch backend has
 # none, and tokens of a chunk at the widest vocabulary.
@@ -65,34 +78,38 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Case:
+    name: str  # of CASES
     hidden: Tensor  # [T, D]
-    weight: Tensor  # [V, D]
+    weight: Tensor  # [V, D], without gradient where the head is frozen
     target: Tensor  # [T]
     advantage: Tensor  # [T], ones
+    old_logprob: Tensor | None = None  # [T]
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hidden, self.weight, self.target
 
-    def backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """(dhidden, dweight) of a loss."""
-        return torch.autograd.grad(loss, (self.hidden, self.weight))
+    def backward(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """(dhidden, dweight) of a loss, or (dhidden,) where the head is frozen."""
+        trained = [x for x in (self.hidden, self.weight) if x.requires_grad]
+        return torch.autograd.grad(loss, trained)
 
     def first(self, tokens: int) -> "Case":
         hidden = self.hidden[:tokens].detach().requires_grad_()
         target, advantage = self.target[:tokens], self.advantage[:tokens]
-        return replace(self, hidden=hidden, target=target, advantage=advantage)
+        old = None if self.old_logprob is None else self.old_logprob[:tokens]
+        return replace(self, hidden=hidden, target=target, advantage=advantage, old_logprob=old)
 
 
 @dataclass(frozen=True)
 class Contender:
     """Functions of one case: `step` computes the gradients of the loss, `logprob` the log-probs."""
 
-    step: Callable[[], tuple[Tensor, Tensor]]
+    step: Callable[[], tuple[Tensor, ...]]
     logprob: Callable[[], Tensor] | None = None
 
 
-def make_case(T: int, D: int, V: int, device: str) -> Case:
+def make_case(T: int, D: int, V: int, device: str, name: str = "on-policy") -> Case:
     """Hidden states as after a final norm, a weight that gives entropies of about one nat, targets
     sampled by the Gumbel trick. Sampling goes in pieces, because [T, V] may not fit."""
     rng = torch.Generator(device).manual_seed(0)
@@ -105,8 +122,14 @@ def make_case(T: int, D: int, V: int, device: str) -> Case:
         logits = (hidden[start : start + 512] @ weight.T).float()
         gumbel = torch.empty_like(logits).exponential_(generator=rng).log_().neg_()
         target[start : start + 512] = (logits + gumbel).argmax(-1)
+    old = None
+    if name == "old-logprob":  # no ratio is so near a bound that rounding decides whether it is cut
+        clipped = torch.rand(T, generator=rng, device=device) < 0.1
+        log_ratio = torch.where(clipped, 0.5, math.log(0.9))
+        old = head.linear_logprob(hidden, weight, target)[0] - log_ratio
+    weight.requires_grad_(name != "frozen-head")
     ones = torch.ones(T, device=device)
-    return Case(hidden.requires_grad_(), weight.requires_grad_(), target, ones)
+    return Case(name, hidden.requires_grad_(), weight, target, ones, old)
 
 
 # ---- contenders: each takes a case and returns a Contender, or raises Skip or ImportError
@@ -120,41 +143,51 @@ def from_loss(case: Case, function: Function) -> Contender:
     return Contender(lambda: case.backward(function(*case.inputs)))
 
 
+def from_cross_entropy(case: Case, function: Function) -> Contender:
+    """The contender whose loss is the mean cross-entropy. It has the on-policy gradients."""
+    if case.old_logprob is not None:
+        raise Skip("takes no old log-probs")
+    return from_loss(case, function)
+
+
 def from_logprob(case: Case, function: Function) -> Contender:
-    """The contender whose log-probs are `function`. The loss is Dr. GRPO on-policy."""
+    """The contender whose log-probs are `function`. The loss is Dr. GRPO."""
 
     def loss(*inputs):
         logprob = function(*inputs)
-        return -((logprob - logprob.detach()).exp() * case.advantage).mean()
+        old = logprob.detach() if case.old_logprob is None else case.old_logprob
+        ratio = (logprob - old).exp()
+        bounded = ratio.clamp(1 - CLIP, 1 + CLIP)
+        return -torch.minimum(ratio * case.advantage, bounded * case.advantage).mean()
 
     return Contender(from_loss(case, loss).step, torch.no_grad()(lambda: function(*case.inputs)))
 
 
-def fused(case: Case, logits_dtype: torch.dtype | None = None) -> Contender:
+def fused(case: Case, logits_dtype: head.LogitsDtype = None) -> Contender:
     """This repository's head; None is the type of the hidden states."""
     how = dict(logits_dtype=logits_dtype or case.hidden.dtype)
+    rest = dict(old_logprob=case.old_logprob, scale=1 / len(case.target))
 
     def loss(*inputs):
-        scale = 1 / len(case.target)
-        return head.linear_drgrpo_loss(*inputs, case.advantage, scale=scale, **how)[0]
+        return head.linear_drgrpo_loss(*inputs, case.advantage, **rest, **how)[0]
 
     step = from_loss(case, loss).step
     return Contender(step, lambda: head.linear_logprob(*case.inputs, **how)[0])
 
 
-def fused_fp32_logits(case: Case) -> Contender:
+def fused_other_logits(case: Case, logits_dtype: head.LogitsDtype) -> Contender:
     if case.hidden.dtype == torch.float32:
-        raise Skip("the same as fused: the inputs are fp32")
-    return fused(case, torch.float32)
+        raise Skip("the inputs are fp32, and so are the logits of fused")
+    return fused(case, logits_dtype)
 
 
 def gemms(case: Case) -> Contender:
-    """The floor: three matrix products and nothing else. Its results are no gradients."""
+    """The floor: the matrix products and nothing else. Its results are no gradients."""
     x, w = case.hidden.detach(), case.weight.detach()
 
     def step():
         z = x @ w.T
-        return z @ w, z.T @ x
+        return (z @ w, z.T @ x) if case.weight.requires_grad else (z @ w,)
 
     return Contender(step, lambda: x @ w.T)
 
@@ -166,13 +199,16 @@ def gemms_chunked(case: Case) -> Contender:
 
     def step():
         z = x.new_empty(min(chunk, len(x)), len(w))
-        dx, dw = torch.empty_like(x), w.new_empty(w.shape, dtype=torch.float32)
+        dx, dw = torch.empty_like(x), None
+        if case.weight.requires_grad:
+            dw = w.new_empty(w.shape, dtype=torch.float32)
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
             n = len(x[part])
             head._matmul(x[part], w.T, z[:n])
             head._matmul(z[:n], w, dx[part])
-            head._matmul(z[:n].T, x[part], dw, accumulate=start > 0)
+            if dw is not None:
+                head._matmul(z[:n].T, x[part], dw, accumulate=start > 0)
         return dx, dw
 
     return Contender(step)
@@ -193,14 +229,18 @@ def compiled(case: Case) -> Contender:
 
 def naive_cross_entropy(case: Case) -> Contender:
     """F.cross_entropy on bf16 logits."""
-    return from_loss(case, lambda hidden, w, target: F.cross_entropy(hidden @ w.T, target))
+
+    def loss(hidden, weight, target):
+        return F.cross_entropy(hidden @ weight.T, target)
+
+    return from_cross_entropy(case, loss)
 
 
 def torch_linear_cross_entropy(case: Case) -> Contender:
     if not hasattr(F, "linear_cross_entropy"):
         raise Skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
-    return from_loss(case, lambda *inputs: F.linear_cross_entropy(*inputs, options=options))
+    return from_cross_entropy(case, partial(F.linear_cross_entropy, options=options))
 
 
 def trl_full_logits(case: Case) -> Contender:
@@ -223,35 +263,52 @@ def trl_chunked(case: Case) -> Contender:
     return from_logprob(case, logprob)
 
 
-def in_sequences(case: Case) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(hidden [B, L, D], target [B, L], advantage [B], L): Liger's losses take padded responses
-    with one advantage each."""
+def unsloth(case: Case) -> Contender:
+    """Unsloth's head, as its GRPO calls it: log-probs and the entropy, which has no gradient.
+    `import unsloth` would patch TRL, and unsloth_zoo alone asks for this variable. The settings of
+    the allocator that unsloth_zoo writes to the environment are undone."""
+    with patch.dict(os.environ, UNSLOTH_IS_PRESENT="1"):
+        from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
+
+    options = dict(return_entropy=True, entropy_requires_grad=False)
+    return from_logprob(case, lambda *inputs: fused_linear_logprobs(*inputs, **options)[0])
+
+
+def in_sequences(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None, int]:
+    """(hidden [B, L, D], target [B, L], advantage [B], old_logprob [B, L], L): Liger's losses take
+    padded responses with one advantage each."""
     T, D = case.hidden.shape
     L = next(length for length in (1024, 512, 256, 1) if T % length == 0)
-    return case.hidden.view(-1, L, D), case.target.view(-1, L), case.advantage[::L].contiguous(), L
+    old = None if case.old_logprob is None else case.old_logprob.view(-1, L)
+    advantage = case.advantage[::L].contiguous()
+    return case.hidden.view(-1, L, D), case.target.view(-1, L), advantage, old, L
 
 
 def liger_grpo(case: Case) -> Contender:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    hidden, target, advantage, L = in_sequences(case)
+    hidden, target, advantage, old, L = in_sequences(case)
     options = dict(beta=0.0, use_ref_model=False, compiled=case.hidden.is_cuda)
+    options |= dict(epsilon_low=CLIP, epsilon_high=CLIP)
     options |= dict(loss_type="dr_grpo", max_completion_length=L)
     function, mask = LigerFusedLinearGRPOLoss(**options), torch.ones_like(target)
-    rest = target, mask, advantage
-    return from_loss(case, lambda _, weight, __: function(hidden, weight, *rest)[0])
+
+    def loss(_, weight, __):
+        return function(hidden, weight, target, mask, advantage, old_per_token_logps=old)[0]
+
+    return from_loss(case, loss)
 
 
 def liger_triton_grpo(case: Case) -> Contender:
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    hidden, target, advantage, L = in_sequences(case)
-    options = dict(temperature=1.0, beta=0.0, eps_low=0.2, eps_high=0.2)
+    hidden, target, advantage, old, L = in_sequences(case)
+    options = dict(temperature=1.0, beta=0.0, eps_low=CLIP, eps_high=CLIP)
     options |= dict(loss_type="dr_grpo", max_completion_length=L, reduce=True)
 
     def loss(_, weight, __):
         logits = F.pad(hidden, (0, 0, 0, 1)) @ weight.T  # it expects one position more
-        return triton_grpo_loss(logits, None, None, target, advantage, **options)[0]
+        return triton_grpo_loss(logits, old, None, target, advantage, **options)[0]
 
     return from_loss(case, loss)
 
@@ -260,13 +317,14 @@ def liger_cross_entropy(case: Case) -> Contender:
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     function = LigerFusedLinearCrossEntropyFunction.apply
-    return from_loss(case, lambda *inputs: function(*inputs)[0])
+    return from_cross_entropy(case, lambda *inputs: function(*inputs)[0])
 
 
 def cce(case: Case, **options) -> Contender:
     from cut_cross_entropy import linear_cross_entropy
 
-    return from_loss(case, lambda *inputs: linear_cross_entropy(*inputs, **options))
+    options |= dict(reduction="none")
+    return from_logprob(case, lambda *inputs: -linear_cross_entropy(*inputs, **options))
 
 
 def verl(case: Case) -> Contender:
@@ -276,23 +334,26 @@ def verl(case: Case) -> Contender:
 
 
 def quack(case: Case) -> Contender:
+    """On sm_90 its scaled-exp pipeline, on other cards its base pipeline."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return from_loss(case, chunked_linear_cross_entropy)
+    return from_cross_entropy(case, chunked_linear_cross_entropy)
 
 
-FLOORS = ("3 bare GEMMs", "3 GEMMs in chunks, fp32 dW")
+FLOORS = ("bare GEMMs", "GEMMs in chunks, fp32 dW")
 CONTENDERS = {
-    "3 bare GEMMs": gemms,
-    "3 GEMMs in chunks, fp32 dW": gemms_chunked,
+    "bare GEMMs": gemms,
+    "GEMMs in chunks, fp32 dW": gemms_chunked,
     "fused (this repository)": fused,
-    "fused, fp32 logits": fused_fp32_logits,
+    "fused, fp32 logits": partial(fused_other_logits, logits_dtype=torch.float32),
+    "fused, shifted logits": partial(fused_other_logits, logits_dtype="shifted"),
     "torch, fp32 upcast": naive,
     "torch, cross_entropy": naive_cross_entropy,
     "torch.compile": compiled,
     "F.linear_cross_entropy": torch_linear_cross_entropy,
     "TRL full logits": trl_full_logits,
     "TRL chunked": trl_chunked,
+    "Unsloth fused": unsloth,
     "Liger fused GRPO": liger_grpo,
     "Liger triton_grpo_loss": liger_triton_grpo,
     "Liger fused CE": liger_cross_entropy,
@@ -303,60 +364,66 @@ CONTENDERS = {
 }
 LIGER = "Liger triton_grpo_loss", "Liger fused CE"
 NEED_CUDA = (*LIGER, "CCE", "CCE, no filter", "verl fused", "quack")
+
 # ---- measuring
 
 
-def exact(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprob, dhidden, dweight) in float64."""
-    hidden, weight = (x.detach().double().requires_grad_() for x in (case.hidden, case.weight))
-    logprob = head.linear_logprob_ref(hidden, weight, case.target)[0]
-    return logprob.detach(), *torch.autograd.grad(-logprob.mean(), (hidden, weight))
+def runner(build: Callable[[Case], Contender], case: Case) -> Callable:
+    """The function of a contender that the case times."""
+    contender = build(case)
+    if case.name != "logprob":
+        return contender.step
+    if contender.logprob is None:
+        raise Skip("gives no log-probs alone")
+    return contender.logprob
+
+
+def exact(case: Case) -> Tensor | tuple[Tensor, ...]:
+    """What the contenders compute, in float64: the log-probs or the gradients."""
+    hidden = case.hidden.detach().double().requires_grad_()
+    weight = case.weight.detach().double().requires_grad_(case.weight.requires_grad)
+    double = replace(case, hidden=hidden, weight=weight)
+    options = dict(old_logprob=case.old_logprob, scale=1 / len(case.target))
+    loss, stats = head.linear_drgrpo_loss_ref(*double.inputs, case.advantage, **options)
+    return stats["logprob"] if case.name == "logprob" else double.backward(loss)
 
 
 def distance(x: Tensor, y: Tensor) -> float:
     return ((x.double() - y).norm() / y.norm()).item()
 
 
-def errors(build: Callable[[Case], Contender], case: Case, truth: tuple) -> dict[str, float]:
-    """Relative errors of the gradients, and the log-probs' root mean square error in nats. `truth`
+def errors(build: Callable[[Case], Contender], case: Case, truth: Any) -> dict[str, float]:
+    """Relative errors of the gradients, or the log-probs' root mean square error in nats. `truth`
     is the result of `exact`."""
-    contender = build(case)
-    dhidden, dweight = contender.step()
-    result = {"dhidden": distance(dhidden, truth[1]), "dweight": distance(dweight, truth[2])}
-    if contender.logprob is not None:
-        error = contender.logprob().double() - truth[0]
-        result["logprob_rms"] = error.square().mean().sqrt().item()
-    return result
+    found = runner(build, case)()
+    if case.name == "logprob":
+        return {"logprob_rms": (found.double() - truth).square().mean().sqrt().item()}
+    return dict(zip(ERRORS, map(distance, found, truth), strict=False))
 
 
-def check(case: Case, truth: tuple) -> None:
-    """The fused head's gradients are at most 1.1 times as far from float64 as plain autograd's
+def check(case: Case, truth: Any) -> None:
+    """The fused head's results are at most 1.1 times as far from float64 as plain autograd's
     (fp32: 1e-5)."""
     fused_errors, plain_errors = errors(fused, case, truth), errors(naive, case, truth)
     slack = 1e-5 if case.hidden.dtype == torch.float32 else 1e-4
-    for name in ERRORS:
-        if not fused_errors[name] <= 1.1 * plain_errors[name] + slack:
-            off = f"{name} is off by {fused_errors[name]:.2e}, autograd by {plain_errors[name]:.2e}"
-            sys.exit(f"not timing a wrong kernel: {off}")
+    for name, error in fused_errors.items():
+        if not error <= 1.1 * plain_errors[name] + slack:
+            off = f"{name} is off by {error:.2e}, autograd by {plain_errors[name]:.2e}"
+            sys.exit(f"not timing a wrong kernel: {off} ({case.name})")
 
 
-def probe(name: str, case: Case, small: Case, truth: tuple) -> tuple[Contender, dict]:
-    """A contender that runs at this shape, with its memory, host syncs and errors."""
+def probe(name: str, case: Case, small: Case, truth: Any) -> tuple[Callable, dict]:
+    """The function of a contender that runs at this shape, with its memory, host syncs and
+    errors."""
     device = case.hidden.device.type
     if name in NEED_CUDA and device != "cuda":
         raise Skip("needs CUDA")
-    contender = CONTENDERS[name](case)
-    contender.step()  # compiles, tunes, and shows whether it fits
-    facts = {
-        "peak_bytes": peak_memory(contender.step, device),
-        "host_syncs": harness.host_syncs(contender.step, device),
-    }
+    run = runner(CONTENDERS[name], case)
+    run()  # compiles, tunes, and shows whether it fits
+    facts = {"peak_bytes": peak_memory(run, device), "host_syncs": harness.host_syncs(run, device)}
     if name not in FLOORS:
         facts["errors"] = errors(CONTENDERS[name], small, truth)
-    if contender.logprob is not None:
-        contender.logprob()
-        facts["logprob_peak_bytes"] = peak_memory(contender.logprob, device)
-    return contender, facts
+    return run, facts
 
 
 def reason(name: str, error: Exception) -> str:
@@ -371,34 +438,28 @@ def reason(name: str, error: Exception) -> str:
     return f"failed: {type(error).__name__}: {first_line[:120]}"
 
 
-def add_times(rows: list[dict], key: str, runs: dict, device: str, repeats: int) -> None:
-    """Times the runs in turns; writes `key`_ms and the ratio to the bare GEMMs into their rows."""
-    times = {name: quantiles(ms) for name, ms in interleaved(runs, device, repeats).items()}
-    for row in rows:
-        if ms := times.get(row["contender"]):
-            row |= {f"{key}_ms": ms, f"{key}_ratio": ms["p50"] / times[FLOORS[0]]["p50"]}
-
-
-def measure(model: str, T: int, device: str, names: list[str], repeats: int) -> list[dict]:
+def measure(
+    model: str, T: int, device: str, names: list[str], repeats: int, case_name: str = CASES[0]
+) -> list[dict]:
     """One row per contender: its numbers if it runs at this shape, else the reason."""
     D, V = MODELS[model]
-    case = make_case(T, D, V, device)
+    case = make_case(T, D, V, device, case_name)
     small = case.first(min(ERROR_TOKENS, T))
     truth = exact(small)
     check(small, truth)
-    rows, running = [], {}
+    rows, runs = [], {}
     for name in names:
-        row = {"model": model, "T": T, "D": D, "V": V, "contender": name}
+        row = {"model": model, "T": T, "D": D, "V": V, "case": case_name, "contender": name}
         rows.append(row)
         try:
-            running[name], facts = probe(name, case, small, truth)
+            runs[name], facts = probe(name, case, small, truth)
             row |= facts
         except Exception as error:  # of other projects' code, at a shape they may not support
             row["skipped"] = reason(name, error)
-    steps = {name: c.step for name, c in running.items()}
-    logprobs = {name: c.logprob for name, c in running.items() if c.logprob}
-    add_times(rows, "step", steps, device, repeats)
-    add_times(rows, "logprob", logprobs, device, repeats)
+    times = {name: quantiles(ms) for name, ms in interleaved(runs, device, repeats).items()}
+    for row in rows:
+        if ms := times.get(row["contender"]):
+            row |= {"ms": ms, "ratio": ms["p50"] / times[FLOORS[0]]["p50"]}
     return rows
 
 
@@ -480,18 +541,15 @@ def span(ms: dict[str, float]) -> str:
 
 def table(rows: list[dict]) -> str:
     """Markdown: the contenders that ran."""
-    times = ["fwd+bwd ms (p20-p80)", "/ GEMMs", "logprob ms (p20-p80)", "/ GEMM"]
-    heads = ["shape", "contender", *times, "peak GB", "err dX", "err dW", "err logp", "syncs"]
+    heads = ["shape", "case", "contender", "ms (p20-p80)", "/ GEMMs", "peak GB"]
+    heads += ["err dX", "err dW", "err logp", "syncs"]
     lines = []
-    for r in (row for row in rows if "step_ms" in row):
-        cells = [span(r["step_ms"]), f"{r['step_ratio']:.2f}", "-", "-"]
-        if "logprob_ms" in r:
-            cells[2:] = span(r["logprob_ms"]), f"{r['logprob_ratio']:.2f}"
+    for r in (row for row in rows if "ms" in row):
         known = r.get("errors", {})
         off = [f"{known[key]:.1e}" if key in known else "-" for key in ERRORS]
         syncs = "-" if r["host_syncs"] is None else r["host_syncs"]
-        cells += [f"{r['peak_bytes'] / 1e9:.3f}", *off, syncs]
-        lines.append([f"{r['model']}, {r['T']}", r["contender"], *cells])
+        figures = [span(r["ms"]), f"{r['ratio']:.2f}", f"{r['peak_bytes'] / 1e9:.3f}", *off, syncs]
+        lines.append([f"{r['model']}, {r['T']}", r["case"], r["contender"], *figures])
     return markdown(heads, lines)
 
 
@@ -503,17 +561,20 @@ def show(rows: list[dict]) -> None:
 
 
 def plot(rows: list[dict], where: dict, path: Path) -> None:
-    """Time over the bare GEMMs and memory, one column of panels per shape."""
+    """Time over the bare GEMMs and memory: two rows of panels per case, a column per shape."""
     shapes = list(dict.fromkeys((r["model"], r["T"]) for r in rows))
-    figure, axes = harness.new_figure(2, len(shapes), (4.5 * len(shapes), 8), squeeze=False)
-    for (model, T), (times, memory) in zip(shapes, axes.T, strict=True):
-        timed = [r for r in rows if (r["model"], r["T"]) == (model, T) and "step_ms" in r]
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    size = 4.5 * len(shapes), 8 * len(cases)
+    figure, axes = harness.new_figure(2 * len(cases), len(shapes), size, squeeze=False)
+    for (i, case), (j, shape) in product(enumerate(cases), enumerate(shapes)):
+        here = [r for r in rows if (r["case"], r["model"], r["T"]) == (case, *shape)]
+        timed = [r for r in here if "ms" in r]
         names = [r["contender"] for r in timed]
-        bars(times, names, [r["step_ratio"] for r in timed], "time / 3 bare GEMMs")
+        times, memory = axes[2 * i : 2 * i + 2, j]
+        bars(times, names, [r["ratio"] for r in timed], "time / bare GEMMs")
         bars(memory, names, [r["peak_bytes"] / 1e9 for r in timed], "peak memory (GB)")
-        times.set_title(f"{model}, {T} tokens")
-    title = "LM head + Dr. GRPO loss, forward and backward"
-    figure.suptitle(f"{title}: {where['device']}, torch {where['torch']}")
+        times.set_title(f"{case}: {shape[0]}, {shape[1]} tokens")
+    figure.suptitle(f"LM head + Dr. GRPO loss: {where['device']}, torch {where['torch']}")
     harness.save_figure(figure, path, dpi=120)
 
 
@@ -539,6 +600,7 @@ def parse_args() -> argparse.Namespace:
     add("--device", choices=["cuda", "cpu"], default=default_device)
     add("--models", nargs="+", choices=list(MODELS))
     add("--tokens", nargs="+", type=int)
+    add("--cases", nargs="+", choices=CASES, default=CASES)
     add("--only", nargs="+", choices=list(CONTENDERS), help="contenders beside the bare GEMMs")
     add("--repeats", type=int, default=20)
     add("--sweep", action="store_true", help="also time other block and chunk sizes")
@@ -561,8 +623,8 @@ def main():
     device_name = where["device"].split(",")[0].replace(" ", "-")
     out = args.out or RESULTS / f"linear_drgrpo_{device_name}"
     result = {"where": where, "repeats": args.repeats, "rows": []}
-    for model, T in product(args.models, args.tokens):
-        rows = measure(model, T, args.device, args.names, args.repeats)
+    for case, model, T in product(args.cases, args.models, args.tokens):
+        rows = measure(model, T, args.device, args.names, args.repeats, case)
         show(rows)
         result["rows"] += rows
         text = harness.write_json(out.with_suffix(".json"), result)

@@ -78,7 +78,7 @@ class Report:
 
 # ---- the parts
 
-KERNEL_FLAGS = "--models 1.5B 7B --tokens 16384 --repeats 10"
+KERNEL_FLAGS = "--models 1.5B 7B --tokens 16384 --repeats 10 --cases on-policy logprob"
 KERNEL_TOY = "--models tiny --tokens 256 --repeats 2 --only CCE 'fused (this repository)'"
 SHARES = {  # seconds: without vLLM, with it
     "ceilings": (35, 30),
@@ -347,8 +347,8 @@ def ceilings_line(result: dict) -> str:
 def kernel_line(result: dict) -> str:
     lines = []
     for row in result["rows"]:
-        if row["contender"] == "fused (this repository)" and "step_ratio" in row:
-            lines.append(f"{row['model']} {row['step_ratio']:.3f} x the bare GEMMs")
+        if row["contender"] == "fused (this repository)" and "ratio" in row:
+            lines.append(f"{row['model']} {row['case']} {row['ratio']:.3f} x the bare GEMMs")
     if sweep := result.get("sweep"):
         tuned = sweep["tuned"]
         lines.append(f"TUNED should say {tuned}" if tuned else "the default sizes stay")
@@ -430,9 +430,9 @@ def left_out(runs: dict[str, dict]) -> list[str]:
         lines += [f"{name}: {count} x {test}" for test, count in skipped.items()]
         cases, engines = result.get("cases", {}).values(), result.get("engines", {})
         rows = [*result.get("rows", []), *(row for case in cases for row in case.get("rows", []))]
-        whys = {r.get("contender") or r.get("variant"): r.get("skipped") for r in rows}
-        whys |= {engine: r.get("skipped") for engine, r in engines.items()}
-        lines += [f"{name}: {what}: {why}" for what, why in whys.items() if why]
+        whys = [(r.get("contender") or r.get("variant"), r.get("skipped")) for r in rows]
+        whys += [(engine, r.get("skipped")) for engine, r in engines.items()]
+        lines += [f"{name}: {what}: {why}" for what, why in dict.fromkeys(whys) if why]
         lines += [f"{name}: {case['left_out']}" for case in cases if "left_out" in case]
     return lines
 

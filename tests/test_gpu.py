@@ -102,6 +102,17 @@ def test_a_rehearsal_builds_vllm_with_both_heads_and_trains_with_it(rehearsal):
     assert tried["steps"] == 4 and all(tried["checks"].values()) and len(tried["checks"]) == 5
 
 
+def test_the_kernel_is_reported_by_case_and_a_reason_is_given_once():
+    ours = {"contender": "fused (this repository)", "model": "7B"}
+    rows = [ours | {"case": case, "ratio": 1.1} for case in ("on-policy", "logprob")]
+    whys = ("needs CUDA", "needs CUDA", "gives no log-probs alone", None)
+    rows += [{"contender": "CCE", "skipped": why} for why in whys]
+    line = "7B on-policy 1.100 x the bare GEMMs; 7B logprob 1.100 x the bare GEMMs"
+    assert gpu.kernel_line({"rows": rows}) == line
+    left_out = gpu.left_out({"kernel": {"result": {"rows": rows}}})
+    assert left_out == ["kernel: CCE: needs CUDA", "kernel: CCE: gives no log-probs alone"]
+
+
 def without(monkeypatch, *packages: str) -> None:
     """These are not installed."""
     find = importlib.util.find_spec
