@@ -424,9 +424,9 @@ def math_7b_lora() -> Config:
 
 
 def asdiv_smol() -> Config:
-    """Half an hour on two CPU cores: word problems with a pretrained model of 135 M parameters,
+    """Half an hour on a CPU core: word problems with a pretrained model of 135 M parameters,
     after minutes of supervised training."""
-    # every value is ours: what two cores can do in the time
+    # every value is ours: what a core can do in the time
     return Config(
         recipe="asdiv_smol",
         model="smol",
