@@ -64,6 +64,7 @@ from drgrpo.advantage import group_advantage
 from drgrpo.config import RECIPES, Config
 from drgrpo.engine_torch import TorchEngine
 from drgrpo.grade import Grader
+from drgrpo.imitation import CACHE
 from drgrpo.model import (
     Objective,
     Policy,
@@ -78,7 +79,7 @@ from drgrpo.run.flops import peak_flops, training_flops
 from drgrpo.run.memory import GIB, USABLE, kept_gib, training_gib
 from drgrpo.templates import get_template
 from drgrpo.tiny.tokenizer import byte_tokenizer
-from drgrpo.tiny.warmup import CACHE, Warmup, build_tiny_model, cached_tiny_model
+from drgrpo.tiny.warmup import Warmup, build_tiny_model, cached_tiny_model
 from drgrpo.types import Completion, Problem, Rollout, Sampling, UserError
 
 CPU = torch.device("cpu")
