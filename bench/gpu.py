@@ -39,7 +39,10 @@ from typing import TextIO
 ROOT = Path(__file__).parents[1]
 SECONDS = 575.0  # of 600
 OLDEST = (3, 11)  # Python
-NEEDED = ("torch", "transformers", "numpy", "matplotlib", "filelock", "rich")  # by train.py
+NEEDED = (  # by train.py
+    *("torch", "transformers", "numpy", "matplotlib", "filelock", "rich", "jinja2"),
+    "huggingface_hub",
+)
 TICK = 2.0  # seconds between two looks at what a running part has written
 
 
