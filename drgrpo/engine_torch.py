@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     AutoModelForCausalLM,
     DynamicCache,
     PreTrainedModel,
@@ -68,10 +67,6 @@ def grouped_attention(
         query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=H != K
     )
     return out.transpose(1, 2), None
-
-
-def own_mask(*args: Any, **kwargs: Any) -> None:
-    """The engine hands its mask over, so transformers builds none."""
 
 
 def float32_head(lm: PreTrainedModel) -> None:
@@ -136,7 +131,6 @@ class TorchEngine:
         max_tokens: int,
     ) -> None:
         AttentionInterface.register("drgrpo_grouped", grouped_attention)
-        AttentionMaskInterface.register("drgrpo_grouped", own_mask)
         lm = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="drgrpo_grouped"
         )
