@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -75,6 +75,16 @@ def _without_unit(answer: str) -> str:
     return answer.partition("(")[0].strip()  # "9 (apples)"
 
 
+def _is_formula(row: dict[str, Any]) -> bool:
+    """Whether the formula, such as "7+2=9", has the answer as its value."""
+    return formula_value(row["formula"]) == _without_unit(row["answer"])
+
+
+# Some rows have several answers ("3; 5").
+_ASDIV = Columns(
+    ("body", "question"), read=_without_unit, keep=lambda row: ";" not in row["answer"]
+)
+
 # The worked solution ends in "#### answer".
 _GSM8K = Columns(("question",), read=lambda text: text.rpartition("####")[2].strip())
 
@@ -88,24 +98,9 @@ HUB = {
     # 7 473 and 1 319 rows. The paper's copy of the first holds the second too: never use that copy.
     "gsm8k": HubSet("openai/gsm8k", "train", _GSM8K, config="main"),
     "gsm8k_test": HubSet("openai/gsm8k", "test", _GSM8K, config="main"),
-    # 2 305 rows. A row with several answers ("3; 5") is left out.
-    "asdiv": HubSet(
-        "EleutherAI/asdiv",
-        "validation",
-        Columns(
-            ("body", "question"), read=_without_unit, keep=lambda row: ";" not in row["answer"]
-        ),
-    ),
-    # The rows of asdiv whose formula, such as "7+2=9", has the answer as its value.
-    "asdiv_formulas": HubSet(
-        "EleutherAI/asdiv",
-        "validation",
-        Columns(
-            ("body", "question"),
-            read=_without_unit,
-            keep=lambda row: formula_value(row["formula"]) == _without_unit(row["answer"]),
-        ),
-    ),
+    # 2 305 rows, of which the second keeps those that a formula solves.
+    "asdiv": HubSet("EleutherAI/asdiv", "validation", _ASDIV),
+    "asdiv_formulas": HubSet("EleutherAI/asdiv", "validation", replace(_ASDIV, keep=_is_formula)),
     # 30, 83, 500, 272 and 674 rows. aime24 pads its answers with zeros ("025"). amc is AMC 12 of
     # 2022 and 2023, with floats as answers. The answers of olympiad_bench are lists, and the
     # paper's copy has 675 rows.
@@ -131,14 +126,15 @@ class Share:
 
     @classmethod
     def of(cls, source: str) -> Share:
-        """`data.jsonl[25%:75%]`, or a whole set. UserError for a share without percents."""
-        match = re.fullmatch(r"(.+)\[(?:(\d+)%)?:(?:(\d+)%)?\]", source)
-        if not match:
+        """`data.jsonl[25%:75%]`, or a whole set. UserError for a share that is empty or not in
+        percent."""
+        brackets = re.fullmatch(r"(.+)\[([^\[\]]*:[^\[\]]*)\]", source)
+        if not brackets:
             return cls(source)
-        share = cls(match[1], int(match[2] or 0), int(match[3] or 100))
-        if not share.start < share.end <= 100:
+        ends = re.fullmatch(r"(?:(\d+)%)?:(?:(\d+)%)?", brackets[2])
+        if not ends or not int(ends[1] or 0) < int(ends[2] or 100) <= 100:
             raise UserError(f"{source} must end in a share such as [:80%] or [25%:75%]")
-        return share
+        return cls(brackets[1], int(ends[1] or 0), int(ends[2] or 100))
 
     def holds(self, problem: Problem) -> bool:
         question = _normalize(problem.question).encode()

@@ -195,8 +195,10 @@ def test_shares_of_named_sets_and_splits(hub):
     assert load_problems("someone/set:b[:]") == load_problems("someone/set:b")
 
 
-@pytest.mark.parametrize("share", ["[80%:20%]", "[50%:50%]", "[:120%]"])
-def test_a_share_that_holds_nothing(tmp_path, share):
+@pytest.mark.parametrize(
+    "share", ["[80%:20%]", "[50%:50%]", "[:120%]", "[:80]", "[:.5%]", "[-5%:]"]
+)
+def test_a_share_that_is_empty_or_not_in_percent(tmp_path, share):
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(UserError, match="must end in a share such as"):
         check_sources(config_of(f"{path}{share}"))
