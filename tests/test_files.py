@@ -35,6 +35,11 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch, content):
 def test_a_line_that_is_not_complete_does_not_count(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"step": 1}\n{"step": 2')
     assert read_jsonl(tmp_path / "rows.jsonl") == [{"step": 1}]
+    (tmp_path / "rows.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    assert read_jsonl(tmp_path / "rows.jsonl") == [{"step": 1}, {"step": 2}]
+    (tmp_path / "rows.jsonl").write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="delimiter"):
+        read_jsonl(tmp_path / "rows.jsonl")
 
 
 def test_files_that_differ_in_their_ending_do_not_share_a_partial(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
-    """Every complete line. One that a kill tore off, or that is being written, has no newline."""
-    lines = Path(path).read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Every line. The last one is left out if a kill tore it off, or if it is being written."""
+    *lines, last = Path(path).read_text().split("\n")
+    rows = [json.loads(line) for line in lines]
+    with suppress(json.JSONDecodeError):
+        rows.append(json.loads(last))
+    return rows
