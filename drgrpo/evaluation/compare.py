@@ -234,7 +234,7 @@ def paired_table(result: dict) -> Table:
     names = []
     for side in ("a", "b"):
         run, template, temperature = result[side]
-        names.append(f"{side.upper()}: {run}, {template}, T={temperature:g}")
+        names.append(f"{side.upper()}: {run}, {template!r}, T={temperature:g}")
     caption = "Paired by problem; p is of no difference, two-sided."
     if result["left_out"]:
         caption += f" Not in both runs: {', '.join(result['left_out'])}."
