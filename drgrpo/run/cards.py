@@ -26,7 +26,7 @@ MODELS = {
     "Qwen/Qwen2.5-Math-7B": ("qwen2", 152_064, 3584, 18_944, 28, 28, 4, 4096, False),
     "lkevinzc/Llama-3.2-3B-NuminaQA": ("llama", 128_256, 3072, 8192, 28, 24, 8, 131_072, True),
 }
-"""Hub name -> the `FIELDS` of its config.json."""
+"""Name of `--model` -> the `FIELDS` of its config.json."""
 
 FIELDS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
