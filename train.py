@@ -34,7 +34,6 @@ import math
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -47,7 +46,7 @@ from drgrpo.engine import make_engine, stop_token_ids
 from drgrpo.evaluation.evaluate import evaluate_sets
 from drgrpo.grade import Grade, Grader
 from drgrpo.lora import Adapter, WithoutAdapter, reference_model
-from drgrpo.model import Objective, Policy, load_policy, load_tokenizer
+from drgrpo.model import Policy, load_policy, load_tokenizer, make_objective
 from drgrpo.rollout import Sampler, longest_prompt, tokenize_sets, with_grades
 from drgrpo.run import checkpoint, provenance, report, summary
 from drgrpo.run.dry_run import dry_run
@@ -141,9 +140,7 @@ def main(config: Config) -> None:
 
             # 4. The ratio divides by log-probs from before the first update.
             with timer("old"):
-                for batch in chain(*plan):
-                    batch.old_logprob_N = old_logprob(config, policy, batch)
-                    batch.ref_logprob_N = reference.logprob(batch) if reference else None
+                add_logprobs(config, policy, reference, plan)
 
             # 5. One optimizer step for each minibatch.
             with timer("train"):
@@ -198,12 +195,10 @@ def load_policies(
     config: Config, path: str, device: torch.device
 ) -> tuple[Policy, Policy | WithoutAdapter | None, torch.optim.Optimizer]:
     """The policy, the reference model of a KL penalty if there is one, and the optimizer."""
-    tis_cap, kl_coef = config.tis_cap or None, config.kl_coef
-    objective = Objective(config.clip_low, config.clip_high, tis_cap, config.temperature, kl_coef)
     load = partial(
         load_policy,
         path,
-        objective,
+        make_objective(config, device),
         dtype=getattr(torch, config.dtype),
         device=device,
         attention=config.attention,
@@ -212,7 +207,7 @@ def load_policies(
     )
     adapter = Adapter(config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     policy = load(adapter=adapter, checkpointing=config.checkpointing, compile=config.compile)
-    reference = reference_model(policy, load) if kl_coef else None
+    reference = reference_model(policy, load) if config.kl_coef else None
     trained = [p for p in policy.parameters() if p.requires_grad]
     lr, betas, decay = config.lr, (config.beta1, config.beta2), config.weight_decay
     return policy, reference, torch.optim.AdamW(trained, lr, betas, weight_decay=decay, fused=True)
@@ -240,12 +235,23 @@ def plan_updates(
     return plan
 
 
-def old_logprob(config: Config, policy: Policy, batch: Batch) -> Tensor | None:
+def add_logprobs(
+    config: Config,
+    policy: Policy,
+    reference: Policy | WithoutAdapter | None,
+    plan: list[list[Batch]],
+) -> None:
     """The denominator of the ratio: the sampler's log-probs, or the policy's before this step's
-    updates (the paper), or None for the policy's own at every update, which makes the ratio 1."""
-    if config.old_logprob == "sampler":
-        return batch.sampler_logprob_N
-    return policy.logprob(batch) if config.old_logprob == "recompute" else None
+    updates (the paper). Without one the ratio is 1. It is 1 in the first update anyway, where the
+    policy is still the one before the updates, so that nothing is computed for it."""
+    for i, batches in enumerate(plan):
+        for batch in batches:
+            if config.old_logprob == "sampler":
+                batch.old_logprob_N = batch.sampler_logprob_N
+            elif config.old_logprob == "recompute" and i > 0:
+                batch.old_logprob_N = policy.logprob(batch)
+            if reference:
+                batch.ref_logprob_N = reference.logprob(batch)
 
 
 def train_minibatch(

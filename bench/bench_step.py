@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain, pairwise, product
+from itertools import pairwise, product
 from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist, median
@@ -304,8 +304,7 @@ class Trainer:
             clock = Clock(self.device)
             plan = train.plan_updates(config, self.rollouts, self.advantage_PG, 1, self.device)
             clock.mark("pack")
-            for batch in chain(*plan):
-                batch.old_logprob_N = train.old_logprob(config, self.policy, batch)
+            train.add_logprobs(config, self.policy, None, plan)
             clock.mark("old log-probs")
             with clock.watching(self.policy):
                 how = config, self.policy, self.optimizer

@@ -60,6 +60,8 @@ class Config:
     """activations recomputed in the backward pass: none, all but matmul outputs, or whole blocks"""
     compile: bool = False
     """torch.compile every block"""
+    logits: Literal["auto", "float32", "shifted"] = "auto"
+    """the LM head's: float32, or 16 bits about the target's logit (auto: on a GPU in 16 bits)"""
 
     # LoRA
     lora_rank: int = 0
@@ -199,6 +201,11 @@ class Config:
                 "--old-logprob none is exact only with one update per rollout, not with "
                 f"--minibatches {self.minibatches}; use --minibatches 1, or --old-logprob sampler "
                 "or recompute"
+            )
+        if self.logits == "shifted" and self.dtype == "float32":
+            raise UserError(
+                "--logits shifted rounds to the 16 bits of --dtype bfloat16 or float16, and "
+                "--dtype is float32; use --logits auto"
             )
         if self.kl_coef and self.algo in TOKENS_WEIGHED:
             raise UserError(

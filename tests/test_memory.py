@@ -63,17 +63,24 @@ def test_cuda_its_graphs_and_collectives_are_always_there_on_a_gpu():
     assert "NCCL" not in ledger("1.5B", world=1).kept and "CUDA" not in ledger(gb=None).kept
 
 
-def test_the_head_has_a_chunk_of_float32_logits_where_log_probs_are_compared():
-    weight_gradient = 4 * 151_936 * 1536
-    for old_logprob, minibatches, size in (("recompute", 8, 4), ("sampler", 8, 4), ("none", 1, 2)):
-        flags = {"old_logprob": old_logprob, "minibatches": minibatches, "checkpointing": "none"}
-        head = draft("1.5B", **flags).training["LM head"] * GIB
-        assert head == pytest.approx(weight_gradient + size * 4096 * 151_936, rel=0.01)
+@pytest.mark.parametrize(
+    ("logits", "dtype", "size"),
+    [("auto", "bfloat16", 2), ("float32", "bfloat16", 4), ("auto", "float32", 4)],
+)
+def test_the_head_has_a_chunk_of_logits_and_if_they_are_shifted_a_copy_of_its_weight(
+    logits, dtype, size
+):
+    flags = {"logits": logits, "dtype": dtype, "checkpointing": "none"}
+    head = draft("1.5B", gb=640, **flags).training["LM head"] * GIB
+    weight = 151_936 * 1536
+    expected = 4 * weight + size * 4096 * 151_936 + (2 * weight if size == 2 else 0)
+    assert head == pytest.approx(expected, rel=0.01)
 
 
 def test_few_responses_have_a_smaller_chunk_of_logits():
-    few = draft("1.5B", tokens_per_microbatch=1024, max_new_tokens=500).training["LM head"]
-    assert few < draft("1.5B").training["LM head"] / 2
+    few = {"tokens_per_microbatch": 1024, "max_new_tokens": 500, "logits": "float32"}
+    whole = draft("1.5B", logits="float32").training["LM head"]
+    assert draft("1.5B", **few).training["LM head"] < whole / 2
 
 
 def test_a_sequence_longer_than_the_micro_batch_runs_alone():

@@ -44,6 +44,7 @@ from drgrpo.model import (
     load_policy,
     max_positions,
     resolve_attention,
+    resolve_logits,
     sdpa_attention,
     varlen_attention,
 )
@@ -211,6 +212,31 @@ def test_every_number_of_the_objective_reaches_the_loss(random_model):
         policy = load(random_model, replace(default, **{name: value}))
         assert (policy.loss(batch, 1.0)[0] - loss).abs() > 1e-3, name
         assert torch.equal(policy.logprob(batch), logprob_N) == (name != "temperature")
+
+
+def test_shifted_logits_are_for_16_bits_on_a_gpu():
+    cuda = torch.device("cuda")
+    assert resolve_logits("auto", "bfloat16", cuda) == "shifted"
+    assert resolve_logits("auto", "float16", cuda) == "shifted"
+    assert resolve_logits("auto", "float32", cuda) == torch.float32
+    assert resolve_logits("auto", "bfloat16", CPU) == torch.float32
+    assert resolve_logits("shifted", "bfloat16", CPU) == "shifted"
+    assert resolve_logits("float32", "bfloat16", cuda) == torch.float32
+
+
+def test_all_log_probs_of_a_policy_have_the_logits_of_its_objective(random_model, group_of_one):
+    """Those of an own pass, and those of an update with and without others to compare with."""
+    batch, results = pack(sequences()), {}
+    for logits in (torch.float32, "shifted"):
+        policy = load(random_model, Objective(logits_dtype=logits), dtype=torch.bfloat16)
+        batch.old_logprob_N = None
+        first_N = policy.loss(batch, 1.0)[1]["logprob"]
+        batch.old_logprob_N = policy.logprob(batch)
+        stats = policy.loss(batch, 1.0)[1]
+        assert torch.equal(first_N, batch.old_logprob_N) and not stats["log_ratio"].any()
+        results[logits] = first_N
+    gap_N = (results["shifted"] - results[torch.float32]).abs()
+    assert 0 < gap_N.max() < 5e-3
 
 
 def test_both_kernel_backends_train_the_same(random_model):

@@ -180,7 +180,7 @@ def test_the_ledger_agrees_with_the_rehearsal_of_every_recipe(name, checkpointin
         (64, {"tokens_per_microbatch": 4096}),
         (16, {"dp_replicate": 2}),
         (8, {"tokens_per_microbatch": 65_536}),
-        (8, {"old_logprob": "none", "minibatches": 1}),
+        (8, {"logits": "float32"}),
         (8, {"max_new_tokens": 128, "max_prompt_tokens": 128, "tokens_per_microbatch": 256}),
         (1, {"lora_rank": 32, "tokens_per_microbatch": 4096}),
         (2, {"lora_rank": 8, "lora_targets": "q_proj,v_proj"}),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -147,13 +148,16 @@ def test_truncated_importance_sampling_weighs_every_token(random_model, group_of
 
 def test_the_ratio_divides_by_what_the_config_names(random_model, group_of_one):
     config, policy, _ = load(random_model)
-    batch = responses(policy, 1.0, gap=0.1)
-    sampler, recompute, none = (
-        train.old_logprob(replace(config, minibatches=1, old_logprob=name), policy, batch)
-        for name in ("sampler", "recompute", "none")
-    )
-    assert sampler is batch.sampler_logprob_N and none is None
-    torch.testing.assert_close(recompute, sampler + 0.1)
+    old = {}
+    for name in ("sampler", "recompute", "none"):
+        first, second = (responses(policy, 1.0, gap=0.1) for _ in range(2))
+        changed = replace(config, minibatches=1, old_logprob=name)
+        train.add_logprobs(changed, policy, None, [[first], [second]])
+        old[name] = first.old_logprob_N, second.old_logprob_N
+    sampler_N = first.sampler_logprob_N
+    assert old["none"] == (None, None) and old["recompute"][0] is None
+    torch.testing.assert_close(old["recompute"][1], sampler_N + 0.1)
+    assert all(torch.equal(old_N, sampler_N) for old_N in old["sampler"])
 
 
 def test_the_learning_rate_rises_linearly_and_then_stays():
@@ -452,6 +456,28 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(base, warm_model, tmp_path
 def test_another_seed_gives_another_run(base, warm_model, tmp_path):
     rows = run(small(warm_model, tmp_path / "seed1", seed=1))
     assert rows[0]["tokens"] != base[1][0]["tokens"]
+
+
+@pytest.mark.parametrize("minibatches", [1, 8])
+def test_the_first_update_of_a_step_needs_no_pass_for_old_log_probs(
+    warm_model, tmp_path, monkeypatch, minibatches
+):
+    """With a pass for every update the metrics and weights are the same to the bit."""
+    settings = {"minibatches": minibatches, "old_logprob": "recompute", "tis_cap": 2.0}
+    passes, counts = [], []
+    note_call(monkeypatch, passes, Policy, "logprob", lambda *args: "pass")
+
+    def every_update(config, policy, reference, plan):
+        for batch in chain(*plan):
+            batch.old_logprob_N = policy.logprob(batch)
+
+    for function in (train.add_logprobs, every_update):
+        monkeypatch.setattr(train, "add_logprobs", function)
+        run(config := small(warm_model, tmp_path / function.__name__, **settings))
+        counts.append(len(passes))
+    fewer = counts[1] - 2 * counts[0]
+    assert fewer == config.steps  # a micro-batch is an update here
+    assert_same_run(tmp_path / "add_logprobs", tmp_path / "every_update")
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ class Setup:
     calls: int = 1  # a step's prompts are sampled in so many rounds, one after the other
     batching: str = "packed"  # balanced, with a token budget; "padded": equal counts, padded
     microbatch: int = 16384  # tokens (packed) or sequences (padded)
-    forwards: int = 1  # extra forward passes: old log-probs, reference
+    forwards: float = 1  # extra forward passes: old log-probs, reference
     drop: bool = True
     fused_head: bool = True
     checkpointing: str = "full"
@@ -268,7 +268,9 @@ def recipe(name: str, **changes) -> Setup:
     job = {key: getattr(c, key) for key in alike}
     job |= dict(model=RECIPE_MODELS[name], prompts=c.prompts_per_step, group=c.group_size)
     job |= dict(cap=c.max_new_tokens, slots=c.sampler_batch, microbatch=c.tokens_per_microbatch)
-    job |= dict(forwards=int(c.old_logprob == "recompute"), drop=c.drops_zero_advantage)
+    # The first update of a step needs no old log-probs.
+    recomputed = 1 - 1 / c.minibatches if c.old_logprob == "recompute" else 0
+    job |= dict(forwards=recomputed, drop=c.drops_zero_advantage)
     return Setup(**job | changes)
 
 

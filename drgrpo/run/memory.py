@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from drgrpo.kernels.linear_drgrpo import default_chunk_tokens
 from drgrpo.lora import ALL
+from drgrpo.model import resolve_logits
 from drgrpo.run.flops import head_dim
 from drgrpo.types import MAX_BATCHED_TOKENS, UserError, comma_list
 
@@ -224,10 +225,12 @@ def activation_widths(config: Config, lm: PretrainedConfig) -> dict[str, int]:
 
 
 def logits_bytes(config: Config, lm: PretrainedConfig, responses: int) -> int:
-    """One chunk of the LM head's logits. They are float32 where log-probs are compared."""
-    compared = config.old_logprob != "none" or config.kl_coef or config.tis_cap
-    chunk = min(default_chunk_tokens(responses, lm.vocab_size, torch.device("cuda")), responses)
-    return chunk * lm.vocab_size * (4 if compared else config_bytes(config))
+    """One chunk of the LM head's logits. Shifted logits take a copy of the LM head too."""
+    cuda = torch.device("cuda")
+    chunk = min(default_chunk_tokens(responses, lm.vocab_size, cuda), responses)
+    if resolve_logits(config.logits, config.dtype, cuda) == "shifted":
+        return config_bytes(config) * (chunk + lm.hidden_size) * lm.vocab_size
+    return 4 * chunk * lm.vocab_size
 
 
 # ---- sampling

@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from drgrpo.kernels import linear_drgrpo as head
 from drgrpo.lora import Adapter, add_adapter
-from drgrpo.model import Objective, Policy, attention_implementation, device_mesh, make_policy
+from drgrpo.model import Policy, attention_implementation, device_mesh, make_objective, make_policy
 from drgrpo.pack import Sequence, pack
 from drgrpo.rollout import check_budget
 from drgrpo.run.cards import Machine, known_sizes
@@ -191,14 +191,10 @@ def adapter_of(config: Config) -> Adapter:
 def build_policy(config: Config, model: PreTrainedModel) -> Policy:
     """The policy as `load_policies` of train.py makes it. Under a `FakeTensorMode` its weights
     become fake."""
-    tis_cap = config.tis_cap or None
-    objective = Objective(
-        config.clip_low, config.clip_high, tis_cap, config.temperature, config.kl_coef
-    )
     with mock.patch("drgrpo.model.device_mesh", real_mesh):
         return make_policy(
             model,
-            objective,
+            make_objective(config, torch.device("cuda")),
             dtype=getattr(torch, config.dtype),
             device=CPU,
             kernel="torch",
