@@ -18,11 +18,12 @@ from drgrpo.run.cards import parse_machine
 from drgrpo.run.cli import Parser, check_choices, flag
 from drgrpo.templates import AnswerRule, get_template
 from drgrpo.types import UserError, check_divides, check_name, world_size
+from drgrpo.vllm_options import check_rounding
 
 MAY_CHANGE_ON_RESUME = (
     *("out", "steps", "eval_every", "save_every", "keep", "max_hours", "resume", "parity"),
     *("tensorboard", "wandb", "push_to_hub", "watchdog_minutes", "dry_run", "attention", "kernel"),
-    *("checkpointing", "compile", "dp_replicate", "tokens_per_microbatch", "sleep"),
+    *("logits", "checkpointing", "compile", "dp_replicate", "tokens_per_microbatch", "sleep"),
     *("kv_cache_gb", "sampler_batch", "drop_zero_advantage", "batch_invariant"),
 )
 """A resumed run may change these fields. They decide when and how things are computed, and what is
@@ -112,6 +113,8 @@ class Config:
     """vLLM frees its memory during training (on), keeps it (off), or the memory ledger decides"""
     batch_invariant: bool = False
     """vLLM on a GPU: samples do not depend on their batch, not even by rounding; slower"""
+    vllm: str = ""
+    """further arguments of vLLM's LLM(...) as JSON, such as {"enforce_eager": true}"""
 
     # algorithm
     algo: Literal["drgrpo", "grpo", "grpo_length", "grpo_std", "rloo", "dapo"] = "drgrpo"
@@ -184,6 +187,7 @@ class Config:
         self._check_numbers()
         self._check_ranges()
         get_template(self.template, self.answer, self.system)
+        check_rounding(self.vllm, self.tis_cap)
         if self.group_size < 2:
             raise UserError(
                 "--group-size 1 leaves no group to compare with, and every advantage would be 0; "

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from drgrpo.types import Completion, OnFinish, Request, Sampling, UserError, no_callback
+from drgrpo.vllm_options import parse_vllm_options
 
 
 class Engine(Protocol):
@@ -71,6 +72,8 @@ class EngineConfig(Protocol):
     def tp(self) -> int: ...
     @property
     def batch_invariant(self) -> bool: ...
+    @property
+    def vllm(self) -> str: ...
 
 
 def check_batch_invariance(engine: str, device: torch.device) -> None:
@@ -110,6 +113,8 @@ def make_engine(
     name = resolve_engine(config.engine, device)
     if config.batch_invariant:
         check_batch_invariance(name, device)
+    if config.vllm and name != "vllm":
+        raise UserError(f"--vllm goes with --engine vllm, and the engine here is {name}")
     # vLLM takes seconds to import and may be missing, so each engine is imported by its own runs.
     if name == "torch":
         from drgrpo.engine_torch import TorchEngine
@@ -131,4 +136,5 @@ def make_engine(
         sleep=sleep,
         load_weights=load_weights,
         batch_invariant=config.batch_invariant,
+        options=parse_vllm_options(config.vllm),
     )

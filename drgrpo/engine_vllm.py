@@ -33,8 +33,9 @@ class VLLMEngine:
     makes a group of size one the default.
 
     load_weights: False leaves random weights until the first `sync`. batch_invariant: vLLM's mode
-    in which a sample does not depend on its batch. UserError if this vLLM does not have the
-    mode, if it refuses the model in float16, or if vLLM is not installed."""
+    in which a sample does not depend on its batch. options: further arguments of `LLM`. UserError
+    if this vLLM does not have the mode, if it refuses the model in float16 or an option, or if vLLM
+    is not installed."""
 
     name = "vllm"
 
@@ -52,6 +53,7 @@ class VLLMEngine:
         sleep: bool,
         load_weights: bool = True,
         batch_invariant: bool = False,
+        options: dict[str, Any] | None = None,
     ) -> None:
         on_gpu = device.type == "cuda"
         prepare_environment(on_gpu, dtype, batch_invariant)
@@ -76,17 +78,13 @@ class VLLMEngine:
             sleep=sleep,
             load_weights=load_weights,
         )
+        arguments |= options or {}
         # LLM() seeds the global random generators anew.
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
             try:
                 self.llm = LLM(**arguments)
-            except ValueError as error:
-                if "does not support float16" not in str(error):
-                    raise
-                raise UserError(
-                    f"--dtype float16: vLLM refuses it for the model {path}, whose activations "
-                    "overflow; use --dtype bfloat16"
-                ) from error
+            except (TypeError, ValueError) as error:
+                raise explained(error, path, options) from error
         # At every sync it would warn of the rotary embedding, which has no weights. Another module
         # of vLLM lists the weights that are missing.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel("ERROR")
@@ -198,6 +196,19 @@ def check_batch_invariance() -> None:
             f"--batch-invariant: vLLM {vllm.__version__} does not have this mode; install vLLM "
             "0.32, or leave the flag out"
         )
+
+
+def explained(error: Exception, path: str, options: dict[str, Any] | None) -> Exception:
+    """A UserError where vLLM's refusal is one of the user's choice, else `error`."""
+    if "does not support float16" in str(error):
+        return UserError(
+            f"--dtype float16: vLLM refuses it for the model {path}, whose activations overflow; "
+            "use --dtype bfloat16"
+        )
+    named = [name for name in options or {} if name in str(error)]
+    if named:
+        return UserError(f"--vllm: vLLM refuses {', '.join(named)}: {error}")
+    return error
 
 
 def llm_arguments(

@@ -1,6 +1,7 @@
 """The PyTorch sampler: what it reports is what the model computes, and a sample depends on its own
 seed alone. Then the order in which vLLM is called, on an imitation of it."""
 
+import json
 import os
 import sys
 from contextlib import contextmanager, nullcontext
@@ -31,7 +32,7 @@ CPU = torch.device("cpu")
 
 def build(path: str, tokenizer, name: str = "torch", max_tokens=1024, **options):
     config = replace(RECIPES["tiny"](), engine=name, sampler_batch=16)
-    for field in ("tp", "batch_invariant", "dtype"):
+    for field in ("tp", "batch_invariant", "dtype", "vllm"):
         if field in options:
             config = replace(config, **{field: options.pop(field)})
     return make_engine(config, path, tokenizer, CPU, max_tokens, **options)
@@ -348,6 +349,26 @@ def test_on_a_gpu_the_engine_gets_the_gpus_arguments(imitation, monkeypatch, cap
     engine = make_engine(recipe, "model", None, gpu, **room)
     assert engine.llm.settings == arguments(world=1, load_weights=False)
     assert "V1 model runner" in capsys.readouterr().out
+
+
+def test_options_reach_vllm_and_its_refusal_names_them(imitation, monkeypatch):
+    options = {"enforce_eager": False, "swap": 1}
+    assert options.items() <= imitation(vllm=json.dumps(options)).llm.settings.items()
+
+    def refuse(self, **settings):
+        raise TypeError("EngineArgs.__init__() got an unexpected keyword argument 'swap'")
+
+    monkeypatch.setattr(RecordingLLM, "__init__", refuse)
+    with pytest.raises(UserError, match="--vllm: vLLM refuses swap: EngineArgs"):
+        imitation(vllm=json.dumps(options))
+    with pytest.raises(TypeError):
+        imitation()
+
+
+def test_options_of_vllm_are_refused_without_it():
+    config = replace(RECIPES["tiny"](), vllm='{"enforce_eager": true}')
+    with pytest.raises(UserError, match=r"--vllm goes with --engine vllm, .* is torch"):
+        make_engine(config, "no folder", None, CPU, 64)
 
 
 def test_only_processes_among_others_are_placed_by_torchruns_variables():

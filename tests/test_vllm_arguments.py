@@ -164,6 +164,13 @@ def test_vllm_refuses_a_wrong_value(card, model, name, value):
     assert card(vllm_card.refusal, arguments(model) | {name: value})
 
 
+def test_vllm_checks_the_options_of_the_command_line(card, model):
+    for name, value in {"enforce_eager": True, "kv_cache_dtype": "fp8"}.items():
+        assert card(vllm_card.refusal, arguments(model) | {name: value}) == ""
+    assert card(vllm_card.refusal, arguments(model) | {"kv_cache_dtype": "fp7"})
+    assert "kv_cache" in card(vllm_card.refusal, arguments(model) | {"kv_cache": "fp8"})
+
+
 @pytest.mark.parametrize("stop", [(), ("</answer>",)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_vllm_takes_every_argument_of_a_request(card, stop, temperature):

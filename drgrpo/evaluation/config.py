@@ -16,6 +16,7 @@ from drgrpo.run.cli import Parser, check_choices, flag
 from drgrpo.run.folder import check_writable
 from drgrpo.templates import AnswerRule, Template, get_template
 from drgrpo.types import Problem, UserError, check_divides, comma_list, world_size
+from drgrpo.vllm_options import parse_vllm_options
 
 MAY_CHANGE_ON_RESUME = {"out", "data_dir", "sampler_batch", "kv_cache_gb", "write_every"}
 """An interrupted evaluation may continue with other values of these fields."""
@@ -74,6 +75,8 @@ class EvalConfig:
     """vLLM's KV cache per process; 0: what 0.9 of the GPU leaves, or 0.25 without a GPU"""
     batch_invariant: bool = False
     """vLLM on a GPU: answers do not depend on their batch, not even by rounding; slower"""
+    vllm: str = ""
+    """further arguments of vLLM's LLM(...) as JSON, such as {"enforce_eager": true}"""
 
     # output
     write_every: int = 1024
@@ -97,6 +100,7 @@ class EvalConfig:
                     "add --temperature 1"
                 )
         self.load_templates()
+        parse_vllm_options(self.vllm)
 
     def load_templates(self) -> list[Template]:
         """Those of --templates, or the one of --template. UserError for an unknown one."""
