@@ -64,7 +64,7 @@ from drgrpo.warmup import initial_model
 def main(config: Config) -> None:
     # ---- Setup: the process group, and what watches over the run.
     folder.check(config)
-    rank, world, device = distributed.start(config.tp, config.dp_replicate)
+    rank, world, device = distributed.start(config.tp or 1, config.dp_replicate)
     log, dtype = Log(config.out, active=rank == 0), getattr(torch, config.dtype)
     log.say(f"config: {json.dumps(asdict(config))}\nderived: {config.derived()}")
     stopper, watchdog = Stopper(config.max_hours), Watchdog(rank, config.watchdog_minutes)
@@ -86,6 +86,7 @@ def main(config: Config) -> None:
 
     # ---- Setup: the sampler. It comes after the process group: vLLM would make one of its own.
     ledger = ledger_of(config, policy.lm, longest, world, device)
+    config = replace(config, tp=ledger.tp)
     room = (longest + config.max_new_tokens, ledger.kv_cache, ledger.sleep)
     engine = make_engine(config, model_path, tokenizer, device, *room, load_weights=False)
     engine.sync(policy.named_weights(dtype))

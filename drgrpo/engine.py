@@ -109,7 +109,8 @@ def make_engine(
     left, or 0.25 without one. `load_weights`: False lets vLLM start with random weights, for a
     caller that calls `sync` before it samples. UserError if vLLM is not installed, or cannot be
     batch-invariant where `config` asks for it."""
-    dtype, batch = getattr(torch, config.dtype), config.sampler_batch
+    dtype, tp = getattr(torch, config.dtype), config.tp or 1
+    batch = config.sampler_batch * tp
     name = resolve_engine(config.engine, device)
     if config.batch_invariant:
         check_batch_invariance(name, device)
@@ -132,7 +133,7 @@ def make_engine(
         batch=batch,
         max_tokens=max_tokens,
         kv_cache_gb=kv_cache_gb,
-        tp=config.tp,
+        tp=tp,
         sleep=sleep,
         load_weights=load_weights,
         batch_invariant=config.batch_invariant,

@@ -213,11 +213,11 @@ def test_the_micro_batch_shrinks_until_it_fits():
 def test_the_setup_is_the_recipes():
     s, c = recipe("oat_zero_7b"), RECIPES["oat_zero_7b"]()
     assert (s.prompts, s.group, s.minibatches) == (c.prompts_per_step, c.group_size, c.minibatches)
-    assert (s.steps, s.cap, s.slots) == (c.steps, c.max_new_tokens, c.sampler_batch)
+    assert (s.steps, s.cap, s.slots) == (c.steps, c.max_new_tokens, 4 * c.sampler_batch)
     assert (s.microbatch, s.checkpointing) == (c.tokens_per_microbatch, c.checkpointing)
     assert c.old_logprob == "recompute" and s.forwards == 7 / 8
     assert s.drop == c.drops_zero_advantage
-    assert s.tp == 1 and s.batching == "packed" and s.carry == 0
+    assert s.tp == 4 and s.batching == "packed" and s.carry == 0
     assert s.overlap_grading and s.one_eval
 
 
@@ -235,7 +235,7 @@ def test_every_rung_of_the_ladder_is_at_least_as_fast_as_the_one_below(rungs):
     assert seconds[0] > 2 * seconds[-1]
     assert [r.busiest < 1.05 for r in rungs] == [False] + [True] * (len(rungs) - 1)
     s = rungs[-1].setup
-    assert s == replace(recipe("oat_zero_7b"), **budget.FLAGS, microbatch=s.microbatch)
+    assert s == replace(recipe("oat_zero_7b"), **budget.FAST, microbatch=s.microbatch)
 
 
 def test_nothing_is_faster_than_the_roofline(rungs):

@@ -97,7 +97,7 @@ def test_mistakes_are_named_with_the_way_out(argv, message):
 
 POSITIVE = (
     *("prompts-per-step", "group-size", "max-new-tokens", "max-prompt-tokens", "steps", "keep"),
-    *("minibatches", "tokens-per-microbatch", "sampler-batch", "tp", "dp-replicate"),
+    *("minibatches", "tokens-per-microbatch", "sampler-batch", "dp-replicate"),
     *("temperature", "lr"),
 )
 

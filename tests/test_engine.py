@@ -313,7 +313,7 @@ def test_vllm_is_made_as_the_config_says(imitation):
         "load_format": "auto",
         "dtype": "float32",
         "max_model_len": 77,
-        "max_num_seqs": 16,
+        "max_num_seqs": 32,  # 16 a process
         "tensor_parallel_size": 2,
         "distributed_executor_backend": None,
         "kv_cache_memory_bytes": 2 * 2**30,
@@ -347,7 +347,7 @@ def test_on_a_gpu_the_engine_gets_the_gpus_arguments(imitation, monkeypatch, cap
     room = {"max_tokens": 4024, "kv_cache_gb": 30.0, "sleep": False, "load_weights": False}
     recipe, gpu = RECIPES["oat_zero_7b"](), torch.device("cuda", 0)
     engine = make_engine(recipe, "model", None, gpu, **room)
-    assert engine.llm.settings == arguments(world=1, load_weights=False)
+    assert engine.llm.settings == arguments(world=1, load_weights=False, batch=128)
     assert "V1 model runner" in capsys.readouterr().out
 
 

@@ -24,7 +24,7 @@ from drgrpo.run.memory import (
 from drgrpo.types import MAX_BATCHED_TOKENS, UserError
 
 MODELS = {"7B": ("Qwen/Qwen2.5-Math-7B", 7.615e9), "1.5B": ("Qwen/Qwen2.5-Math-1.5B", 1.54e9)}
-CONFIG = Config(recipe="the paper's", sampler_batch=128)
+CONFIG = Config(recipe="the paper's", sampler_batch=128, tp=1)
 
 
 def arguments(model: str = "7B", gb: int | None = 80, world: int = 8, **changes) -> tuple:
@@ -97,6 +97,27 @@ def test_the_root_is_reduced_in_float32():
         assert gradients * GIB == pytest.approx(4 * 7.615e9 / world + size * root)
 
 
+@pytest.mark.parametrize(
+    ("model", "world", "node", "changes", "tp"),
+    [
+        ("7B", 8, 8, {}, 4),
+        ("7B", 2, 2, {}, 2),
+        ("7B", 3, 3, {}, 1),
+        ("7B", 12, 6, {}, 2),
+        ("7B", 8, 8, {"tp": 1}, 1),
+        ("7B", 8, 8, {"engine": "torch"}, 1),
+        ("1.5B", 8, 8, {}, 1),
+        ("1.5B", 8, 8, {"dtype": "float32"}, 2),
+    ],
+)
+def test_processes_share_an_engine_where_each_reads_enough_weights(
+    monkeypatch, model, world, node, changes, tp
+):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node))
+    assert draft(model, world=world, **{"tp": 0} | changes).tp == tp
+    assert draft(model, world=world, gb=None, **{"tp": 0} | changes).tp == changes.get("tp", 1)
+
+
 def test_a_reference_model_is_kept_and_its_root_stays_gathered():
     kept = ledger(kl_coef=0.1).kept
     gathered = 2 * 2 * 152_064 * 3584 / GIB
@@ -137,7 +158,10 @@ def test_the_cache_it_wants_holds_all_sequences():
 
 @pytest.mark.parametrize(("tp", "share"), [(2, 2), (4, 4), (8, 4)])
 def test_processes_that_share_a_sampler_share_its_cache_but_no_key_value_head(tp, share):
-    assert ledger(gb=640, tp=tp).kv_cache == ledger(gb=640).kv_cache / share
+    """And they run as many times more sequences."""
+    assert ledger(gb=640, tp=tp).kv_cache == tp * ledger(gb=640).kv_cache / share
+    four, one = (draft(tp=n).sampler["token counts"] for n in (4, 1))
+    assert four == 4 * one
 
 
 def test_vllm_stays_where_there_is_room_and_sleeps_where_there_is_none():

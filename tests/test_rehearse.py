@@ -31,7 +31,7 @@ from drgrpo.run.rehearse import (
 )
 from drgrpo.types import UserError
 
-MEANT_FOR = {"tiny": 1, "oat_zero_1_5b": 8, "oat_zero_3b": 8, "oat_zero_7b": 8}
+MEANT_FOR = {name: 8 for name in RECIPES if name.startswith("oat_zero")}
 """Processes of the machine that a recipe is meant for. A new recipe is rehearsed on one GPU."""
 
 SMALL = ["--tokens-per-microbatch", "512", "--max-new-tokens", "64", "--max-prompt-tokens", "64"]

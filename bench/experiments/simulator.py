@@ -24,7 +24,7 @@ from bench.static_report import cost as head_cost
 from drgrpo import pack
 from drgrpo.config import RECIPES
 from drgrpo.run.flops import training_flops
-from drgrpo.run.memory import Ledger, make_ledger
+from drgrpo.run.memory import Ledger, engine_processes, make_ledger
 from drgrpo.types import UserError
 
 PHASES = ("rollout", "grade", "python", "old", "train", "sync", "eval", "save")
@@ -263,11 +263,13 @@ RECIPE_MODELS = {"oat_zero_7b": "Qwen2.5-7B", "oat_zero_1_5b": "Qwen2.5-1.5B"}
 
 def recipe(name: str, **changes) -> Setup:
     """train.py's setup of a recipe."""
-    c = RECIPES[name]()
+    c, lm = RECIPES[name](), shape(RECIPE_MODELS[name])
+    tp = engine_processes(c, lm.config, lm.parameters, changes.get("gpus", Setup.gpus))
     alike = ("steps", "minibatches", "eval_every", "save_every", "checkpointing")
     job = {key: getattr(c, key) for key in alike}
     job |= dict(model=RECIPE_MODELS[name], prompts=c.prompts_per_step, group=c.group_size)
-    job |= dict(cap=c.max_new_tokens, slots=c.sampler_batch, microbatch=c.tokens_per_microbatch)
+    job |= dict(cap=c.max_new_tokens, microbatch=c.tokens_per_microbatch)
+    job |= dict(tp=tp, slots=c.sampler_batch * tp)
     # The first update of a step needs no old log-probs.
     recomputed = 1 - 1 / c.minibatches if c.old_logprob == "recompute" else 0
     job |= dict(forwards=recomputed, drop=c.drops_zero_advantage)
@@ -281,7 +283,7 @@ def ledger(s: Setup, m: Machine) -> Ledger:
     tokens = s.microbatch if s.batching == "packed" else s.microbatch * (s.prompt + s.cap)
     logits = 0 if s.fused_head else m.rates.naive_logits_held * tokens * lm.config.vocab_size
     changes = dict(checkpointing=s.checkpointing, tokens_per_microbatch=tokens, tp=s.tp)
-    changes |= dict(max_new_tokens=s.cap, sampler_batch=s.slots)
+    changes |= dict(max_new_tokens=s.cap, sampler_batch=s.slots // s.tp)
     config = replace(RECIPES["oat_zero_7b"](), **changes)
     gpu_bytes = int(m.gpus[s.gpu].gib * 2**30 - logits)
     return make_ledger(config, lm.config, lm.parameters, s.prompt, s.shards, gpu_bytes)

@@ -6,7 +6,9 @@ allocations, within 10 %. No GPU has confirmed those of vLLM."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import os
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # drgrpo.config runs the rehearsal, which needs this file
 GIB = 2**30
 USABLE = 0.95  # of a GPU: the allocator's fragmentation takes the rest
 SMALLEST_CACHE = 0.5  # GiB
+SMALLEST_PART = 3e9  # bytes of weights that are worth a process of an engine
 CONTEXT, NCCL = 0.6, 0.9  # GiB: CUDA and cuBLAS; the buffers of collectives
 GRAPHS = 1.0  # GiB of CUDA graphs. vLLM logs 0.2 to 1.5, and keeps them when it sleeps
 
@@ -36,13 +39,15 @@ class Ledger:
     """GiB per process.
 
     kept: always allocated. training: only while training. sampler: what vLLM holds, and frees if it
-    sleeps while training. sampling: only while vLLM samples, or receives weights."""
+    sleeps while training. sampling: only while vLLM samples, or receives weights. tp: processes
+    that share an engine."""
 
     kept: Sizes
     training: Sizes
     sampler: Sizes
     sampling: Sizes
     gpu: float | None
+    tp: int
     kv_cache: float
     sleep: bool
 
@@ -72,7 +77,10 @@ class Ledger:
         if self.gpu is not None:
             peaks = ", ".join(f"{name} {size:.1f}" for name, size in self.peaks.items())
             verdict = "" if self.fits else ", which is too much"
-            end = f"vLLM {habit} while training; peaks {peaks} of {self.usable:.1f}{verdict}"
+            end = (
+                f"vLLM has --tp {self.tp} and {habit} while training; peaks {peaks} of "
+                f"{self.usable:.1f}{verdict}"
+            )
         return f"memory ledger, GiB per process (estimates): {'; '.join([*parts, end])}"
 
 
@@ -121,6 +129,9 @@ def draft_ledger(
     training: Sizes | None = None,
 ) -> Ledger:
     """The same whether it fits or not. `training`: what a rehearsal found, else the formula's."""
+    if not config.tp:
+        engine = engine_processes(config, lm, parameters, world) if gpu_bytes else 1
+        config = replace(config, tp=engine)
     shards = world // config.dp_replicate
     kept = kept_gib(config, lm, parameters, shards)
     if config.kl_coef and not config.lora_rank:  # LoRA's reference is the frozen base
@@ -143,6 +154,7 @@ def draft_ledger(
         sampler=sampler | {"key-value cache": cache},
         sampling=sampling,
         gpu=gpu,
+        tp=config.tp,
         kv_cache=cache,
         sleep=sleeps,
     )
@@ -260,9 +272,26 @@ def wanted_cache_gib(config: Config, lm: PretrainedConfig, longest: int) -> floa
     """A cache for all sequences that a sampler runs at once, each of the greatest length.
 
     `tp` processes share the heads. A process holds one key-value head at least."""
-    tokens = config.sampler_batch * (longest + config.max_new_tokens)
+    tokens = config.sampler_batch * config.tp * (longest + config.max_new_tokens)
     width = max(kv_width(lm) // config.tp, head_dim(lm))
     return tokens * 2 * lm.num_hidden_layers * width * config_bytes(config) / GIB
+
+
+def engine_processes(config: Config, lm: PretrainedConfig, parameters: int, world: int) -> int:
+    """Processes that share a vLLM engine: 4, 2 or 1.
+
+    Most of a rollout is spent on an engine's last few sequences, whose tokens take as long as the
+    weights take to be read. Processes that share an engine read a part each, and then add up what
+    they have over NVLink. `python -m bench.experiments.budget` predicts that this pays from 3 GB a
+    process on: for 7 B parameters and not for 1.5 B. An engine stays on one node."""
+    if config.engine == "torch":
+        return 1
+    node = math.gcd(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    for tp in (4, 2):
+        divides = node % tp == lm.num_attention_heads % tp == lm.num_key_value_heads % tp == 0
+        if divides and config_bytes(config) * parameters / tp >= SMALLEST_PART:
+            return tp
+    return 1
 
 
 def plan_sampling(config: Config, wanted: float, free: float, beside: float) -> tuple[bool, float]:
@@ -273,7 +302,7 @@ def plan_sampling(config: Config, wanted: float, free: float, beside: float) -> 
     sequence at least, because vLLM does not start otherwise."""
     sleeps = config.sleep == "on" or (config.sleep == "auto" and beside < wanted / 2)
     sleeps = sleeps and config.engine != "torch"  # which frees nothing
-    smallest = max(SMALLEST_CACHE, wanted / config.sampler_batch)
+    smallest = max(SMALLEST_CACHE, wanted / (config.sampler_batch * config.tp))
     fitting = min(wanted, free if sleeps else beside)
     return sleeps, config.kv_cache_gb or max(fitting, smallest)
 
@@ -343,7 +372,7 @@ def root_size(lm: PretrainedConfig) -> int:
 
 def batch_logits(config: Config, lm: PretrainedConfig) -> int:
     """Logits of one decode step of a full batch."""
-    return config.sampler_batch * lm.vocab_size
+    return config.sampler_batch * config.tp * lm.vocab_size
 
 
 def kv_width(lm: PretrainedConfig) -> int:

@@ -311,7 +311,8 @@ def ways_out(
         changes = {name: value for name, value in pairs if value != getattr(config, name)}
         changed = replace(config, **changes)
         other = replace(machine, count=machine.count * larger)
-        divides = other.count % changed.tp == 0 == lm.num_attention_heads % changed.tp
+        tp = changed.tp or 1
+        divides = other.count % tp == 0 == lm.num_attention_heads % tp
         if divides and ledger_on(changed, lm, parameters, other).fits:
             flags = [f" --{flag(name)} {value}" for name, value in changes.items()]
             yield "".join(flags), changed, other
