@@ -104,7 +104,7 @@ class Config:
     temperature: float = 1.0
     """sampling temperature of rollouts; the trainer's log-probs use the same"""
     sampler_batch: int = 256
-    """sequences that a sampler runs at once, per process; --tp 4 makes it 4 times as many an engine"""
+    """sequences that a sampler runs at once, per process; --tp N makes it N times as many"""
     kv_cache_gb: float = 0.0
     """GB of vLLM's KV cache per process; 0: what the memory ledger leaves, or 0.25 without a GPU"""
     tp: int = 0
