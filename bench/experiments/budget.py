@@ -91,7 +91,7 @@ NEXT = (  # name, changes of the setup or of the rates, price
     ("one bulk weight sync", dict(tensor_ms=0.0), "exact"),
     ("tail carry-over, 15 %", dict(carry=0.15), "off-policy by a step"),
     ("tail carry-over, 30 %", dict(carry=0.30), "off-policy by a step"),
-    ("one step off, 3 + 5 GPUs", dict(engines=3, asynchronous=True), "off-policy by a step"),
+    ("one step off, 3 + 5 GPUs", dict(engines=3, asynchronous=True, tp=1), "off-policy by a step"),
     ("one step off, 4 + 4 GPUs", dict(engines=4, asynchronous=True), "off-policy by a step"),
     ("8-bit weights in rollouts", dict(eight_bit=True), "another sampler; int8 on an A100"),
 )
