@@ -52,6 +52,47 @@ def test_an_epoch_shows_every_formula_once(sums, tokenizer):
     first, second, third, fourth = ([tuple(s.token_ids) for s in b] for b in islice(batches, 4))
     assert len({*first, *second, *third}) == 60 and fourth != first
 
+    other = demonstrations(load_problems(sums), TEMPLATE, tokenizer, Warmup(batch=20, seed=1))
+    assert [tuple(s.token_ids) for s in next(other)] != first
+
+
+@pytest.fixture
+def untrained(tokenizer, tmp_path, monkeypatch) -> list:
+    """No weights are read and nothing is trained. The first batch of each model is kept here."""
+    batches = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(smol, "write_base", lambda path: path.mkdir() or tokenizer)
+    monkeypatch.setattr(
+        smol.imitation, "imitate", lambda path, schedule, steps, log: batches.append(next(steps))
+    )
+    return batches
+
+
+def test_it_imitates_the_problems_before_those_of_rl(sums, untrained, tokenizer, tmp_path):
+    rows = [
+        {"q": r["problem"], "gold": r["answer"], "formula": r["formula"]} for r in read_jsonl(sums)
+    ]
+    path = tmp_path / "renamed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    smol_model(config(str(path), problem_field="q", answer_field="gold", template="{q}~"), print)
+    shown = {tokenizer.decode(sequence.prompt_ids) for sequence in untrained[0]}
+    assert len(shown) == 16
+    assert shown <= {f"{p.question}~" for p in load_problems(f"{sums}[:50%]")}
+
+
+def test_a_model_is_cached_under_seed_template_and_formulas(sums, untrained):
+    first, same, *others = (
+        smol_model(replace(config(sums), **changes), print)
+        for changes in (
+            {},
+            {"steps": 7},
+            {"seed": 1},
+            {"template": "{q}~"},
+            {"train_data": f"{sums}[90%:]"},
+        )
+    )
+    assert first == same and len({first, *others}) == 4 == len(untrained)
+
 
 def test_wrong_formulas_are_not_imitated(tmp_path):
     rows = [
