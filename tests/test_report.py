@@ -285,7 +285,8 @@ def test_steps_are_chosen_with_first_and_last():
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 def test_a_browser_draws_curves_and_samples(tmp_path):
     hostile = HOSTILE["end of the script"] + HOSTILE["markup"]
-    rows = [sample(1, pieces=[hostile, "b", ""]), sample(2, right=False)]
+    rows = [sample(1, pieces=[hostile, "b", ""]), sample(1, right=False), sample(2)]
+    rows.insert(2, sample(1, right=False, finished=False))
     path = report.write(write_run(tmp_path / "run", rows))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -295,5 +296,12 @@ def test_a_browser_draws_curves_and_samples(tmp_path):
     assert [tag for tag, _ in page.tags].count("figure") == 4
     assert hostile in page.text, "the first response, drawn by the script"
     assert not [attributes for tag, attributes in page.tags if tag == "img"]
+    for part in ("all 3", "right 1", "wrong 1", "truncated 1", "step 1 ", " 1 of 3 ", "3 tokens"):
+        assert part in page.text
+    assert "reward 1 (math 1, f failed)" in page.text and "advantage +0.5" in page.text
+    titles = [a["title"] for _, a in page.tags if "title" in a]
+    assert titles == [
+        f"log-prob {p}" for p in ("-0.5, p = 0.607", "-0.25, p = 0.779", "-0.12, p = 0.887")
+    ]
     pressed = [a["data-choice"] for _, a in page.tags if a.get("aria-pressed") == "true"]
     assert pressed == ["all", "log-prob"]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from itertools import islice
 
@@ -92,6 +93,7 @@ def test_a_model_is_cached_under_seed_template_and_formulas(sums, untrained):
         )
     )
     assert first == same and len({first, *others}) == 4 == len(untrained)
+    assert untrained[0] != untrained[1], "the seed chooses the batches"
 
 
 def test_wrong_formulas_are_not_imitated(tmp_path):
@@ -116,11 +118,13 @@ def test_problems_before_those_of_rl_are_needed(sums):
 
 @needs_weights
 @pytest.mark.slow
-def test_two_steps_of_the_recipe(sums, tmp_path, monkeypatch):
+def test_two_steps_of_the_recipe(sums, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(smol.Warmup, "__init__", short(smol.Warmup))
     small = dict(prompts_per_step=2, group_size=2, steps=2, eval_samples=0, eval_every=0)
     train.main(config(sums, eval_data=f"{sums}[:5%]", out=str(tmp_path / "run"), **small))
+    nll = re.search(r"nll/token ([\d.]+)", capsys.readouterr().out)
+    assert nll and float(nll[1]) < 6, "random weights have log 49152 = 10.8"
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert 0 < rows[0]["response_len_mean"] <= 24
