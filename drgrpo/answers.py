@@ -89,7 +89,7 @@ def formula_value(text: str) -> str | None:
     """What a calculator makes of the text up to its first equals sign, or None if that is more than
     numbers, `+ - * /` and parentheses. Exact up to the tenth digit of a fraction."""
     formula = text.partition("=")[0].strip()
-    if len(formula) > MAX_FORMULA or not re.fullmatch(r"[\d.+\-*/() ]+", formula, re.ASCII):
+    if len(formula) > MAX_FORMULA or not re.fullmatch(r"[\d.+\-*/() ]+", formula):
         return None
     try:
         value = _calculate(ast.parse(formula, mode="eval").body)

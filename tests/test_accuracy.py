@@ -27,3 +27,13 @@ def test_rows_from_before_the_intervals_have_a_dash():
     assert before_and_after([row])[0] == [
         *("held_out", "greedy", "before", "0.500", "-", "18.0", "-", "-")
     ]
+
+
+def test_evaluations_that_sample_otherwise_have_rows_of_their_own():
+    """An evaluation that is alone has one row."""
+    row = ROW | {"temperature": 1.0, "truncated_frac": 0.5}
+    rows = [row | {"step": step, "accuracy": step / 8, "samples": 1 + step} for step in (0, 4)]
+    assert [cells[:4] for cells in before_and_after(rows)] == [
+        ["held_out", "T=1, 1 each", "before", "0.000"],
+        ["held_out", "T=1, 5 each", "step 4", "0.500"],
+    ]

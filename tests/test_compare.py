@@ -207,3 +207,17 @@ def test_runs_are_paired_by_template_and_temperature(tmp_path):
     result, tables = paired(*runs)
     assert [e["a"][1] for e in result["evaluations"]] == ["none", "r1"] and len(tables) == 2
     assert all(e["average"]["difference"] == 0.5 for e in result["evaluations"])
+
+
+LLAMA = "<s>[INST] {q}\n[/INST]"
+"""A prompt of two lines with brackets, which the terminal must not take for its own markup."""
+
+
+@pytest.mark.parametrize("other", ["paper", "b"])
+def test_a_title_shows_a_prompt_on_one_line_and_as_it_is(tmp_path, capsys, other):
+    sets = {"aime24": benchmark("aime24", [1, 0], template=LLAMA)}
+    runs = [write(tmp_path / name, sets) for name in ("a", "b")]
+    compare([runs[0], "paper" if other == "paper" else runs[1]], "")
+    titles = [line for line in capsys.readouterr().out.splitlines() if "INST" in line]
+    assert len(titles) == (1 if other == "paper" else 2)
+    assert all(repr(LLAMA) in title for title in titles)

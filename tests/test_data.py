@@ -23,6 +23,7 @@ from drgrpo.data import (
     load_problems,
     load_sets,
     overlap,
+    share_before,
     step_problems,
 )
 from drgrpo.types import Problem, UserError
@@ -202,6 +203,14 @@ def test_a_share_that_is_empty_or_not_in_percent(tmp_path, share):
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(UserError, match="must end in a share such as"):
         check_sources(config_of(f"{path}{share}"))
+
+
+def test_the_share_before_another():
+    assert share_before("set.jsonl[25%:75%]") == "set.jsonl[:25%]"
+    assert share_before("someone/set:b[50%:]") == "someone/set:b[:50%]"
+    for source in ("set.jsonl", "set.jsonl[:50%]"):
+        with pytest.raises(UserError, match="there are none; leave it a share"):
+            share_before(source)
 
 
 def test_a_share_without_problems(tmp_path):

@@ -501,6 +501,14 @@ def test_regrading_with_another_rule_finds_the_answers(tmp_path, capsys):
     assert "no answer in" not in capsys.readouterr().out
 
 
+def test_a_prompt_of_several_lines_with_brackets_is_shown_as_it_is(tmp_path, capsys):
+    """On one line, and not as markup of the terminal."""
+    rows = [response_row(template=text, answer="12") for text in ("[INST] {q}\n[/INST]", "none")]
+    append_jsonl(tmp_path / "responses.jsonl", rows)
+    run(f"--regrade {tmp_path}")
+    assert "'[INST] {q}\\n[/INST]', mean of 1 at T=1" in capsys.readouterr().out
+
+
 def test_a_prompt_and_a_rule_of_ones_own(warm_model, tmp_path, capsys):
     """The tiny model answers as it does under its own template. Another text under the same name
     is not mixed in."""

@@ -52,6 +52,7 @@ def test_a_hang_is_named_by_rank_and_phase_and_ended(capfd):
     assert "test_guard.py" in shown, "the stacks of all threads must follow"
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_new_phase_starts_the_clock_again():
     ended = threading.Event()
     watchdog = Watchdog(rank=0, minutes=0.4 / 60, exit=lambda status: ended.set())

@@ -38,6 +38,7 @@ class Hub(ThreadingHTTPServer):
         self.answers = answers
         self.requests: list[tuple[str, dict]] = []
         self.uploaded: dict[str, bytes] = {}
+        self.message = ""
 
 
 class Request(BaseHTTPRequestHandler):
@@ -57,6 +58,8 @@ class Request(BaseHTTPRequestHandler):
         if "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             for line in lines:
+                if line["key"] == "header":
+                    self.server.message = line["value"]["summary"]
                 if line["key"] == "file":
                     content = base64.b64decode(line["value"]["content"])
                     self.server.uploaded[line["value"]["path"]] = content
@@ -117,8 +120,9 @@ def complete(tmp_path):
 # ---- before training
 
 
-def test_the_repository_is_there_before_training_and_a_new_one_is_private(tmp_path):
-    with serve() as server:
+@pytest.mark.parametrize("status", [200, 409], ids=["new", "there already"])
+def test_the_repository_is_there_before_training_and_a_new_one_is_private(tmp_path, status):
+    with serve(**{"/create": status}) as server:
         process = call("check", "ann/toy", tmp_path, server.server_port)
     assert process.returncode == 0, process.stderr
     asked = dict(server.requests)  # the client may ask for other things too
@@ -159,11 +163,12 @@ def test_train_py_refuses_a_wrong_name_before_anything_is_written(tmp_path):
 # ---- at the end
 
 
-def test_the_hf_folder_is_uploaded(complete):
-    with serve() as server:
+def test_the_hf_folder_is_uploaded_to_the_repository_that_is_there(complete):
+    with serve(**{"/create": 409}) as server:
         process = call("push", "ann/toy", complete, server.server_port)
     assert process.returncode == 0, process.stderr
     assert "uploaded" in process.stdout and "ann/toy" in process.stdout
+    assert server.message == "Dr. GRPO, step 100"
     assert server.uploaded == {file.name: file.read_bytes() for file in (complete / "hf").iterdir()}
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import train
-from drgrpo import parity
+from drgrpo import model, parity
 from drgrpo.config import RECIPES, parse_args
 from drgrpo.engine_torch import TorchEngine
 from drgrpo.lora import Adapter, WithoutAdapter
@@ -299,6 +299,7 @@ def test_without_lr_lora_takes_ten_times_the_recipes():
         (Adapter(4, targets="lm_head"), "there are all-linear, q_proj, k_proj, v_proj, o_proj, ga"),
         (Adapter(4, targets=","), "unknown --lora-targets ','"),
         (Adapter(33), r"--lora-rank 33 exceeds the width of k_proj, which is 32; .* leave k_proj"),
+        (Adapter(65, targets="gate_proj"), "exceeds the width of gate_proj, which is 64"),
         (Adapter(65, targets="o_proj,q_proj"), "exceeds the width of o_proj, which is 64"),
     ],
     ids=str,
@@ -309,6 +310,19 @@ def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_read(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: None)
     with pytest.raises(UserError, match=message):
         load(random_model, adapter)
+
+
+def test_the_early_check_allocates_no_weights(random_model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        model, "target_layers", lambda lm, adapter: seen.extend(p.device for p in lm.parameters())
+    )
+    load(random_model)
+    assert {device.type for device in seen} == {"meta"}
+
+
+def test_a_rank_may_be_as_large_as_the_narrowest_width(random_model):
+    assert len(factors(load(random_model, Adapter(32)))) == 2 * 7 * 2
 
 
 @pytest.mark.parametrize(

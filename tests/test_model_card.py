@@ -31,14 +31,17 @@ def card_of(tmp_path, recipe="oat_zero_7b", library="transformers", evals=(), **
 
 def test_the_hub_reads_base_data_and_scores(tmp_path, group_of_one):
     evals = [evaluation(0, 0.5), evaluation(32, 0.71234), evaluation(32, 0.25, "aime24")]
+    evals.append(evaluation(32, 0.5, "mine.jsonl"))
     card = card_of(tmp_path, evals=evals)
     data = card.data
     assert (data.base_model, data.library_name) == ("Qwen/Qwen2.5-Math-7B", "transformers")
     assert data.datasets == "rasbt/math_full_minus_math500" and "dr-grpo" in data.tags
+    assert {r.metric_name for r in data.eval_results} == {"accuracy, greedy"}
     results = [(r.dataset_name, r.dataset_type, r.metric_value) for r in data.eval_results]
     assert results == [
         ("math500", "HuggingFaceH4/MATH-500", 0.7123),
         ("aime24", "HuggingFaceH4/aime_2024", 0.25),
+        ("mine.jsonl", "mine.jsonl", 0.5),
     ]
 
 
@@ -46,6 +49,7 @@ def test_a_person_reads_scores_recipe_command_and_commit(tmp_path, group_of_one)
     evals = [evaluation(0, 0.5), evaluation(32, 0.71)]
     text = card_of(tmp_path, evals=evals, lr=2e-6).text
     for line in (
+        "# my-run",
         "| math500 | greedy | before | 0.500 | 0.460 to 0.540 | 600.0 | - | 1.0% |",
         "| math500 | greedy | step 32 | 0.710 | 0.670 to 0.750 | 600.0 | - | 1.0% |",
         "Recipe `oat_zero_7b`, with these changes:",
@@ -105,12 +109,25 @@ def test_a_value_cannot_break_its_cell():
     assert model_card.cell("a|b\n<script>") == r"a\|b &lt;script>"
 
 
+def test_texts_of_the_user_cannot_break_the_table(tmp_path, group_of_one):
+    fields = {"train_data": "a|b", "eval_data": "c|d", "reward": "e|f:g", "template": "{q}\n|"}
+    text = card_of(tmp_path, **fields).text
+    for name, value in (
+        ("training data", r"a\|b"),
+        ("evaluation data", r"c\|d"),
+        ("reward", r"e\|f:g"),
+        ("prompt template, answer rule", r"{q} \|, auto"),
+    ):
+        assert f"| {name} | {value} |" in text.splitlines()
+
+
 def test_the_run_whose_start_was_recorded_last_is_the_one(tmp_path, group_of_one):
     card_of(tmp_path)
     path = tmp_path / "my-run" / "run.json"
     starts = json.loads(path.read_text())
-    path.write_text(json.dumps([starts[0] | {"commit": "x"}, *starts]))
+    path.write_text(json.dumps([starts[0] | {"commit": "x"}, starts[0] | {"resumed_step": 3}]))
     model_card.write(
         replace(RECIPES["tiny"](), out=str(tmp_path / "my-run")), 1, tmp_path, "transformers"
     )
-    assert "| commit | abc1234-dirty |" in (tmp_path / "README.md").read_text()
+    text = (tmp_path / "README.md").read_text()
+    assert "| commit | abc1234-dirty |" in text and "resumed_step" not in text

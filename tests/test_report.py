@@ -18,6 +18,7 @@ from drgrpo.config import RECIPES
 from drgrpo.run import report
 from drgrpo.run.files import append_jsonl, write_json
 from drgrpo.types import UserError
+from test_metrics import UPDATE, row_of
 
 HOSTILE = {
     "end of the script": "</script><script>alert(1)</script>",
@@ -58,7 +59,7 @@ class Page(HTMLParser):
         """What the script draws."""
         (start,) = [i for i, (_, attrs) in enumerate(self.tags) if attrs.get("id") == "data"]
         assert self.tags[start][0] == "script"
-        (text,) = [text for _, text in self.texts if text.startswith('{"charts"')]
+        (text,) = [text for _, text in self.texts if text.startswith('{"charts":[{')]
         return json.loads(text)
 
     @property
@@ -144,7 +145,7 @@ def test_hostile_text_is_shown_as_text(tmp_path, name):
 
 def test_tables_settings_and_machine(tmp_path):
     page = page_of(write_run(tmp_path, [sample()], lr=0.5))
-    for part in ("before", "step 2", "0.200", "0.000 to 0.500", "12.5%", "abc1234", "tiny"):
+    for part in ("before", "step 2", "0.200", "0.000 to 0.500", "12.5%", "60.0%", "abc1234"):
         assert part in page.text
     assert "train.py --recipe tiny" in page.text and "Step 2 of 100, 0.20 hours" in page.text
     (changed,) = [i for i, (_, a) in enumerate(page.tags) if a.get("class") == "changed"]
@@ -159,10 +160,36 @@ def test_curves_hold_every_step_and_the_intervals(tmp_path):
     (accuracy,) = charts["Accuracy on problems held out"]["lines"]
     assert accuracy == {"name": "held_out, greedy", "points": [[0, 0, 0, 0.5], [2, 0.2, 0, 0.5]]}
     lengths = charts["Response length, tokens"]["lines"]
-    assert [line["name"] for line in lengths] == ["wrong", "right"]
+    values = [(line["name"], line["points"][0]) for line in lengths]
+    assert values == [("wrong", [1, 9.0]), ("right", [1, 5.0])]
     assert "Entropy, nats a token" not in charts, "no step has a value"
     time = charts["Seconds of a step by phase"]
     assert time["stacked"] and [line["name"] for line in time["lines"]] == ["rollout", "train"]
+
+
+def test_every_column_of_a_chart_is_in_metrics_jsonl():
+    columns = row_of([UPDATE]).keys()
+    assert all(names.keys() <= columns for names in report.CHARTS.values())
+
+
+def test_every_way_to_sample_has_its_own_line():
+    lines = report.accuracy_lines([evaluation(0), evaluation(0, temperature=0.5, samples=4)])
+    assert [line["name"] for line in lines] == ["held_out, greedy", "held_out, T=0.5, 4 each"]
+
+
+def test_the_newest_start_is_open(tmp_path):
+    out = write_run(tmp_path, [sample()])
+    (first,) = json.loads((out / "run.json").read_text())
+    write_json(out / "run.json", [first, first | {"resumed_step": 7}])
+    page = page_of(out)
+    assert "start 1, after step 0" in page.text and "start 2, after step 7" in page.text
+    assert "resumed_step" not in page.text
+    details = [attributes for tag, attributes in page.tags if tag == "details"]
+    assert ["open" in attributes for attributes in details] == [False, False, True]
+
+
+def test_lines_and_tabs_of_a_text_stay():
+    assert report.visible("a\n\tb\r") == "a\n\tb⟨U+000D⟩"
 
 
 def test_a_token_without_text_goes_with_the_next_piece_and_the_end_token_is_last():
@@ -171,6 +198,10 @@ def test_a_token_without_text_goes_with_the_next_piece_and_the_end_token_is_last
     assert shown["texts"] == ["a", "😀", "b", ""]
     assert shown["logprobs"] == [-1.0, -1.0, -2.0, -0.12]
     assert report.sample(sample(pieces=[], logprobs=[]))["texts"] == []
+
+
+def test_an_answer_of_several_values_is_a_text():
+    assert report.sample(sample(answer=["2", "\u202e"]))["answer"] == "['2', '\\u202e']"
 
 
 def test_a_run_that_has_not_begun_or_was_killed_while_it_wrote_has_a_page(tmp_path):
@@ -185,8 +216,12 @@ def test_a_run_that_has_not_begun_or_was_killed_while_it_wrote_has_a_page(tmp_pa
 
 def test_rows_of_an_older_version_are_left_out(tmp_path):
     old = {k: v for k, v in sample(1).items() if k not in ("pieces", "logprobs", "right")}
-    page = page_of(write_run(tmp_path, [old, sample(2)]))
-    assert [row["step"] for row in page.data["samples"]] == [2]
+    evals = [evaluation(0), evaluation(2)]
+    del evals[0]["interval"]
+    data = page_of(write_run(tmp_path, [old, sample(2)], evals=evals)).data
+    assert [row["step"] for row in data["samples"]] == [2]
+    (accuracy,) = (c for c in data["charts"] if c["title"] == "Accuracy on problems held out")
+    assert accuracy["lines"][0]["points"] == [[0, 0], [2, 0.2, 0, 0.5]]
 
 
 def test_a_folder_that_is_no_run(tmp_path):
@@ -233,6 +268,8 @@ def test_a_long_run_shows_evenly_spaced_steps_within_its_budget(tmp_path, monkey
     for step in shown:
         kinds = {row["right"] for row in page.data["samples"] if row["step"] == step}
         assert kinds == {True, False}
+    monkeypatch.setattr(report, "MEGABYTES", 0)
+    assert {row["step"] for row in page_of(tmp_path).data["samples"]} == {1, 40}
 
 
 def test_steps_are_chosen_with_first_and_last():
@@ -248,7 +285,8 @@ def test_steps_are_chosen_with_first_and_last():
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
 def test_a_browser_draws_curves_and_samples(tmp_path):
     hostile = HOSTILE["end of the script"] + HOSTILE["markup"]
-    rows = [sample(1, pieces=[hostile, "b", ""]), sample(2, right=False)]
+    rows = [sample(1, pieces=[hostile, "b", ""]), sample(1, right=False), sample(2)]
+    rows.insert(2, sample(1, right=False, finished=False))
     path = report.write(write_run(tmp_path / "run", rows))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -258,5 +296,12 @@ def test_a_browser_draws_curves_and_samples(tmp_path):
     assert [tag for tag, _ in page.tags].count("figure") == 4
     assert hostile in page.text, "the first response, drawn by the script"
     assert not [attributes for tag, attributes in page.tags if tag == "img"]
+    for part in ("all 3", "right 1", "wrong 1", "truncated 1", "step 1 ", " 1 of 3 ", "3 tokens"):
+        assert part in page.text
+    assert "reward 1 (math 1, f failed)" in page.text and "advantage +0.5" in page.text
+    titles = [a["title"] for _, a in page.tags if "title" in a]
+    assert titles == [
+        f"log-prob {p}" for p in ("-0.5, p = 0.607", "-0.25, p = 0.779", "-0.12, p = 0.887")
+    ]
     pressed = [a["data-choice"] for _, a in page.tags if a.get("aria-pressed") == "true"]
     assert pressed == ["all", "log-prob"]

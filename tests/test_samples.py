@@ -1,6 +1,7 @@
 """Samples keep what a model wrote token by token, and little else."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from drgrpo.types import Completion, Grade, Problem, Rollout
 
 pytestmark = pytest.mark.usefixtures("group_of_one")
 
-REWARD_PG = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+REWARD_PG = torch.tensor([[1.0, 0.0], [0.25, 1.0]])
 ADVANTAGE_PG = torch.tensor([[0.5, -0.5], [-0.5, 0.5]])
 
 
@@ -47,7 +48,7 @@ def test_samples_are_the_first_of_each_of_the_first_prompts(tokenizer):
         "logprobs": [-0.123] * 7,
     }
     shown = [second[name] for name in ("response", "reward", "advantage", "right", "finished")]
-    assert shown == ["text 2", 0.0, -0.5, False, False]
+    assert shown == ["text 2", 0.25, -0.5, False, False], "no component is right"
     many = rollouts(tokenizer, prompts=40)
     zeros = torch.zeros(40, 2)
     assert len(sample_rows(3, many, zeros, zeros, tokenizer)) == SAMPLES_LOGGED
@@ -86,6 +87,13 @@ def test_a_space_that_a_tokenizer_strips_at_the_start_of_a_text_is_kept_inside_i
     tokenizer.decoder = decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert pieces([0, 1, 2, 0], fast) == ["two", " words", "s", " two"]
+
+
+def test_a_sure_token_has_a_log_prob_without_a_sign(tokenizer):
+    made = rollouts(tokenizer)
+    made[0] = replace(made[0], completion=replace(made[0].completion, logprobs=[-1e-9]))
+    row = sample_rows(3, made, REWARD_PG, ADVANTAGE_PG, tokenizer)[0]
+    assert str(row["logprobs"]) == "[0.0]"
 
 
 def test_only_rank_0_makes_rows(tokenizer, monkeypatch):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from itertools import islice
 
@@ -52,6 +53,48 @@ def test_an_epoch_shows_every_formula_once(sums, tokenizer):
     first, second, third, fourth = ([tuple(s.token_ids) for s in b] for b in islice(batches, 4))
     assert len({*first, *second, *third}) == 60 and fourth != first
 
+    other = demonstrations(load_problems(sums), TEMPLATE, tokenizer, Warmup(batch=20, seed=1))
+    assert [tuple(s.token_ids) for s in next(other)] != first
+
+
+@pytest.fixture
+def untrained(tokenizer, tmp_path, monkeypatch) -> list:
+    """No weights are read and nothing is trained. The first batch of each model is kept here."""
+    batches = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(smol, "write_base", lambda path: path.mkdir() or tokenizer)
+    monkeypatch.setattr(
+        smol.imitation, "imitate", lambda path, schedule, steps, log: batches.append(next(steps))
+    )
+    return batches
+
+
+def test_it_imitates_the_problems_before_those_of_rl(sums, untrained, tokenizer, tmp_path):
+    rows = [
+        {"q": r["problem"], "gold": r["answer"], "formula": r["formula"]} for r in read_jsonl(sums)
+    ]
+    path = tmp_path / "renamed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    smol_model(config(str(path), problem_field="q", answer_field="gold", template="{q}~"), print)
+    shown = {tokenizer.decode(sequence.prompt_ids) for sequence in untrained[0]}
+    assert len(shown) == 16
+    assert shown <= {f"{p.question}~" for p in load_problems(f"{sums}[:50%]")}
+
+
+def test_a_model_is_cached_under_seed_template_and_formulas(sums, untrained):
+    first, same, *others = (
+        smol_model(replace(config(sums), **changes), print)
+        for changes in (
+            {},
+            {"steps": 7},
+            {"seed": 1},
+            {"template": "{q}~"},
+            {"train_data": f"{sums}[90%:]"},
+        )
+    )
+    assert first == same and len({first, *others}) == 4 == len(untrained)
+    assert untrained[0] != untrained[1], "the seed chooses the batches"
+
 
 def test_wrong_formulas_are_not_imitated(tmp_path):
     rows = [
@@ -75,11 +118,13 @@ def test_problems_before_those_of_rl_are_needed(sums):
 
 @needs_weights
 @pytest.mark.slow
-def test_two_steps_of_the_recipe(sums, tmp_path, monkeypatch):
+def test_two_steps_of_the_recipe(sums, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(smol.Warmup, "__init__", short(smol.Warmup))
     small = dict(prompts_per_step=2, group_size=2, steps=2, eval_samples=0, eval_every=0)
     train.main(config(sums, eval_data=f"{sums}[:5%]", out=str(tmp_path / "run"), **small))
+    nll = re.search(r"nll/token ([\d.]+)", capsys.readouterr().out)
+    assert nll and float(nll[1]) < 6, "random weights have log 49152 = 10.8"
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert 0 < rows[0]["response_len_mean"] <= 24

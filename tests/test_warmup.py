@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drgrpo import imitation
 from drgrpo.config import RECIPES
+from drgrpo.tiny import arithmetic, warmup
+from drgrpo.tiny import tokenizer as byte_tokenizer
 from drgrpo.tiny.warmup import Warmup, build_tiny_model, cached_tiny_model, demonstrations
 from drgrpo.warmup import initial_model
 from runs import finish, launch, metrics, small
@@ -73,6 +75,32 @@ def test_every_setting_is_part_of_the_cache_key(tmp_path, monkeypatch, change):
     configs = (SHORT, replace(SHORT, **change), replace(SHORT, **asdict(SHORT)))
     first, other, same = (cached_tiny_model(config, tmp_path) for config in configs)
     assert first == same != other
+
+
+@pytest.mark.parametrize("module", [arithmetic, byte_tokenizer, imitation, warmup], ids=str)
+def test_the_code_is_part_of_the_cache_key(tmp_path, monkeypatch, module):
+    monkeypatch.setattr(imitation, "imitate", lambda *args: None)
+    first = cached_tiny_model(SHORT, tmp_path)
+    (tmp_path / "changed.py").write_text("changed")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "changed.py"))
+    assert cached_tiny_model(SHORT, tmp_path) != first
+
+
+def test_prompts_are_those_that_rl_trains_on(tokenizer):
+    prompts = {f"{p.question}~" for p in arithmetic.problems("train")}
+    shown = {tokenizer.decode(sequence.prompt_ids) for sequence in next(demonstrations(SHORT))}
+    assert shown <= prompts
+
+
+def test_the_seed_chooses_problems_and_flaws(monkeypatch):
+    made, original = [], arithmetic.Demonstrator
+    monkeypatch.setattr(
+        arithmetic, "Demonstrator", lambda *args: made.append(args) or original(*args)
+    )
+    configs = [replace(SHORT, seed=seed, notices=False) for seed in (0, 0, 1)]
+    first, same, other = (next(demonstrations(config)) for config in configs)
+    assert [s.prompt_ids for s in first] != [s.prompt_ids for s in other]
+    assert first == same and made == [(0, False), (0, False), (1, False)]
 
 
 def test_every_response_ends():

@@ -130,8 +130,8 @@ def paper_table(result: dict, model: str) -> Table:
     ]
     caption += [f"Not the paper's protocol: {text}." for text in result["departures"]]
     title = (
-        f"{model}, {result['template']}, next to the paper's Tables 1 and 4: published %, and ours "
-        "minus it"
+        f"{model}, {result['template']!r}, next to the paper's Tables 1 and 4: published %, and "
+        "ours minus it"
     )
     return make_table(title, ["", *names], [ours], same, others, caption="\n".join(caption))
 

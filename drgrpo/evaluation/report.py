@@ -111,7 +111,7 @@ def detail(part: dict, settings: dict, counters: dict[str, int]) -> Table:
     for column in several.values():
         mean.append(percent(fmean(r[column][k] for r in benchmarks.values())))
     mean.append(str(sum(r["n"] for r in benchmarks.values())))
-    title = f"{name(settings)}, {part['template']}, {how}, grader {settings['grader']}"
+    title = f"{name(settings)}, {part['template']!r}, {how}, grader {settings['grader']}"
     return make_table(title, columns, rows, [mean], caption=footer(part, counters))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from drgrpo.run.log import number
@@ -15,16 +16,19 @@ def make_table(
     left: Collection[str] = (),
 ) -> Table:
     """A table with a line between the groups of rows. The first column and those in `left` are
-    aligned to the left."""
+    aligned to the left. Brackets are shown as they are: `[/INST]` of a prompt is no markup."""
     table = Table(
-        title=title, caption=caption or None, title_justify="left", caption_justify="left"
+        title=escape(title),
+        caption=escape(caption) or None,
+        title_justify="left",
+        caption_justify="left",
     )
     for i, column in enumerate(columns):
         to_the_left = i == 0 or column in left
         table.add_column(column, justify="left" if to_the_left else "right", overflow="fold")
     for rows in groups:
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         table.add_section()
     return table
 

@@ -19,7 +19,8 @@ def before_and_after(rows: list[dict[str, Any]]) -> list[list[str]]:
         evaluations.setdefault(key, []).append(row)
     cells = []
     for (benchmark, _, _), history in evaluations.items():
-        for when, row in (("before", history[0]), (f"step {history[-1]['step']}", history[-1])):
+        for row in history[:1] + history[1:][-1:]:  # there may be one only
+            when = f"step {row['step']}" if row["step"] else "before"
             interval = " to ".join(f"{bound:.3f}" for bound in row.get("interval", ())) or "-"
             lengths = number(row["len_correct"]), number(row["len_incorrect"])
             cut = number(row["truncated_frac"], ".1%")

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader
 
 from drgrpo.config import Config
-from drgrpo.data import ARITHMETIC, HUB, Share
+from drgrpo.data import HUB, Share
 from drgrpo.run.accuracy import HEADINGS, before_and_after, sampling
 from drgrpo.run.files import read_jsonl
 from drgrpo.run.folder import changed_settings
@@ -45,7 +45,7 @@ def write(config: Config, step: int, folder: Path, library: str) -> None:
         headings=HEADINGS,
         scores=before_and_after(evals),
         processes=dist.get_world_size(),
-        command=shlex.join(["python", *start.get("argv", [])]),
+        command=shlex.join(["python", *start["argv"]]),
         start=start,
     )
     ModelCard(text).save(folder / "README.md")
@@ -83,7 +83,7 @@ def dataset(source: str) -> str | None:
     if name in HUB:
         return HUB[name].repo
     name = name.partition(":")[0]
-    return name if name not in ARITHMETIC and is_hub_name(name) else None
+    return name if is_hub_name(name) else None
 
 
 def is_hub_name(name: str) -> bool:

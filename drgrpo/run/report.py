@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import Any, BinaryIO
 
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 
 from drgrpo.run.accuracy import HEADINGS, before_and_after, sampling
 from drgrpo.run.cli import user_errors
@@ -61,9 +60,7 @@ def write(out: str | Path) -> Path:
     out = Path(out)
     if not (out / "config.json").is_file():
         raise UserError(f"{out} holds no config.json; name the --out folder of a run")
-    # xmlcharrefreplace: a page has no lone surrogates, and no text of it can bring one in.
-    page = render(out).encode("utf-8", "xmlcharrefreplace")
-    write_atomically(out / "report.html", page)
+    write_atomically(out / "report.html", render(out))
     return out / "report.html"
 
 
@@ -74,7 +71,7 @@ def render(out: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, finalize=visible
     )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment.get_template("report.html.jinja").render(
         nonce=secrets.token_urlsafe(16),  # a response cannot know it
         out=str(out),
@@ -95,7 +92,7 @@ def render(out: Path) -> str:
 def visible(value: Any) -> Any:
     """A text in which every character can be seen: control characters, marks that change the
     direction of text, and halves of surrogate pairs show as their code. Other values stay."""
-    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
+    if not isinstance(value, str) or value.isprintable():
         return value
     return "".join(c if c.isprintable() or c in "\n\t" else f"⟨U+{ord(c):04X}⟩" for c in value)
 

@@ -59,7 +59,7 @@ def pieces(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str
     takes a seventh of the time."""
     text = tokenizer.decode(token_ids, skip_special_tokens=True)
     found = tokenizer.batch_decode([[id] for id in token_ids], skip_special_tokens=True)
-    if token_ids and "".join(found) == text and "\ufffd" not in text:
+    if token_ids and "".join(found) == text:
         return found
     found = []
     start = read = 0  # tokens before `read` have their text, and `start` is one piece earlier
