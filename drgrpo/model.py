@@ -19,7 +19,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (
     AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -85,10 +84,6 @@ def sdpa_attention(
     return out_SHLd.transpose(1, 2)[sequence_T, slot_T][None], None
 
 
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Both functions separate the sequences by `cu_seq_lens_q`, so no mask is built."""
-
-
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that `auto` stands for here, or `name`. UserError if `name` cannot run here."""
     flash_runs = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
@@ -110,10 +105,12 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> st
 
 
 def attention_implementation(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """transformers' name of the backend, which this call registers. UserError as above."""
+    """transformers' name of the backend, which this call registers. UserError as above.
+
+    Without a mask function of the same name transformers builds no mask. The backends separate the
+    sequences by `cu_seq_lens_q`."""
     for key, function in (("drgrpo_varlen", varlen_attention), ("drgrpo_sdpa", sdpa_attention)):
         AttentionInterface.register(key, function)
-        AttentionMaskInterface.register(key, no_mask)
     return ATTENTION[resolve_attention(name, device, dtype)]
 
 
