@@ -101,9 +101,8 @@ def test_every_example_passes_the_check_of_the_command_line():
     functions = ("format_reward.py:one_box", "length_reward.py:brevity")
     functions += ("code_reward.py:passes_tests",)
     check(" + ".join(f"{EXAMPLES}/{function}" for function in functions))
-    assert {name.split(":")[0] for name in functions} == {
-        p.name for p in EXAMPLES.glob("*_reward.py")
-    }
+    files = {path.name for path in EXAMPLES.glob("*_reward.py")}
+    assert {name.split(":")[0] for name in functions} == files
 
 
 @pytest.mark.slow

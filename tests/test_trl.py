@@ -324,7 +324,11 @@ def test_16_bits_have_the_same_logits_in_both_passes(logits_dtype, monkeypatch):
     asked = []
     for name in ("linear_logprob", "linear_drgrpo_loss"):
         original = getattr(ours, name)
-        spy = lambda *a, f=original, **kw: (asked.append(kw["logits_dtype"]), f(*a, **kw))[1]
+
+        def spy(*args, original=original, **options):
+            asked.append(options["logits_dtype"])
+            return original(*args, **options)
+
         monkeypatch.setattr(ours, name, spy)
     case = make(64, 32, 500, torch.bfloat16, spread=4.0)
     hidden, weight, target, _ = case.grad_inputs()
@@ -369,7 +373,11 @@ def test_zero_3_gathers_the_weight_in_the_backward_pass(monkeypatch):
     with use_fused_head() as head:
         logprob, *_ = head.apply(hidden, weight, None, target, 1.0, 0)
     gathered, original = [], utils.maybe_gather_lm_head_ctx
-    spy = lambda *params: (gathered.append(params[0]), original(*params))[1]
+
+    def spy(*params):
+        gathered.append(params[0])
+        return original(*params)
+
     monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", spy)
     logprob.sum().backward()
     assert len(gathered) == 1 and gathered[0] is weight
@@ -402,7 +410,12 @@ def test_the_head_goes_in_and_out(random_model, tmp_path):
 
 def test_the_logits_of_the_old_log_probs_are_those_of_the_loss(random_model, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(ours, "use_fused_head", lambda d: (asked.append(d), use_fused_head(d))[1])
+
+    def spy(logits_dtype):
+        asked.append(logits_dtype)
+        return use_fused_head(logits_dtype)
+
+    monkeypatch.setattr(ours, "use_fused_head", spy)
     trainer = make_trainer(DrGRPOTrainer, random_model, tmp_path)
     tokens = torch.ones(1, 4, dtype=torch.long)
     for logits_dtype in (None, "shifted"):
