@@ -100,6 +100,10 @@ class Config:
     """generation budget of a response, and the constant C that Dr. GRPO divides by"""
     temperature: float = 1.0
     """sampling temperature of rollouts; the trainer's log-probs use the same"""
+    carry_over: float = 0.0
+    """share of responses that a step leaves unfinished for the next one, see docs/carry_over.md"""
+    carry_steps: int = 2
+    """steps that a response is carried at most; the step after that waits for it"""
     sampler_batch: int = 256
     """sequences that a sampler runs at once, per process"""
     kv_cache_gb: float = 0.0
@@ -200,6 +204,12 @@ class Config:
                 f"--minibatches {self.minibatches}; use --minibatches 1, or --old-logprob sampler "
                 "or recompute"
             )
+        if self.carry_over and self.old_logprob != "sampler":
+            raise UserError(
+                f"--carry-over {self.carry_over} with --old-logprob {self.old_logprob}: responses "
+                "that were carried over are from older weights, and only the sampler's log-probs "
+                "correct for that; add --old-logprob sampler, or leave --carry-over out"
+            )
         if self.kl_coef and self.algo in TOKENS_WEIGHED:
             raise UserError(
                 f"--kl-coef {self.kl_coef} with --algo {self.algo}: the penalty is divided by "
@@ -211,7 +221,7 @@ class Config:
         positive = (
             *("prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "steps"),
             *("minibatches", "tokens_per_microbatch", "sampler_batch", "temperature", "lr"),
-            *("max_grad_norm", "lora_alpha"),
+            *("max_grad_norm", "lora_alpha", "carry_steps"),
             *("tp", "dp_replicate", "keep"),
         )
         for name in positive:
@@ -229,9 +239,11 @@ class Config:
                 raise UserError(
                     f"--{flag(name)} {getattr(self, name)} must be 0 or a positive number"
                 )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "carry_over"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 0 and below 1")
+                raise UserError(
+                    f"--{flag(name)} {getattr(self, name)} must be at least 0 and below 1"
+                )
 
     @property
     def rollouts_per_step(self) -> int:

@@ -19,6 +19,7 @@ REWARD_PG = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
 ADVANTAGE_PG = torch.tensor([[0.5, -0.5], [0.0, 0.0]])
 UPDATE = Update(
     tokens=3,
+    fresh=3,
     gap_sum=0.3,
     gap_max=0.2,
     clipped=1,
@@ -108,7 +109,7 @@ def test_without_math_a_positive_reward_is_right():
 
 
 def test_a_step_without_gradient_or_without_a_right_answer_has_no_made_up_numbers():
-    nothing = UPDATE._replace(tokens=0, gap_sum=0, gap_max=0, ratio_max=0, grad_norm=0.0)
+    nothing = UPDATE._replace(tokens=0, fresh=0, gap_sum=0, gap_max=0, ratio_max=0, grad_norm=0.0)
     row = row_of([nothing], torch.zeros(2, 2), torch.zeros(2, 2))
     for column in ("response_len_correct", "ratio_max", "kl", "parity_mean", "parity_max"):
         assert row[column] is None, column
@@ -138,6 +139,7 @@ def test_a_tally_adds_up_micro_batches_and_takes_the_largest(group_of_one):
     assert tally.reduce() == pytest.approx(
         {
             "tokens": 3,
+            "fresh": 3,
             "gap_sum": 1.5,
             "clipped": 2,
             "loss": 0.75,
@@ -159,5 +161,5 @@ def test_a_tally_over_two_processes_averages_their_losses_and_takes_the_largest(
     tally, logprob_N = Tally(), torch.tensor([-1.0, -1.25])
     stats = {"logprob": logprob_N, "clipped": torch.tensor([1, 0]), "log_ratio": 0 * logprob_N}
     tally.add(pack([Sequence([1], [2, 2], [-1.5] * 2, 1.0)]), torch.tensor(0.5), stats)
-    expected = {"tokens": 4, "gap_sum": 1.5, "clipped": 2, "loss": 0.5, "kl_sum": 0}
+    expected = {"tokens": 4, "fresh": 4, "gap_sum": 1.5, "clipped": 2, "loss": 0.5, "kl_sum": 0}
     assert tally.reduce() == expected | {"gap_max": 0.5, "ratio_max": 1}
