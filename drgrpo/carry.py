@@ -7,6 +7,8 @@ the ratio corrects for the weights that have changed since.
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import torch
@@ -41,14 +43,11 @@ class CarryOver:
 
     def split(self, rollouts: list[Rollout], reward_PG: Tensor) -> tuple[list[Rollout], Tensor]:
         """The groups that are complete, with their rewards [P', G]. The others are pending."""
-        size = reward_PG.shape[1]
-        groups = [rollouts[i : i + size] for i in range(0, len(rollouts), size)]
-        complete = [not any(r.completion.open for r in group) for group in groups]
-        split: dict[bool, list[Rollout]] = {True: [], False: []}
-        for group, whole in zip(groups, complete, strict=True):
-            split[whole] += group
-        self.pending = split[False]
-        return split[True], reward_PG[torch.tensor(complete)]
+        open_PG = torch.tensor([r.completion.open for r in rollouts]).view_as(reward_PG)
+        waits_P = open_PG.any(dim=1)
+        waits = waits_P.repeat_interleave(reward_PG.shape[1]).tolist()
+        self.pending = list(compress(rollouts, waits))
+        return list(compress(rollouts, map(not_, waits))), reward_PG[~waits_P]
 
 
 def to_row(rollout: Rollout) -> dict[str, Any]:
