@@ -294,6 +294,16 @@ def test_an_open_response_goes_on_with_the_weights_of_its_second_part(pair):
     engine.sync(model.state_dict().items())
 
 
+def test_responses_that_vllm_has_not_begun_are_left_blank(tied):
+    """It runs 64 at once."""
+    engine, _ = tied
+    assert {len(r.drawn.token_ids) for r in left_after(engine, requests(), steps=0)} == {0}
+    many = 8 * requests()
+    assert left_after(engine, many, steps=0) == many
+    lengths = sorted(len(r.drawn.token_ids) for r in left_after(engine, many, steps=2))
+    assert lengths[0] == 0 and lengths[-1] == 2
+
+
 @torch.no_grad()
 def logprobs_of(model, prompt: list[int], response: list[int]) -> torch.Tensor:
     """Of each response token."""

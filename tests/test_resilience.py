@@ -112,7 +112,7 @@ def test_a_time_limit_between_any_two_steps_changes_no_bit_of_what_is_carried(
     assert_same_run(carried, tmp_path / "limited")
 
 
-@pytest.mark.parametrize("count", [60, 150, 300])
+@pytest.mark.parametrize("count", [240, 470, 510])  # tokens: in the rollouts of steps 2, 3 and 4
 def test_killed_while_it_goes_on_with_responses_it_resumes_bit_for_bit(
     warm_model, carried, tmp_path, count
 ):
@@ -120,7 +120,7 @@ def test_killed_while_it_goes_on_with_responses_it_resumes_bit_for_bit(
     prelude = KILL.format(owner="TorchEngine", name="_forward", count=count)
     shown = finish(launch(config, prelude=prelude), status=None)
     assert "SIGKILL" in shown or "exitcode: -9" in shown or "Signal 9" in shown, shown
-    assert len(list_checkpoints(tmp_path / "killed")) in (1, 2, 3, 4), "between two steps"
+    assert (list_checkpoints(tmp_path / "killed")[0] / "pending.jsonl").exists()
     run(config)
     assert_same_run(carried, tmp_path / "killed")
 
