@@ -194,9 +194,9 @@ class TorchEngine:
         uniform_BL = torch.from_numpy(uniforms([r.seed for r in requests], limit)).to(self.device)
         token_BL = torch.zeros(count, limit, dtype=torch.long, device=self.device)
         logprob_BL = torch.zeros(count, limit, device=self.device)
-        for row, request in enumerate(requests):
-            token_BL[row, : drawn[row]] = torch.tensor(request.drawn.token_ids)
-            logprob_BL[row, : drawn[row]] = torch.tensor(request.drawn.logprobs)
+        for row in filter(drawn.__getitem__, range(count)):
+            token_BL[row, : drawn[row]] = torch.tensor(requests[row].drawn.token_ids)
+            logprob_BL[row, : drawn[row]] = torch.tensor(requests[row].drawn.logprobs)
         length_B = torch.tensor(room, device=self.device)  # until a stop rule makes it shorter
         finished_B = torch.zeros(count, dtype=torch.bool, device=self.device)
         stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=self.device)

@@ -87,13 +87,14 @@ class Script:
     """An engine that draws a token of every response at a time. `length` is that of a seed."""
 
     def __init__(self, length):
-        self.length, self.drew = length, []
+        self.length, self.drew, self.tokens = length, [], 0
 
     def generate(self, requests, sampling, on_finish, enough):
         completions, unfinished = [r.drawn for r in requests], set(range(len(requests)))
         while unfinished and not enough():
             for i in sorted(unfinished):
                 n = len(completions[i].token_ids) + 1
+                self.tokens += 1
                 finished = n == self.length(requests[i].seed)
                 over = finished or n == sampling.max_new_tokens
                 completions[i] = Completion(list(range(n)), [-1.0] * n, finished, open=not over)
@@ -146,7 +147,7 @@ def walk(tokenizer, patch, length, share, carry_steps, steps, world=1, tp=1):
     return trained, engines, graders
 
 
-def check(trained, engines, graders, length, share, carry_steps):
+def check(trained, engines, graders, length, share, carry_steps, tp=1):
     """What holds for every mix of lengths."""
     steps = range(1, len(trained) + 1)
     groups = [
@@ -166,6 +167,8 @@ def check(trained, engines, graders, length, share, carry_steps):
     for engine, grader in zip(engines, graders, strict=True):
         assert len(grader.graded) == len(set(grader.graded)), "a response is graded once"
         assert all(left <= share * drawn for drawn, left in engine.drew)
+    lengths = [r.length for _, responses in groups for r in responses]
+    assert sum(engine.tokens for engine in engines) == tp * sum(lengths), "no token is drawn twice"
 
 
 @settings(max_examples=150, deadline=None)
@@ -184,7 +187,7 @@ def test_every_group_is_trained_once_whole_and_in_time(
 
     with pytest.MonkeyPatch.context() as patch:
         done = walk(tokenizer, patch, length, share, carry_steps, steps, *processes)
-    check(*done, length, share, carry_steps)
+    check(*done, length, share, carry_steps, tp=processes[1])
 
 
 HOSTILE = {

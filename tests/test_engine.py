@@ -143,6 +143,15 @@ def test_a_stop_string_ends_a_response_and_stays_in_it(engine, tokenizer):
         assert c.finished == (needle in text or c.token_ids[-1] == 256)
 
 
+def test_no_stop_string_is_seen_before_the_text_has_it(engine, tokenizer):
+    """The first tokens of a response are fewer than those in which a stop string is looked for."""
+    (free,) = engine.generate(requests(1), sampling())
+    first = tokenizer.decode(free.token_ids[:1])
+    needle = first * 2
+    assert needle not in tokenizer.decode(free.token_ids)
+    assert engine.generate(requests(1), sampling(stop=(needle,))) == [free]
+
+
 def test_prompt_and_response_together_end_at_max_tokens(random_model, engine, tokenizer):
     short = build(random_model, tokenizer, max_tokens=45)
     batch = requests(9)  # prompts of 3, 11 and 40 tokens
