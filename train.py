@@ -83,6 +83,7 @@ def main(config: Config) -> None:
     # ---- Setup: policy and optimizer, from the newest checkpoint if there is one.
     policy, reference, optimizer = load_policies(config, model_path, device)
     done = checkpoint.resume(config, policy, optimizer, log.say)
+    carry = checkpoint.carry_over(config, done.step, problems)
 
     # ---- Setup: the sampler. It comes after the process group: vLLM would make one of its own.
     ledger = ledger_of(config, policy.lm, longest, world, device)
@@ -108,8 +109,7 @@ def main(config: Config) -> None:
 
     def evaluate(step: int) -> None:
         modes = [(1, replace(sampling, temperature=0.0))]
-        if config.eval_samples:
-            modes.append((config.eval_samples, sampling))
+        modes += [(config.eval_samples, sampling)] if config.eval_samples else []
         for samples, mode in modes:
             for row in evaluate_sets(sampler, grader, eval_sets, dropped, samples, mode, step):
                 log.evaluation(row | {"template": config.template})
@@ -124,15 +124,15 @@ def main(config: Config) -> None:
 
             # 1. Every process samples its share of the responses. Grading starts with the first.
             with timer("rollout"):
-                rollouts, grades = sampler.rollout(prompts, group, sampling, step, grader)
+                rollouts, grades = sampler.rollout(prompts, group, sampling, step, grader, carry)
 
-            # 2. Each response gets its reward. Then every process gets the whole step.
+            # 2. Each response gets its reward. Then every process gets all complete groups.
             with timer("grade"):
                 rollouts = with_grades(rollouts, grades)
                 rewards = [reward(rollout, rollout.grade) for rollout in rollouts]
             with timer("pack"):
                 engine.sleep()
-                rollouts, reward_PG = sampler.gather(rollouts, rewards, group)
+                rollouts, reward_PG = carry.split(*sampler.gather(rollouts, rewards, group))
 
                 # 3. A response is compared with its group. Then responses are dealt to optimizer
                 #    steps, processes and micro-batches.
@@ -145,10 +145,10 @@ def main(config: Config) -> None:
 
             # 5. One optimizer step for each minibatch.
             with timer("train"):
-                updates = []
-                for i, batches in enumerate(plan):
+                updates, sizes = [], pack.sizes(len(rollouts), config.minibatches)
+                for i, (batches, B) in enumerate(zip(plan, sizes, strict=True)):
                     lr = learning_rate(config, (step - 1) * config.minibatches + i)
-                    updates.append(train_minibatch(config, policy, optimizer, batches, lr, i == 0))
+                    updates += [train_minibatch(config, policy, optimizer, batches, lr, i == 0, B)]
                     nonfinite.check(not updates[-1].failed, batches, step, i)
 
             # 6. The sampler gets the new weights.
@@ -161,7 +161,7 @@ def main(config: Config) -> None:
             with timer("eval"):
                 if config.evaluates(step):
                     evaluate(step)
-            now = checkpoint.Progress(step, (time.monotonic() - started) / 3600)
+            now = checkpoint.Progress(step, (time.monotonic() - started) / 3600, carry.pending)
             with timer("save"):
                 if saving:
                     checkpoint.write(config, now, policy, optimizer, tokenizer)
@@ -220,8 +220,7 @@ def plan_updates(
     """This process's packed micro-batches of every optimizer step: [minibatches][micro-batches].
 
     Responses without advantage are skipped once every response has its optimizer step. Their
-    gradient is exactly zero and the normalizer does not count them, so that skipping them changes
-    time and memory only."""
+    gradient is exactly zero, so that skipping them changes time and memory only."""
     advantages, plan = advantage_PG.flatten().tolist(), []
     for chosen in pack.minibatches(len(rollouts), config.minibatches, config.seed, step):
         length_B = torch.tensor([rollouts[i].length for i in chosen])
@@ -262,11 +261,12 @@ def train_minibatch(
     batches: list[Batch],
     lr: float,
     check_parity: bool = False,
+    B: int | None = None,
 ) -> Update:
-    """One optimizer step over the micro-batches. Returns its statistics over all processes."""
+    """One optimizer step over B responses, by default `minibatch_size`. Returns its statistics."""
     # Dr. GRPO (2/2): constant normalizer, not response length. FSDP2 averages gradients over
     # processes, and the world size turns the average into a sum.
-    scale = dist.get_world_size() / (config.minibatch_size * config.max_new_tokens)
+    scale = dist.get_world_size() / ((B or config.minibatch_size) * config.max_new_tokens)
     tally = Tally()
     for batch in batches:
         # The unfused loss, with A = batch.advantage_N and old = batch.old_logprob_N:
@@ -278,8 +278,8 @@ def train_minibatch(
         tally.add(batch, loss, stats)
     sums = tally.reduce()
     finite = math.isfinite(sums["loss"])
-    if check_parity and sums["tokens"] and finite:  # the sampler still holds these weights
-        gap, dtype = sums["gap_sum"] / sums["tokens"], getattr(torch, config.dtype)
+    if check_parity and sums["fresh"] and finite:  # the sampler still holds these weights
+        gap, dtype = sums["gap_sum"] / sums["fresh"], getattr(torch, config.dtype)
         parity.check(gap, sums["gap_max"], dtype, config.parity)
 
     policy.scaler.unscale_(optimizer)

@@ -103,6 +103,10 @@ class Config:
     """generation budget of a response, and the constant C that Dr. GRPO divides by"""
     temperature: float = 1.0
     """sampling temperature of rollouts; the trainer's log-probs use the same"""
+    carry_over: float = 0.0
+    """share of responses that a step leaves unfinished for the next one, see docs/carry_over.md"""
+    carry_steps: int = 2
+    """steps that a response is carried at most; the step after that waits for it"""
     sampler_batch: int = 256
     """sequences that a sampler runs at once, per process; --tp N makes it N times as many"""
     kv_cache_gb: float = 0.0
@@ -211,6 +215,12 @@ class Config:
                 "--logits shifted rounds to the 16 bits of --dtype bfloat16 or float16, and "
                 "--dtype is float32; use --logits auto"
             )
+        if self.carry_over and self.old_logprob != "sampler":
+            raise UserError(
+                f"--carry-over {self.carry_over} with --old-logprob {self.old_logprob}: responses "
+                "that were carried over are from older weights, and only the sampler's log-probs "
+                "correct for that; add --old-logprob sampler, or leave --carry-over out"
+            )
         if self.kl_coef and self.algo in TOKENS_WEIGHED:
             raise UserError(
                 f"--kl-coef {self.kl_coef} with --algo {self.algo}: the penalty is divided by "
@@ -222,7 +232,7 @@ class Config:
         positive = (
             *("prompts_per_step", "group_size", "max_new_tokens", "max_prompt_tokens", "steps"),
             *("minibatches", "tokens_per_microbatch", "sampler_batch", "temperature", "lr"),
-            *("max_grad_norm", "lora_alpha", "dp_replicate", "keep"),
+            *("max_grad_norm", "lora_alpha", "dp_replicate", "keep", "carry_steps"),
         )
         for name in positive:
             if not 0 < getattr(self, name) < math.inf:
@@ -239,9 +249,11 @@ class Config:
                 raise UserError(
                     f"--{flag(name)} {getattr(self, name)} must be 0 or a positive number"
                 )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "carry_over"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least 0 and below 1")
+                raise UserError(
+                    f"--{flag(name)} {getattr(self, name)} must be at least 0 and below 1"
+                )
 
     @property
     def rollouts_per_step(self) -> int:

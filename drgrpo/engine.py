@@ -4,14 +4,14 @@
 `engine_vllm.VLLMEngine` is vLLM. Another sampler is another class with these five members.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from drgrpo.types import Completion, OnFinish, Request, Sampling, UserError, no_callback
+from drgrpo.types import Completion, OnFinish, Request, Sampling, UserError, never, no_callback
 from drgrpo.vllm_options import parse_vllm_options
 
 
@@ -26,11 +26,17 @@ class Engine(Protocol):
     name: str
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        on_finish: OnFinish = no_callback,
+        enough: Callable[[], bool] = never,
     ) -> list[Completion]:
-        """One completion per request, in order.
+        """One completion per request, in order. It begins with what the request has already drawn,
+        and `max_new_tokens` counts the whole.
 
-        `on_finish(i, completion)` is called once request i is complete, in any order."""
+        `on_finish(i, completion)` is called once request i is complete, in any order. Once
+        `enough()` is true, the completions of the other requests are returned open."""
 
     def sync(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """Sample from these weights from now on. They come under their Hugging Face names.

@@ -1,6 +1,7 @@
 """A batched KV-cache sampler in plain PyTorch, for machines without a GPU."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import sub
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from drgrpo.types import Completion, OnFinish, Request, Sampling, no_callback
+from drgrpo.types import Completion, OnFinish, Request, Sampling, never, no_callback
 
 
 def uniforms(seed_B: list[int], count: int) -> np.ndarray:
@@ -157,58 +158,81 @@ class TorchEngine:
         """Nothing to release."""
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        on_finish: OnFinish = no_callback,
+        enough: Callable[[], bool] = never,
     ) -> list[Completion]:
-        """One completion per request, in order.
+        """One completion per request, in order. It begins with what the request has already drawn.
 
-        `on_finish(i, completion)` is called as request i finishes, or soon after."""
-        # Longest prompts first: a batch pads little, and runs out of memory at once if ever.
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids))
-        completions: dict[int, Completion] = {}
+        `on_finish(i, completion)` is called as request i finishes. `enough()` is asked after every
+        token. With unchanged weights, an open completion goes on with the same tokens as if it had
+        never stopped."""
+        # Longest texts first: a batch pads little, and runs out of memory at once if ever.
+        order = sorted(range(len(requests)), key=lambda i: -len(text_ids(requests[i])))
+        completions = [request.drawn for request in requests]
         for start in range(0, len(order), self.batch):
+            if enough():
+                break
             chosen = order[start : start + self.batch]
-            for row, completion in self._generate([requests[i] for i in chosen], sampling):
+            batch = [requests[i] for i in chosen]
+            for row, completion in self._generate(batch, sampling, enough):
                 completions[chosen[row]] = completion
-                on_finish(chosen[row], completion)
-        return [completions[i] for i in range(len(requests))]
+                if not completion.open:
+                    on_finish(chosen[row], completion)
+        return completions
 
     @torch.inference_mode()
     def _generate(
-        self, requests: list[Request], sampling: Sampling
+        self, requests: list[Request], sampling: Sampling, enough: Callable[[], bool]
     ) -> Iterator[tuple[int, Completion]]:
-        """(row, completion) of one batch, as rows are dropped from it."""
+        """(row, completion) of one batch: those that end, and then the open ones."""
         room = [min(sampling.max_new_tokens, self.max_tokens - len(r.prompt_ids)) for r in requests]
-        count, limit = len(requests), max(room)
+        drawn = [len(r.drawn.token_ids) for r in requests]
+        count, limit, most = len(requests), max(room), max(map(sub, room, drawn))
         uniform_BL = torch.from_numpy(uniforms([r.seed for r in requests], limit)).to(self.device)
         token_BL = torch.zeros(count, limit, dtype=torch.long, device=self.device)
         logprob_BL = torch.zeros(count, limit, device=self.device)
+        for row in filter(drawn.__getitem__, range(count)):
+            token_BL[row, : drawn[row]] = torch.tensor(requests[row].drawn.token_ids)
+            logprob_BL[row, : drawn[row]] = torch.tensor(requests[row].drawn.logprobs)
         length_B = torch.tensor(room, device=self.device)  # until a stop rule makes it shorter
         finished_B = torch.zeros(count, dtype=torch.bool, device=self.device)
         stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.long, device=self.device)
 
-        prompts = [r.prompt_ids for r in requests]
-        logits_BV, cache, real_BL, position_B = self._prefill(prompts, limit)
-        row_B = torch.arange(count, device=self.device)  # which request each live row belongs to
-        for t in range(limit):
-            token_B, token_logprob_B = sample_token(
-                logits_BV, uniform_BL[row_B, t], sampling.temperature
-            )
-            token_BL[row_B, t], logprob_BL[row_B, t] = token_B, token_logprob_B
-            stopped_B = torch.isin(token_B, stop_ids)
-            stopped_B |= self._ends_with_stop_string(token_BL[row_B, : t + 1], sampling.stop)
-            stopped_B &= t < length_B[row_B]  # not the rows that ended before
-            length_B[row_B[stopped_B]], finished_B[row_B[stopped_B]] = t + 1, True
+        def completed(rows: Tensor, end_R: Tensor, open: bool) -> Iterator[tuple[int, Completion]]:
+            for row, n in zip(rows.tolist(), end_R.tolist(), strict=True):
+                tokens, logprobs = token_BL[row, :n].tolist(), logprob_BL[row, :n].tolist()
+                yield row, Completion(tokens, logprobs, bool(finished_B[row]), open)
 
-            live_B = t + 1 < length_B[row_B]
+        texts = list(map(text_ids, requests))
+        logits_BV, cache, real_BL, position_B = self._prefill(texts, most)
+        row_B = torch.arange(count, device=self.device)  # which request each live row belongs to
+        end_B = torch.tensor(drawn, device=self.device)  # tokens of its response so far
+        for _ in range(most):
+            slot_B = end_B.clamp(max=limit - 1)  # rows that ended draw on, and nobody reads it
+            token_B, token_logprob_B = sample_token(
+                logits_BV, uniform_BL[row_B, slot_B], sampling.temperature
+            )
+            token_BL[row_B, slot_B], logprob_BL[row_B, slot_B] = token_B, token_logprob_B
+            end_B = end_B + 1
+            stopped_B = torch.isin(token_B, stop_ids)
+            stopped_B |= self._ends_with_stop_string(token_BL, row_B, end_B, sampling.stop)
+            stopped_B &= end_B <= length_B[row_B]  # not the rows that ended before
+            length_B[row_B[stopped_B]], finished_B[row_B[stopped_B]] = end_B[stopped_B], True
+
+            ended_B, live_B = end_B == length_B[row_B], end_B < length_B[row_B]
+            yield from completed(row_B[ended_B], end_B[ended_B], open=False)
             alive = int(live_B.sum())
+            if alive == 0 or enough():
+                yield from completed(row_B[live_B], end_B[live_B], open=True)
+                return
             # Rows that ended stay in the batch until it pays to drop them.
             if alive < 0.7 * len(row_B):
-                ended = row_B[~live_B]
-                yield from completed(ended, token_BL, logprob_BL, length_B, finished_B)
-                if alive == 0:
-                    return
                 keep = live_B.nonzero()[:, 0]
-                row_B, token_B, position_B = row_B[keep], token_B[keep], position_B[keep]
+                row_B, end_B, token_B = row_B[keep], end_B[keep], token_B[keep]
+                position_B = position_B[keep]
                 real_BL = None if real_BL is None else real_BL[keep]
                 for layer in cache.layers:
                     layer.select(keep)
@@ -262,13 +286,19 @@ class TorchEngine:
         )
         return out.logits[:, -1]
 
-    def _ends_with_stop_string(self, token_BL: Tensor, stop: tuple[str, ...]) -> Tensor:
-        """[B] bool: is there a stop string in the last characters of these tokens' text?"""
+    def _ends_with_stop_string(
+        self, token_BL: Tensor, row_B: Tensor, end_B: Tensor, stop: tuple[str, ...]
+    ) -> Tensor:
+        """[B] bool: is there a stop string in the last characters of the text of these rows, which
+        have `end` tokens?"""
         if not stop:
-            return torch.zeros(len(token_BL), dtype=torch.bool, device=self.device)
+            return torch.zeros(len(row_B), dtype=torch.bool, device=self.device)
         # A token is at least one byte of text, and a few characters may follow the stop string.
         tail = max(map(len, stop)) + 4
-        texts = self.tokenizer.batch_decode(token_BL[:, -tail:])
+        slot_BL = end_B[:, None] + torch.arange(-tail, 0, device=self.device)
+        last_BL = token_BL[row_B[:, None], slot_BL.clamp(0, token_BL.shape[1] - 1)]
+        rows = zip(last_BL.tolist(), end_B.tolist(), strict=True)
+        texts = self.tokenizer.batch_decode([tokens[-end:] for tokens, end in rows])
 
         def stopped(text: str) -> bool:
             return any(s in text for s in stop)
@@ -276,11 +306,6 @@ class TorchEngine:
         return torch.tensor(list(map(stopped, texts)), device=self.device)
 
 
-def completed(
-    rows: Tensor, token_BL: Tensor, logprob_BL: Tensor, length_B: Tensor, finished_B: Tensor
-) -> Iterator[tuple[int, Completion]]:
-    """(row, completion) of each of these rows."""
-    for row in rows.tolist():
-        n = int(length_B[row])
-        tokens, logprobs = token_BL[row, :n].tolist(), logprob_BL[row, :n].tolist()
-        yield row, Completion(tokens, logprobs, bool(finished_B[row]))
+def text_ids(request: Request) -> list[int]:
+    """Prompt and response so far."""
+    return request.prompt_ids + request.drawn.token_ids

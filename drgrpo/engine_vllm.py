@@ -6,8 +6,10 @@ The comment beside a setting says what goes wrong without it. Most of these mist
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,7 @@ from drgrpo.types import (
     Request,
     Sampling,
     UserError,
+    never,
     no_callback,
 )
 
@@ -90,6 +93,7 @@ class VLLMEngine:
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel("ERROR")
         if on_gpu and dist.get_rank() == 0:
             warn_of_old_runner(self.llm)
+        self.tokenizer = tokenizer
         # On a CPU, vLLM's log-prob helper would spend 10 s in a C++ compiler. Dynamo is off during
         # vLLM's steps alone, so that the trainer's torch.compile still works.
         self.uncompiled = (
@@ -99,26 +103,45 @@ class VLLMEngine:
         self.names: set[str] | None = None  # of the first sync
 
     def generate(
-        self, requests: list[Request], sampling: Sampling, on_finish: OnFinish = no_callback
+        self,
+        requests: list[Request],
+        sampling: Sampling,
+        on_finish: OnFinish = no_callback,
+        enough: Callable[[], bool] = never,
     ) -> list[Completion]:
-        """One completion per request, in order.
+        """One completion per request, in order. It begins with what the request has already drawn.
 
-        `on_finish(i, completion)` is called as request i finishes."""
+        `on_finish(i, completion)` is called as request i finishes. `enough()` is asked after every
+        step of the engine. An open response goes on as a request whose prompt is all of its text.
+        With unchanged weights, vLLM's V2 model runner draws the same tokens as if the response had
+        never stopped, because its random numbers are functions of seed and position. The V1 runner
+        begins a seed's numbers anew with every request, so that it gets a seed for the rest."""
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
+        by_position = runs_v2(self.llm)
         for i, request in enumerate(requests):
+            if not by_position:
+                request = replace(request, seed=rest_seed(request))
             params = SamplingParams(**sampling_arguments(request, sampling))
-            engine.add_request(str(i), {"prompt_token_ids": request.prompt_ids}, params)
-        completions: dict[int, Completion] = {}
-        while engine.has_unfinished_requests():
+            prompt_ids = request.prompt_ids + request.drawn.token_ids
+            engine.add_request(str(i), {"prompt_token_ids": prompt_ids}, params)
+        completions = [request.drawn for request in requests]
+        while engine.has_unfinished_requests() and not enough():
             with self.uncompiled():
                 outputs = engine.step()
             for output in outputs:
                 i = int(output.request_id)
-                completions[i] = to_completion(output.outputs[0])
+                rest = to_completion(output.outputs[0])
+                completions[i] = joined(requests[i].drawn, rest, sampling.stop, self.tokenizer)
                 on_finish(i, completions[i])
-        return [completions[i] for i in range(len(requests))]
+        for output in leave_open(engine):
+            i = int(output.request_id)
+            rest = replace(to_completion(output.outputs[0]), open=True)
+            completions[i] = joined(requests[i].drawn, rest, sampling.stop, self.tokenizer)
+            if not completions[i].open:
+                on_finish(i, completions[i])
+        return completions
 
     def sync(self, named_weights: Iterable[tuple[str, Tensor]]) -> None:
         """Load the trainer's weights, and wake the engine if it sleeps.
@@ -271,7 +294,7 @@ def cache_arguments(kv_cache_gb: float, on_gpu: bool) -> dict[str, Any]:
 
 
 def sampling_arguments(request: Request, sampling: Sampling) -> dict[str, Any]:
-    """Every argument of `vllm.SamplingParams` for one request."""
+    """Every argument of `vllm.SamplingParams` for what one request has left to draw."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -279,7 +302,7 @@ def sampling_arguments(request: Request, sampling: Sampling) -> dict[str, Any]:
         "n": 1,
         "seed": request.seed,
         "temperature": sampling.temperature,
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": sampling.max_new_tokens - len(request.drawn.token_ids),
         "stop_token_ids": list(sampling.stop_token_ids),
         "stop": list(sampling.stop) or None,
         "include_stop_str_in_output": True,
@@ -292,9 +315,20 @@ def sampling_arguments(request: Request, sampling: Sampling) -> dict[str, Any]:
     return arguments
 
 
+def rest_seed(request: Request) -> int:
+    """The request's seed, or if something is drawn already, 63 bits from that seed and how much."""
+    drawn = len(request.drawn.token_ids)
+    return random.Random(f"{request.seed} {drawn}").getrandbits(63) if drawn else request.seed
+
+
+def runs_v2(llm: Any) -> bool:
+    """Whether vLLM uses its V2 model runner. A CPU has the V1 runner."""
+    return getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False)
+
+
 def warn_of_old_runner(llm: Any) -> None:
     """Print a warning if vLLM has fallen back to its V1 model runner."""
-    if not getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False):
+    if not runs_v2(llm):
         print(
             "WARNING: vLLM uses its V1 model runner, which draws the random numbers of each "
             "request by itself. A decoding step is estimated to take 20 to 40 % longer. vLLM's "
@@ -341,3 +375,32 @@ def to_completion(output: Any) -> Completion:
     else:
         chosen = [entry[token].logprob for entry, token in zip(logprobs, token_ids, strict=True)]
     return Completion(token_ids, chosen, finished=output.finish_reason == "stop")
+
+
+def leave_open(engine: Any) -> list[Any]:
+    """Abort what an `LLMEngine` has not finished. Returns vLLM's `RequestOutput`s of that.
+
+    vLLM's own `abort_request` drops the tokens of a request that reports at its end only."""
+    from vllm.v1.engine import FinishReason
+
+    states = list(engine.output_processor.request_states.values())
+    outputs = [state.make_request_output([], None, FinishReason.ABORT, None) for state in states]
+    engine.abort_request([output.request_id for output in outputs])
+    return outputs
+
+
+def joined(
+    drawn: Completion, rest: Completion, stop: tuple[str, ...], tokenizer: PreTrainedTokenizerBase
+) -> Completion:
+    """A whole response from the part that its request came with and the part that vLLM drew.
+
+    vLLM looks for a stop string in what it has drawn. One that begins in the first part and ends
+    in the second ends the response there."""
+    token_ids, start = drawn.token_ids + rest.token_ids, len(drawn.token_ids)
+    logprobs = drawn.logprobs + rest.logprobs
+    tail = max(map(len, stop), default=0) if start else 0  # a token is at least one byte of text
+    for end in range(start + 1, min(start + tail, len(token_ids)) + 1):
+        text = tokenizer.decode(token_ids[max(0, end - tail - 4) : end])
+        if any(s in text for s in stop):
+            return Completion(token_ids[:end], logprobs[:end], finished=True)
+    return Completion(token_ids, logprobs, rest.finished, rest.open)

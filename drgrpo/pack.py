@@ -4,6 +4,7 @@ Decides which response goes into which optimizer step, process and micro-batch.
 """
 
 import heapq
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -19,22 +20,27 @@ class Sequence(NamedTuple):
     token_ids: list[int]
     sampler_logprobs: list[float]
     advantage: float
+    stale: int = 0  # tokens of the response that earlier steps drew
 
 
 def sequence(rollout: Rollout, advantage: float) -> Sequence:
-    completion = rollout.completion
-    return Sequence(
-        rollout.problem.prompt_ids, completion.token_ids, completion.logprobs, advantage
-    )
+    prompt_ids, completion = rollout.problem.prompt_ids, rollout.completion
+    return Sequence(prompt_ids, completion.token_ids, completion.logprobs, advantage, rollout.stale)
+
+
+def sizes(n: int, count: int) -> list[int]:
+    """The n rollouts of a step in `count` equal optimizer steps, or nearly equal ones where
+    `count` does not divide n. There are fewer steps than `count` if there are fewer rollouts."""
+    return [n // count + (i < n % count) for i in range(min(n, count))]
 
 
 def minibatches(n: int, count: int, seed: int, step: int) -> list[list[int]]:
-    """The n rollouts of a step, dealt into `count` optimizer steps at random.
+    """The n rollouts of a step, dealt into the optimizer steps of `sizes` at random.
 
     The deal depends on (seed, step) alone. It is made before any response is dropped, so that
     dropping one does not move the others."""
-    order = np.random.default_rng((seed, step)).permutation(n)
-    return [part.tolist() for part in np.split(order, count)]
+    order = iter(np.random.default_rng((seed, step)).permutation(n).tolist())
+    return [list(islice(order, size)) for size in sizes(n, count)]
 
 
 def balance(lengths: dict[int, int], world: int) -> list[list[int]]:
@@ -86,6 +92,9 @@ def shard(
     return batches
 
 
+NOTHING = Sequence([0], [], [], 0.0)
+
+
 def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Batch:
     """Sequences -> one packed `Batch`. No sequence gives a batch of one token without a response,
     through which gradients are exactly zero."""
@@ -96,7 +105,8 @@ def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Batch
     targets: list[int] = []
     logprobs: list[float] = []
     advantages: list[float] = []
-    for prompt, response, sampler_logprobs, advantage in sequences or [Sequence([0], [], [], 0.0)]:
+    fresh: list[bool] = []
+    for prompt, response, sampler_logprobs, advantage, stale in sequences or [NOTHING]:
         tokens += prompt + response[:-1]  # nothing is predicted from the last token
         positions += range(len(tokens) - starts[-1])
         first = starts[-1] + len(prompt) - 1  # the last prompt token predicts the first response
@@ -104,6 +114,7 @@ def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Batch
         targets += response
         logprobs += sampler_logprobs
         advantages += [advantage] * len(response)
+        fresh += [i >= stale for i in range(len(response))]
         starts.append(len(tokens))
 
     def int64(values: list[int]) -> torch.Tensor:
@@ -121,4 +132,5 @@ def pack(sequences: list[Sequence], device: torch.device | str = "cpu") -> Batch
         target_N=int64(targets),
         advantage_N=fp32(advantages),
         sampler_logprob_N=fp32(logprobs),
+        fresh_N=torch.tensor(fresh, dtype=torch.bool, device=device),
     )

@@ -3,8 +3,9 @@
 import hashlib
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TypeVar
 
@@ -13,12 +14,23 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from drgrpo import distributed
+from drgrpo.carry import CarryOver
 from drgrpo.data import overlap
 from drgrpo.engine import Engine
 from drgrpo.grade import Grader, Grading
 from drgrpo.model import max_positions
 from drgrpo.templates import Template, encode
-from drgrpo.types import Completion, ParityError, Problem, Request, Rollout, Sampling, UserError
+from drgrpo.types import (
+    BLANK,
+    Completion,
+    Grade,
+    ParityError,
+    Problem,
+    Request,
+    Rollout,
+    Sampling,
+    UserError,
+)
 
 Item = TypeVar("Item")
 
@@ -91,6 +103,16 @@ def sample_seed(*key: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The grade of a response that an earlier step has graded, or of one that is open."""
+
+    grade: Grade
+
+    def result(self) -> Grade:
+        return self.grade
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Draws responses from an engine. `tp` consecutive processes share one engine, and with it one
@@ -108,34 +130,61 @@ class Sampler:
         sampling: Sampling,
         step: int,
         grader: Grader | None = None,
-    ) -> tuple[list[Rollout], list[Grading]]:
+        carry: CarryOver | None = None,
+    ) -> tuple[list[Rollout], list[Grading | Known]]:
         """`samples` responses to each problem of this process's shard, grouped by problem, and
-        their grades. The grader may still be working on the grades: it starts with a response as
-        soon as that is complete, while others are sampled.
+        their grades. With `carry`, the groups that wait come first, and some responses may be
+        left open.
 
         ParityError if a log-prob is NaN or infinite."""
-        prompts = [p for p in distributed.shard(problems, self.tp) for _ in range(samples)]
-        requests = [
-            Request(p.prompt_ids, sample_seed(self.seed, step, p.id, i % samples))
-            for i, p in enumerate(prompts)
+        waiting = carry.go_on() if carry else []
+        rollouts = [
+            Rollout(p, BLANK, "", seed=sample_seed(self.seed, step, p.id, i), step=step)
+            for p in problems
+            for i in range(samples)
         ]
-        rollouts: dict[int, Rollout] = {}
-        grades: dict[int, Grading] = {}
+        share = list(chain(*distributed.shard(grouped(waiting + rollouts, samples), self.tp)))
+        may_leave = partial(carry.enough, step=step) if carry else None
+        return self.draw(share, sampling, grader, may_leave)
 
-        def finish(i: int, completion: Completion) -> None:  # responses finish in any order
+    def draw(
+        self,
+        rollouts: list[Rollout],
+        sampling: Sampling,
+        grader: Grader | None,
+        may_leave: Callable[[Collection[Rollout], int], bool] | None,
+    ) -> tuple[list[Rollout], list[Grading | Known]]:
+        """The same responses, those that were open drawn to their end, and their grades. The
+        grader may still be working on the grades: it starts with a response as soon as that is
+        complete, while others are sampled.
+
+        Responses are left open once `may_leave(they, how many were drawn)` is true."""
+        drawn = list(rollouts)
+        grades: list[Grading | Known] = [Known(rollout.grade) for rollout in rollouts]
+        todo = [i for i, rollout in enumerate(rollouts) if rollout.completion.open]
+        left = {i: rollouts[i] for i in todo}
+
+        def finish(request: int, completion: Completion) -> None:  # they finish in any order
             if not math.isfinite(sum(completion.logprobs)):
                 raise ParityError(
                     "the sampler returned log-probs that are not finite. Its weights are damaged: "
                     "look at the weight sync, where a layer may have been left out"
                 )
+            i = todo[request]
             text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            rollouts[i] = Rollout(prompts[i], completion, text)
+            drawn[i] = replace(left.pop(i), completion=completion, text=text)
             if grader:
-                grades[i] = grader.grade(rollouts[i])
+                grades[i] = grader.grade(drawn[i])
 
-        self.engine.generate(requests, sampling, finish)
-        count = len(prompts)
-        return in_order(rollouts, count), in_order(grades, count if grader else 0)
+        def enough() -> bool:
+            return bool(may_leave and may_leave(left.values(), len(todo)))
+
+        requests = [Request(r.problem.prompt_ids, r.seed, r.completion) for r in left.values()]
+        completions = self.engine.generate(requests, sampling, finish, enough)
+        for request, i in enumerate(todo):
+            if i in left:
+                drawn[i] = replace(left[i], completion=completions[request])
+        return drawn, grades if grader else []
 
     def gather(
         self, rollouts: list[Rollout], rewards: list[float], group_size: int
@@ -143,17 +192,16 @@ class Sampler:
         """All processes' rollouts, group by group in the order of the step's problems, and their
         rewards [P, G]."""
         pairs = list(zip(rollouts, rewards, strict=True))
-        groups = [pairs[i : i + group_size] for i in range(0, len(pairs), group_size)]
-        pairs = list(chain(*distributed.gather(groups, self.tp)))
+        pairs = list(chain(*distributed.gather(grouped(pairs, group_size), self.tp)))
         reward_PG = torch.tensor([reward for _, reward in pairs]).view(-1, group_size)
         return [rollout for rollout, _ in pairs], reward_PG
 
 
-def with_grades(rollouts: list[Rollout], grades: list[Grading]) -> list[Rollout]:
+def with_grades(rollouts: list[Rollout], grades: Sequence[Grading | Known]) -> list[Rollout]:
     """Wait for the grades, and put each into its rollout."""
     return [replace(r, grade=g.result()) for r, g in zip(rollouts, grades, strict=True)]
 
 
-def in_order(items: dict[int, Item], count: int) -> list[Item]:
-    """Items 0 to count - 1. KeyError if one is missing."""
-    return [items[i] for i in range(count)]
+def grouped(items: list[Item], size: int) -> list[list[Item]]:
+    """Consecutive groups of `size` items."""
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -85,15 +85,6 @@ class Problem:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One sample to draw: a tokenized prompt and the seed of its random numbers, which so do not
-    depend on what else is in the batch or on the number of processes."""
-
-    prompt_ids: list[int]
-    seed: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How to sample. temperature 0 is greedy. `stop_token_ids` and `stop` strings end a response
@@ -112,12 +103,29 @@ class Completion:
 
     token_ids: the sampled tokens, the stop token (EOS) included. logprobs:  log-probability of each
     under the distribution that it was drawn from (after temperature). finished:  True if a stop
-    rule ended it, False if it ran into the length limit.
+    rule ended it, False if it ran into the length limit. open: True if neither did, and it can go
+    on from here.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finished: bool
+    open: bool = False
+
+
+BLANK = Completion([], [], finished=False, open=True)
+"""A response of which nothing is drawn yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sample to draw: a tokenized prompt and the seed of its random numbers, which so do not
+    depend on what else is in the batch or on the number of processes. `drawn`: an open response to
+    the prompt. The sample goes on from there."""
+
+    prompt_ids: list[int]
+    seed: int
+    drawn: Completion = BLANK
 
 
 OnFinish = Callable[[int, Completion], None]
@@ -126,6 +134,11 @@ OnFinish = Callable[[int, Completion], None]
 
 def no_callback(index: int, completion: Completion) -> None:
     """Do nothing."""
+
+
+def never() -> bool:
+    """Do not leave any response open."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +158,18 @@ class Grade:
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A sampled response to a problem, with its text as the grader sees it (special tokens left
-    out). Its grade comes later."""
+    out). Its grade comes later.
+
+    seed: of its random numbers. step: in which it was begun. stale: how many of its first tokens
+    were drawn in earlier steps, from older weights."""
 
     problem: Problem
     completion: Completion
     text: str
     grade: Grade = Grade(0.0, parsed=False)
+    seed: int = 0
+    step: int = 0
+    stale: int = 0
 
     @property
     def length(self) -> int:
@@ -168,6 +187,7 @@ class Batch:
     row_N: index into T of the hidden state that predicts each response token.
     target_N: the response tokens.
     advantage_N, sampler_logprob_N: fp32, per response token.
+    fresh_N: bool, whether a response token was drawn in this step, from the newest weights.
     old_logprob_N: fp32, what the ratio divides by. None means ratio 1.
     ref_logprob_N: fp32, of the reference model of a KL penalty. None means no penalty.
     """
@@ -180,5 +200,6 @@ class Batch:
     target_N: Tensor
     advantage_N: Tensor
     sampler_logprob_N: Tensor
+    fresh_N: Tensor
     old_logprob_N: Tensor | None = None
     ref_logprob_N: Tensor | None = None

@@ -8,11 +8,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from drgrpo.carry import CarryOver
 from drgrpo.config import RECIPES
 from drgrpo.model import Objective, load_policy
 from drgrpo.pack import Sequence, pack
 from drgrpo.run import checkpoint, folder
 from drgrpo.run.checkpoint import Progress
+from drgrpo.types import BLANK, Completion, Grade, Problem, Rollout
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def newest(config) -> str | None:
 
 def test_without_a_checkpoint_nothing_is_resumed(config, trained):
     before = flat(trained[0])
-    assert checkpoint.resume(config, *trained) == (0, 0.0)
+    assert checkpoint.resume(config, *trained)[:2] == (0, 0.0)
     assert torch.equal(flat(trained[0]), before)
 
 
@@ -67,12 +69,33 @@ def test_resumed_weights_and_optimizer_are_the_same_bits(config, trained, random
     save(config, 1, policy, optimizer, tokenizer)
     other, other_optimizer = fresh(random_model)
     logged = []
-    assert checkpoint.resume(config, other, other_optimizer, logged.append) == (1, 0.5)
+    assert checkpoint.resume(config, other, other_optimizer, logged.append)[:2] == (1, 0.5)
     assert logged == [f"resumed from {config.out}/checkpoints/step-000001 after step 1"]
     assert torch.equal(flat(policy), flat(other))
     update(policy, optimizer)  # one more step shows the optimizer's state
     update(other, other_optimizer)
     assert torch.equal(flat(policy), flat(other))
+
+
+def test_groups_that_wait_are_kept_for_any_number_of_processes(config, trained, tokenizer):
+    config = replace(config, carry_over=0.25, carry_steps=3, steps=9)
+    problems = [Problem(i, "q", "a", [1, i]) for i in range(3)]
+    completions = [
+        Completion([5], [-1 / 3], True),
+        Completion([5, 6], [-0.1] * 2, False, open=True),
+    ]
+    pending = [
+        Rollout(problems[2], c, "text", Grade(1.0, True), seed=i, step=1)
+        for i, c in enumerate(completions)
+    ]
+    checkpoint.write(config, Progress(1, 0.5, pending), *trained, tokenizer)
+    assert checkpoint.carry_over(config, 1, problems).pending == [], "it does not count yet"
+    checkpoint.commit(config, 1)
+    save(config, 2, *trained, tokenizer)
+    assert checkpoint.carry_over(config, 1, problems) == CarryOver(0.25, 3, 9, pending)
+    for step in (0, 2):
+        assert checkpoint.carry_over(config, step, problems) == CarryOver(0.25, 3, 9)
+    assert not list(config.folder.glob("checkpoints/step-000002/pending.jsonl"))
 
 
 def test_trainer_json_holds_what_the_weights_came_from(config, trained, tokenizer):
@@ -152,14 +175,17 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize(
-    "pattern", ["state/*.distcp", "hf/model.safetensors", "trainer.json", "manifest.json"]
+    "pattern",
+    ["state/*.distcp", "hf/model.safetensors", "trainer.json", "pending.jsonl", "manifest.json"],
 )
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     config, trained, tokenizer, pattern, damage
 ):
     for step in (1, 2):
-        save(config, step, *trained, tokenizer)
+        pending = [Rollout(Problem(0, "", ""), BLANK, "")]
+        checkpoint.write(config, Progress(step, 0.5, pending), *trained, tokenizer)
+        checkpoint.commit(config, step)
     (file,) = (config.folder / "checkpoints" / "step-000002").glob(pattern)
     DAMAGE[damage](file)
     logged = []

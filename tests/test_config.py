@@ -85,6 +85,8 @@ def test_the_lora_recipe_trains_with_ten_times_the_papers_learning_rate():
         ("--recipe tiny --logits shifted", "--dtype is float32; use --logits auto"),
         ("--recipe tiny --top-p 0.9", "log-probs of the whole distribution"),
         ("--recipe tiny --top-k=20", "log-probs of the whole distribution"),
+        ("--recipe tiny --carry-over 1", "--carry-over 1.0 must be at least 0 and below 1"),
+        ("--recipe gsm8k_0_5b --carry-over 0.25", "add --old-logprob sampler, or leave --carry-"),
         ("--recipe tiny --algo grpo --kl-coef 0.1", "use drgrpo, grpo_std or rloo"),
         ("--steps 3", "required: --recipe"),
     ],
@@ -98,7 +100,7 @@ def test_mistakes_are_named_with_the_way_out(argv, message):
 POSITIVE = (
     *("prompts-per-step", "group-size", "max-new-tokens", "max-prompt-tokens", "steps", "keep"),
     *("minibatches", "tokens-per-microbatch", "sampler-batch", "dp-replicate"),
-    *("temperature", "lr"),
+    *("temperature", "lr", "carry-steps"),
 )
 
 

@@ -18,14 +18,16 @@ from drgrpo.engine import check_batch_invariance, make_engine, resolve_engine, s
 from drgrpo.engine_torch import sample_token, uniforms
 from drgrpo.engine_vllm import (
     cache_arguments,
+    joined,
     llm_arguments,
     prepare_environment,
     reload_arguments,
     reload_weights,
+    rest_seed,
     to_completion,
     warn_of_old_runner,
 )
-from drgrpo.types import MAX_BATCHED_TOKENS, Completion, Request, Sampling, UserError
+from drgrpo.types import BLANK, MAX_BATCHED_TOKENS, Completion, Request, Sampling, UserError
 
 CPU = torch.device("cpu")
 
@@ -142,6 +144,15 @@ def test_a_stop_string_ends_a_response_and_stays_in_it(engine, tokenizer):
         assert c.finished == (needle in text or c.token_ids[-1] == 256)
 
 
+def test_no_stop_string_is_seen_before_the_text_has_it(engine, tokenizer):
+    """The first tokens of a response are fewer than those in which a stop string is looked for."""
+    (free,) = engine.generate(requests(1), sampling())
+    first = tokenizer.decode(free.token_ids[:1])
+    needle = first * 2
+    assert needle not in tokenizer.decode(free.token_ids)
+    assert engine.generate(requests(1), sampling(stop=(needle,))) == [free]
+
+
 def test_prompt_and_response_together_end_at_max_tokens(random_model, engine, tokenizer):
     short = build(random_model, tokenizer, max_tokens=45)
     batch = requests(9)  # prompts of 3, 11 and 40 tokens
@@ -150,6 +161,68 @@ def test_prompt_and_response_together_end_at_max_tokens(random_model, engine, to
         room = 45 - len(request.prompt_ids)
         assert cut.token_ids == free.token_ids[:room]
         assert cut.finished == (free.finished and len(free.token_ids) <= room)
+
+
+def in_parts(engine, batch, sampling, every: int):
+    """The completions of a batch that is left open after each `every` tokens, and how often."""
+    done, drawn, calls = {}, dict(enumerate(batch)), 0
+    while drawn:
+        asked, which = [], list(drawn)
+        completions = engine.generate(
+            list(drawn.values()),
+            sampling,
+            lambda k, completion, which=which: done.update({which[k]: completion}),
+            lambda asked=asked: asked.append(1) or len(asked) > every,
+        )
+        for i, completion in zip(which, completions, strict=True):
+            assert completion.open == (i not in done)
+            drawn[i] = replace(drawn[i], drawn=completion)
+        drawn = {i: request for i, request in drawn.items() if i not in done}
+        calls += 1
+    return [done[i] for i in range(len(batch))], calls
+
+
+@pytest.mark.parametrize("every", [1, 5, 23])
+def test_an_open_response_goes_on_as_if_it_had_never_stopped(engine, every):
+    """Three batches of prompts with padding. Some rows end early."""
+    batch, how = requests(36), sampling(stop_token_ids=tuple(range(0, 256, 16)))
+    whole = engine.generate(batch, how)
+    parts, calls = in_parts(engine, batch, how, every)
+    assert calls > 24 // every
+    for one, other in zip(parts, whole, strict=True):
+        assert one.token_ids == other.token_ids and one.finished == other.finished
+        assert one.logprobs == pytest.approx(other.logprobs, abs=2e-5)
+    assert {c.finished for c in whole} == {True, False}
+
+
+def test_a_stop_string_may_begin_before_a_response_is_left_and_end_after(engine, tokenizer):
+    texts = [tokenizer.decode(c.token_ids) for c in engine.generate(requests(12), sampling())]
+    needles = (texts[0][4:8], texts[5][9:13])
+    whole = engine.generate(requests(12), sampling(stop=needles))
+    assert whole[0].finished and len(whole[0].token_ids) < 24
+    for every in (1, 2, 3):
+        parts, _ = in_parts(engine, requests(12), sampling(stop=needles), every)
+        assert [c.token_ids for c in parts] == [c.token_ids for c in whole]
+
+
+def test_what_was_drawn_keeps_its_log_probs_and_counts_in_the_limits(random_model, tokenizer):
+    short = build(random_model, tokenizer, max_tokens=45)  # 5 tokens after a prompt of 40
+    for request in requests(9)[::3]:
+        drawn = Completion([7, 8, 9], [-7.0, -8.0, -9.0], finished=False, open=True)
+        (completion,) = short.generate([replace(request, drawn=drawn)], sampling())
+        assert completion.token_ids[:3] == [7, 8, 9] and completion.logprobs[:3] == [-7, -8, -9]
+        assert len(completion.token_ids) == min(24, 45 - len(request.prompt_ids))
+
+
+def test_what_no_batch_has_reached_is_returned_as_it_came(engine):
+    batch = requests(20)  # the engine runs 16 at once
+    completions = engine.generate(batch, sampling(), enough=lambda: True)
+    assert completions == [BLANK] * 20
+    asked = []
+    completions = engine.generate(
+        batch, sampling(), enough=lambda: len(asked.append(1) or asked) > 3
+    )
+    assert sorted(len(c.token_ids) for c in completions) == [0] * 4 + [3] * 16
 
 
 def test_sync_takes_over_every_weight_and_notices_a_missing_one(random_model, engine, tokenizer):
@@ -514,6 +587,29 @@ def test_a_response_of_vllm_is_finished_if_a_stop_rule_ended_it(reason, finished
         logprobs = SimpleNamespace(logprobs=[-1.0, -0.5, -2.0], start_indices=[0, 2])
     output = SimpleNamespace(logprobs=logprobs, token_ids=(5, 6), finish_reason=reason)
     assert to_completion(output) == Completion([5, 6], [-1.0, -2.0], finished)
+
+
+def test_the_rest_of_a_response_has_random_numbers_of_its_own():
+    """vLLM's V1 runner would repeat those of the first tokens."""
+    request, drawn = Request([1], seed=7), Completion([5], [-1.0], False, open=True)
+    begun, longer = (replace(request, drawn=replace(drawn, token_ids=[5] * n)) for n in (1, 2))
+    assert rest_seed(request) == 7
+    assert rest_seed(begun) == rest_seed(begun) and 0 <= rest_seed(begun) < 2**63
+    others = [replace(begun, seed=8), longer, request]
+    assert len({rest_seed(r) for r in (begun, *others)}) == 4
+
+
+def test_a_stop_string_across_two_requests_of_vllm_ends_the_response(tokenizer):
+    ids = tokenizer("so 42</answer> and on").input_ids
+    for cut in range(14):  # the string ends with token 14
+        drawn = Completion(ids[:cut], [-1.0] * cut, False, open=True)
+        rest = Completion(ids[cut:], [-2.0] * (len(ids) - cut), False, open=True)
+        whole = joined(drawn, rest, ("~~~~~~~~~~~~~~~", "</answer>"), tokenizer)
+        text = tokenizer.decode(whole.token_ids)
+        across = cut > 0  # else vLLM has seen the whole text
+        assert text == ("so 42</answer>" if across else "so 42</answer> and on")
+        assert whole.finished == across and whole.open != across
+        assert whole.logprobs == ([-1.0] * cut + [-2.0] * len(ids))[: len(whole.token_ids)]
 
 
 def test_an_engine_that_must_stay_awake_is_not_put_to_sleep(imitation):

@@ -3,6 +3,7 @@ breaks that is noticed."""
 
 import importlib.util
 import logging
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from drgrpo.config import RECIPES
 from drgrpo.engine import make_engine
 from drgrpo.model import Objective, load_policy
 from drgrpo.parity import ParityError
-from drgrpo.types import Request, Sampling
+from drgrpo.types import BLANK, Completion, Request, Sampling
 from runs import assert_close_run, finish, launch, metrics, small
 
 missing = importlib.util.find_spec("vllm") is None
@@ -251,6 +252,90 @@ def test_completions_are_handed_out_as_they_finish(tied):
     assert all(completions[i] == c for i, c in finished)
     lengths = [len(c.token_ids) for _, c in finished]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1], "all were held back to the end"
+
+
+def left_after(engine, batch: list[Request], steps: int, **changes) -> list[Request]:
+    """The batch with what is drawn of it after some steps of the engine, which hands out no
+    response that is open."""
+    asked, ended = [], {}
+    completions = engine.generate(
+        batch, sampling(**changes), ended.__setitem__, lambda: len(asked.append(1) or asked) > steps
+    )
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert all(completions[i].open != (i in ended) for i in range(len(batch)))
+    return [replace(r, drawn=c) for r, c in zip(batch, completions, strict=True) if c.open]
+
+
+def test_an_open_response_goes_on_with_the_weights_of_its_second_part(pair):
+    """Its first part keeps its tokens and log-probs. The budget counts both."""
+    engine, model = pair
+    engine.sync(model.state_dict().items())
+    left = left_after(engine, requests(), steps=6)
+    assert len(left) > 6 and {len(r.drawn.token_ids) for r in left} == {6}
+    free = engine.generate([replace(r, drawn=BLANK) for r in left], sampling())
+    assert [r.drawn.token_ids for r in left] == [c.token_ids[:6] for c in free]
+
+    changed = deepcopy(model)
+    with torch.no_grad():
+        for weight in changed.parameters():
+            weight.mul_(1.2)
+    engine.sync(changed.state_dict().items())
+    completions = engine.generate(left, sampling())
+    assert completions == engine.generate(left, sampling()), "a resumed run draws the same"
+    for request, completion in zip(left, completions, strict=True):
+        ids, logprobs = completion.token_ids, torch.tensor(completion.logprobs)
+        assert ids[:6] == request.drawn.token_ids and len(ids) <= 16 and not completion.open
+        assert completion.logprobs[:6] == request.drawn.logprobs
+        first, second = (logprobs_of(m, request.prompt_ids, ids) for m in (model, changed))
+        torch.testing.assert_close(logprobs[:6], first[:6], atol=MAX_GAP, rtol=0)
+        torch.testing.assert_close(logprobs[6:], second[6:], atol=MAX_GAP, rtol=0)
+        assert (first[6:] - second[6:]).abs().max() > MAX_GAP
+    assert max(len(c.token_ids) for c in completions) == 16
+    engine.sync(model.state_dict().items())
+
+
+def test_responses_that_vllm_has_not_begun_are_left_blank(tied):
+    """It runs 64 at once."""
+    engine, _ = tied
+    assert {len(r.drawn.token_ids) for r in left_after(engine, requests(), steps=0)} == {0}
+    many = 8 * requests()
+    assert left_after(engine, many, steps=0) == many
+    lengths = sorted(len(r.drawn.token_ids) for r in left_after(engine, many, steps=2))
+    assert lengths[0] == 0 and lengths[-1] == 2
+
+
+@torch.no_grad()
+def logprobs_of(model, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """Of each response token."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def test_the_second_part_of_a_response_has_random_numbers_of_its_own(tied):
+    """vLLM's V1 model runner, the one on a CPU, begins a seed's numbers anew with every request.
+    Each response here has a second part with the text and the seed of a first part."""
+    engine, model = tied
+    engine.sync(model.state_dict().items())
+    first, second = requests(), []
+    for r in first:
+        drawn = Completion(r.prompt_ids[-3:], [0.0] * 3, finished=False, open=True)
+        second.append(Request(r.prompt_ids[:-3], r.seed, drawn))
+    one = [c.token_ids for c in engine.generate(first, sampling())]
+    other = [c.token_ids[3:] for c in engine.generate(second, sampling())]
+    assert sum(a[0] == b[0] for a, b in zip(one, other, strict=True)) < 6
+
+
+def test_a_stop_string_across_two_parts_ends_the_response(tied, tokenizer):
+    engine, model = tied
+    engine.sync(model.state_dict().items())
+    left = left_after(engine, requests(), steps=5)
+    rest = engine.generate(left, sampling())
+    texts = [tokenizer.decode(c.token_ids[4:6]) for c in rest]  # a token before and one after
+    i = next(i for i, text in enumerate(texts) if len(text) == 2 and text.isprintable())
+    request, needle = left[i], texts[i]
+    (cut,) = engine.generate([request], sampling(stop=(needle,)))
+    assert cut == Completion(rest[i].token_ids[:6], rest[i].logprobs[:6], finished=True)
+    assert left_after(engine, [request], steps=4, stop=(needle,)) == [], "nor is it left open"
 
 
 def test_the_trainers_torch_compile_is_left_alone(tied):

@@ -75,8 +75,10 @@ def recipes(patch):
 
 def sampler(patch):
     class Silent(TorchEngine):
-        def generate(self, requests, sampling, on_finish):
-            return super().generate(requests, replace(sampling, max_new_tokens=3), on_finish)
+        def generate(self, requests, sampling, on_finish, enough):
+            return super().generate(
+                requests, replace(sampling, max_new_tokens=3), on_finish, enough
+            )
 
     def make_engine(config, path, tokenizer, device, max_tokens, *vllm_options, load_weights):
         options = {"dtype": torch.float32, "device": device, "batch": 8}

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from drgrpo.config import RECIPES
 from drgrpo.pack import Sequence, pack
 from drgrpo.run.checkpoint import Progress
+from drgrpo.run.log import step_line
 from drgrpo.run.metrics import Tally, Update, step_row
 from drgrpo.types import Completion, Grade, Problem, Rollout
 
@@ -19,6 +20,7 @@ REWARD_PG = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
 ADVANTAGE_PG = torch.tensor([[0.5, -0.5], [0.0, 0.0]])
 UPDATE = Update(
     tokens=3,
+    fresh=3,
     gap_sum=0.3,
     gap_max=0.2,
     clipped=1,
@@ -39,13 +41,15 @@ def rollouts(prompts=2):
     return made
 
 
-def row_of(updates, reward_PG=REWARD_PG, advantage_PG=ADVANTAGE_PG, sampled=None):
+def row_of(
+    updates, reward_PG=REWARD_PG, advantage_PG=ADVANTAGE_PG, sampled=None, pending=(), **changes
+):
     seconds = {"rollout": 2.0, "train": 0.5, "total": 4.0}
     timer = SimpleNamespace(read=lambda: seconds, gb={"train": 1.23456})
     grader = SimpleNamespace(timeouts=1, errors=2)
-    config = replace(RECIPES["tiny"](), algo="rloo")
-    now = Progress(3, 0.25)
-    sampled = sampled or rollouts()
+    config = replace(RECIPES["tiny"](), algo="rloo", **changes)
+    now = Progress(3, 0.25, pending)
+    sampled = rollouts() if sampled is None else sampled
     return step_row(config, now, sampled, reward_PG, advantage_PG, updates, timer, grader)
 
 
@@ -108,12 +112,43 @@ def test_without_math_a_positive_reward_is_right():
 
 
 def test_a_step_without_gradient_or_without_a_right_answer_has_no_made_up_numbers():
-    nothing = UPDATE._replace(tokens=0, gap_sum=0, gap_max=0, ratio_max=0, grad_norm=0.0)
+    nothing = UPDATE._replace(tokens=0, fresh=0, gap_sum=0, gap_max=0, ratio_max=0, grad_norm=0.0)
     row = row_of([nothing], torch.zeros(2, 2), torch.zeros(2, 2))
     for column in ("response_len_correct", "ratio_max", "kl", "parity_mean", "parity_max"):
         assert row[column] is None, column
     skipped = row_of([UPDATE._replace(applied=False)])
     assert skipped["skipped_updates"] == 1 and skipped["grad_norm"] is None
+
+
+def test_with_carry_over_a_step_counts_what_it_has_drawn_and_what_waits():
+    old, *others = rollouts()
+    carried = replace(old, completion=Completion([5] * 3, [-0.5] * 3, False, open=True))
+    pending = [carried, replace(old, stale=2), replace(carried, stale=1)]
+    sampled = [replace(old, stale=1), *others]
+    row = row_of([UPDATE], sampled=sampled, pending=pending, carry_over=0.25)
+    counts = {"responses": 4, "carried": 2, "waiting": 1, "stale_frac": 1 / 20, "tokens": 24}
+    assert {name: row[name] for name in counts} == counts
+    assert (row["tokens_per_s"], row["rollout_tokens_per_s"]) == (6, 12)
+    assert row["entropy"] == 0.5 and row["clip_frac"] == 0.05, "of the responses trained on"
+    assert not (counts.keys() - {"tokens"}) & row_of([UPDATE]).keys()
+
+
+def test_parity_is_that_of_the_fresh_tokens():
+    assert row_of([UPDATE._replace(fresh=1)])["parity_mean"] == pytest.approx(0.3)
+    row = row_of([UPDATE._replace(fresh=0, gap_sum=0)])
+    assert row["parity_mean"] is None and row["parity_max"] is None
+
+
+def test_a_step_without_a_complete_group_has_a_row():
+    carried = Rollout(Problem(0, "", "1", [1]), Completion([5], [-0.5], False, open=True), "")
+    empty, how = torch.zeros(0, 2), {"carry_over": 0.9, "dtype": "float16"}
+    row = row_of([], empty, empty, sampled=[], pending=[carried] * 2, **how)
+    json.dumps(row, allow_nan=False)
+    assert (row["tokens"], row["tokens_trained"], row["responses"], row["carried"]) == (2, 0, 0, 2)
+    for name in ("reward_mean", "accuracy", "entropy", "clip_frac", "loss", "lr", "zero_adv_frac"):
+        assert row[name] is None, name
+    other = {"mfu": None, "gb": {"train": 1.0}}
+    assert "reward -  len - (right - wrong - cut -)" in step_line(row | other, 9)
 
 
 def test_a_number_that_is_not_finite_is_none_so_that_the_row_can_be_written():
@@ -138,6 +173,7 @@ def test_a_tally_adds_up_micro_batches_and_takes_the_largest(group_of_one):
     assert tally.reduce() == pytest.approx(
         {
             "tokens": 3,
+            "fresh": 3,
             "gap_sum": 1.5,
             "clipped": 2,
             "loss": 0.75,
@@ -159,5 +195,5 @@ def test_a_tally_over_two_processes_averages_their_losses_and_takes_the_largest(
     tally, logprob_N = Tally(), torch.tensor([-1.0, -1.25])
     stats = {"logprob": logprob_N, "clipped": torch.tensor([1, 0]), "log_ratio": 0 * logprob_N}
     tally.add(pack([Sequence([1], [2, 2], [-1.5] * 2, 1.0)]), torch.tensor(0.5), stats)
-    expected = {"tokens": 4, "gap_sum": 1.5, "clipped": 2, "loss": 0.5, "kl_sum": 0}
+    expected = {"tokens": 4, "fresh": 4, "gap_sum": 1.5, "clipped": 2, "loss": 0.5, "kl_sum": 0}
     assert tally.reduce() == expected | {"gap_max": 0.5, "ratio_max": 1}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drgrpo.pack import Sequence, balance, fill, microbatches, minibatches, pack, shard
+from drgrpo.pack import Sequence, balance, fill, microbatches, minibatches, pack, shard, sizes
 
 
 def test_minibatches_partition_the_step_and_follow_the_seed():
@@ -14,6 +14,15 @@ def test_minibatches_partition_the_step_and_follow_the_seed():
     assert parts == minibatches(256, 4, seed=1, step=7)
     assert parts != minibatches(256, 4, seed=1, step=8)
     assert parts != minibatches(256, 4, seed=2, step=7)
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(6, [3, 3]), (7, [4, 3]), (2, [1, 1]), (1, [1]), (0, [])]
+)
+def test_a_step_of_any_size_is_dealt_evenly_and_no_optimizer_step_is_empty(n, expected):
+    parts = minibatches(n, 2, seed=0, step=1)
+    assert [len(part) for part in parts] == sizes(n, 2) == expected
+    assert sorted(i for part in parts for i in part) == list(range(n))
 
 
 @settings(max_examples=200, deadline=None)
@@ -62,7 +71,7 @@ def test_the_budget_is_a_limit_to_the_token():
 
 def test_rows_and_targets_of_a_packed_batch():
     first = Sequence([1, 2, 3], [4, 5], [-0.1, -0.2], 0.5)
-    second = Sequence([6], [7, 8, 9], [-0.3, -0.4, -0.5], -1.0)
+    second = Sequence([6], [7, 8, 9], [-0.3, -0.4, -0.5], -1.0, stale=2)
     batch = pack([first, second])
     assert batch.token_T.tolist() == [1, 2, 3, 4, 6, 7, 8], "the last token predicts nothing"
     assert batch.position_T.tolist() == [0, 1, 2, 3, 0, 1, 2]
@@ -71,6 +80,7 @@ def test_rows_and_targets_of_a_packed_batch():
     assert batch.row_N.tolist() == [2, 3, 4, 5, 6]
     assert batch.target_N.tolist() == [4, 5, 7, 8, 9]
     assert batch.advantage_N.tolist() == [0.5, 0.5, -1, -1, -1]
+    assert batch.fresh_N.tolist() == [True, True, False, False, True]
     assert batch.sampler_logprob_N.tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5])
 
 

@@ -53,7 +53,7 @@ class FakeEngine:
     def __init__(self):
         self.asleep, self.requests = False, 0
 
-    def generate(self, requests, sampling, on_finish):
+    def generate(self, requests, sampling, on_finish, enough):
         self.requests += len(requests)
         for i in range(len(requests)):
             length = 1 + i % 8

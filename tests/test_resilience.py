@@ -91,6 +91,55 @@ def test_killed_at_a_random_moment_it_resumes_bit_for_bit(
     assert_same_run(straight, tmp_path / "killed")
 
 
+CARRY = SETTINGS | {"carry_over": 0.25, "carry_steps": 2, "steps": 5}
+
+
+@pytest.fixture(scope="module")
+def carried(warm_model, tmp_path_factory):
+    """Five steps that leave responses to the next one, without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "carried"
+    rows = run(small(warm_model, out, **CARRY))
+    assert all(row["carried"] and row["waiting"] for row in rows[:4]), "nothing was carried"
+    return out
+
+
+def test_a_time_limit_between_any_two_steps_changes_no_bit_of_what_is_carried(
+    warm_model, carried, tmp_path
+):
+    for step in range(1, 6):
+        rows = run(small(warm_model, tmp_path / "limited", **CARRY, max_hours=1e-9))
+        assert len(rows) == step
+    assert_same_run(carried, tmp_path / "limited")
+
+
+@pytest.mark.parametrize("count", [240, 470, 510])  # tokens: in the rollouts of steps 2, 3 and 4
+def test_killed_while_it_goes_on_with_responses_it_resumes_bit_for_bit(
+    warm_model, carried, tmp_path, count
+):
+    config = small(warm_model, tmp_path / "killed", **CARRY)
+    prelude = KILL.format(owner="TorchEngine", name="_forward", count=count)
+    shown = finish(launch(config, prelude=prelude), status=None)
+    assert "SIGKILL" in shown or "exitcode: -9" in shown or "Signal 9" in shown, shown
+    assert (list_checkpoints(tmp_path / "killed")[0] / "pending.jsonl").exists()
+    run(config)
+    assert_same_run(carried, tmp_path / "killed")
+
+
+def test_another_number_of_processes_goes_on_with_what_is_carried(warm_model, tmp_path):
+    """Nothing is lost and nothing doubled, in either direction."""
+    out = tmp_path / "moved"
+    for processes in (2, 1, 2):
+        config = small(warm_model, out, **CARRY, max_hours=1e-9)  # one step
+        finish(launch(config, processes=processes))
+        assert metrics(out)[-1]["carried"] and metrics(out)[-1]["waiting"]
+    run(small(warm_model, out, **CARRY))
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert sum(row["responses"] for row in rows) == 5 * 64
+    trained = sum(row["responses"] * row["response_len_mean"] for row in rows)
+    assert sum(row["tokens"] for row in rows) == pytest.approx(trained)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 def test_asked_to_stop_it_saves_and_ends_in_good_order(
     warm_model, straight, tmp_path, monkeypatch, capsys, number

@@ -16,7 +16,7 @@ class Echo:
     """An engine that answers with its prompt, backwards, and an end token; the last request
     finishes first."""
 
-    def generate(self, requests, sampling, on_finish):
+    def generate(self, requests, sampling, on_finish, enough):
         completions = [
             Completion([*r.prompt_ids[::-1], 256], [-0.5] * (len(r.prompt_ids) + 1), True)
             for r in requests
@@ -57,7 +57,7 @@ def test_a_log_prob_that_is_not_finite_ends_the_run(tokenizer, group_of_one, bad
     samples would be NaN, and the parity gate skips such a loss."""
 
     class Broken(Echo):
-        def generate(self, requests, sampling, on_finish):
+        def generate(self, requests, sampling, on_finish, enough):
             on_finish(0, Completion([1, 2], [-0.5, bad], True))
 
     sampler = Sampler(Broken(), tokenizer, seed=0)

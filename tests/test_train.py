@@ -124,6 +124,28 @@ def test_parity_is_the_mean_gap_of_a_token_and_is_checked_where_asked(random_mod
         train.train_minibatch(config, policy, optimizer, [wrong], 0.0, check_parity=True)
 
 
+def test_a_token_of_older_weights_does_not_count_in_the_parity_gate(random_model, group_of_one):
+    config, policy, optimizer = load(random_model)
+    batch = responses(policy, 1.0, gap=5e-4)
+    batch.fresh_N[:] = False
+    update = train.train_minibatch(config, policy, optimizer, [batch], 0.0, check_parity=True)
+    assert (update.tokens, update.fresh, update.gap_sum, update.gap_max) == (10, 0, 0, 0)
+    batch.fresh_N[-1] = True  # the mean is that of this token
+    with pytest.raises(ParityError, match=r"0\.0005 nats on average"):
+        train.train_minibatch(config, policy, optimizer, [batch], 0.0, check_parity=True)
+
+
+def test_an_update_of_other_than_the_usual_responses_is_divided_by_their_number(
+    random_model, group_of_one
+):
+    norms = []
+    for B in (None, 2, 3):  # the config says 2
+        config, policy, optimizer = load(random_model)
+        batch = responses(policy, 1.0)
+        norms.append(train.train_minibatch(config, policy, optimizer, [batch], 0.0, B=B).grad_norm)
+    assert norms[0] == norms[1] == pytest.approx(1.5 * norms[2])
+
+
 def test_each_side_of_the_clip_is_its_own(random_model, group_of_one):
     clipped = []
     for low, high in ((0.2, 0.2), (0.2, 0.99), (0.99, 0.2), (0.99, 0.99)):
@@ -274,7 +296,7 @@ def note_call(monkeypatch, notes: list, owner, name: str, describe) -> None:
     monkeypatch.setattr(owner, name, noted)
 
 
-def describe_update(config, policy, optimizer, batches, lr, check_parity) -> str:
+def describe_update(config, policy, optimizer, batches, lr, check_parity, B) -> str:
     has_old = all(batch.old_logprob_N is not None for batch in batches)
     has_ref = all(batch.ref_logprob_N is not None for batch in batches)
     return f"update lr={lr:g} gate={check_parity} old={has_old} ref={has_ref}"

@@ -45,12 +45,14 @@ def model(tokenizer, tmp_path_factory) -> str:
 
 
 @contextmanager
-def child(batch_invariant: bool):
-    """A function that calls another in a process that takes itself for a GPU's."""
+def child(batch_invariant: bool, interpreted: bool = False):
+    """A function that calls another in a process that takes itself for a GPU's, or for one whose
+    kernels Triton's interpreter runs."""
     pretend = partial(vllm_card.pretend, torch.bfloat16, batch_invariant)
     with ProcessPoolExecutor(1, get_context("spawn"), pretend) as pool:
         with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("TRITON_INTERPRET", raising=False)  # Triton reads it when it is imported
+            # Triton reads it when it is imported.
+            patch.setenv("TRITON_INTERPRET", str(int(interpreted)))
             pool.submit(int).result()
         yield lambda function, *args: pool.submit(function, *args).result()
 
@@ -229,3 +231,15 @@ def test_attention_in_float32_does_not_round_to_tf32(card):
     assert "tf32" not in scores + values
     for dtype in (None, torch.bfloat16):
         assert all("tf32" in product for product in card(vllm_card.dot_products, dtype))
+
+
+def test_random_numbers_are_functions_of_seed_and_position():
+    """So a response that was left open goes on with its request's seed."""
+    with child(batch_invariant=False, interpreted=True) as call:
+        whole = call(vllm_card.draws, 7, list(range(40, 60)))
+        assert whole[5:] == call(vllm_card.draws, 7, list(range(45, 60)))
+        assert len(set(whole)) > 10
+        assert call(vllm_card.draws, 8, list(range(40, 60))) != whole
+        # The position is that in prompt and response together.
+        source = call(vllm_card.source_of_sampler)
+        assert "pos = input_batch.positions[input_batch.logits_indices]" in source

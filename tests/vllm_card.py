@@ -3,6 +3,7 @@
 vLLM's own platform class for CUDA decides, with only the queries of the device stubbed. Nothing
 is loaded or sampled: `LLM(...)` stops where it has its config."""
 
+import inspect
 import os
 import sys
 from contextlib import contextmanager
@@ -130,6 +131,26 @@ def request_refusals(request: Request, sampling: Sampling) -> dict[str, str]:
         except TypeError as error:
             answers[name] = str(error)
     return answers
+
+
+def draws(seed: int, positions: list[int]) -> list[int]:
+    """What vLLM's V2 runner draws at these positions from one distribution, in one batch. Triton's
+    interpreter runs vLLM's kernel."""
+    from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+    count = len(positions)
+    logits = torch.randn(260, generator=torch.Generator().manual_seed(0)).repeat(count, 1)
+    request, temperature = torch.arange(count, dtype=torch.int32), torch.ones(count)
+    where = torch.full((count,), seed), torch.tensor(positions)
+    flags = {"apply_temperature": False, "is_drafting": False}
+    return gumbel_sample(logits, request, temperature, *where, **flags).tolist()
+
+
+def source_of_sampler() -> str:
+    """The function of vLLM's V2 runner that says where in its sequence a token is."""
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+    return inspect.getsource(Sampler.__call__)
 
 
 def rename(arguments: dict, name: str) -> dict:

@@ -4,12 +4,14 @@
                                    hf/            for transformers, vLLM and eval.py, with a card
                                    adapter/       with LoRA, for peft
                                    trainer.json   step, hours, config, loss scale
+                                   pending.jsonl  with --carry-over: groups that wait
                                    manifest.json  checksum of every file
     OUT/checkpoints/latest         -> the newest complete one
     OUT/hf, OUT/adapter            -> its hf/ and adapter/
 
 Trained weights, the optimizer's state, the step number and the loss scale of float16 are all that
-the trainer needs to resume. Weights that LoRA freezes come from the model that the run began with.
+the trainer needs to resume, beside the groups of responses that --carry-over has left waiting.
+Weights that LoRA freezes come from the model that the run began with.
 Rollouts are functions of (seed, step, problem, sample), and the order of the data is one of
 (seed, epoch).
 """
@@ -17,7 +19,7 @@ Rollouts are functions of (seed, step, problem, sample), and the order of the da
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -29,20 +31,23 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from transformers import PreTrainedTokenizerBase
 
+from drgrpo.carry import CarryOver, from_row, to_row
 from drgrpo.config import Config
 from drgrpo.distributed import gather_lists, shard
 from drgrpo.lora import save_adapter
 from drgrpo.model import Policy
 from drgrpo.run import model_card
-from drgrpo.run.files import write_json
+from drgrpo.run.files import append_jsonl, read_jsonl, write_json
 from drgrpo.run.folder import list_checkpoints
+from drgrpo.types import Problem, Rollout
 
 
 class Progress(NamedTuple):
-    """How far a run has come."""
+    """How far a run has come. pending: the responses of groups that wait, with --carry-over."""
 
     step: int = 0
     hours_used: float = 0.0
+    pending: Sequence[Rollout] = ()
 
 
 def resume(
@@ -73,6 +78,17 @@ def resume(
     else:
         log(f"resumed from {path} after step {done.step}")
     return done
+
+
+def carry_over(config: Config, step: int, problems: list[Problem]) -> CarryOver:
+    """What the checkpoint of `step` holds of responses that go on. Every process reads all of it,
+    so that any number of processes can go on with it. Nothing if there is no such checkpoint."""
+    carry = CarryOver(config.carry_over, config.carry_steps, config.steps)
+    path = partial_path(config, step).with_suffix("") / "pending.jsonl"
+    if path.exists():
+        by_id = {problem.id: problem for problem in problems}
+        carry.pending = [from_row(row, by_id) for row in read_jsonl(path)]
+    return carry
 
 
 def trained_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -138,10 +154,13 @@ def write(
         model_card.write(config, progress.step, partial / "hf", "transformers")
         if policy.adapter.rank:
             model_card.write(config, progress.step, partial / "adapter", "peft")
-        about = {"processes": dist.get_world_size(), "config": asdict(config)}
+        about: dict[str, Any] = {"step": progress.step, "hours_used": progress.hours_used}
+        about |= {"processes": dist.get_world_size(), "config": asdict(config)}
         if scale := policy.scaler.state_dict():
             about["loss_scale"] = scale
-        write_json(partial / "trainer.json", progress._asdict() | about)
+        write_json(partial / "trainer.json", about)
+        if progress.pending:
+            append_jsonl(partial / "pending.jsonl", map(to_row, progress.pending))
     dist.barrier()
     names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())
     checksums = [(name, checksum(partial / name)) for name in shard(names)]

@@ -127,9 +127,10 @@ def step_line(row: dict[str, Any], steps: int) -> str:
     )
     parts = (
         f"step {row['step']:4d}/{steps}",
-        f"reward {row['reward_mean']:.3f}",
-        f"len {row['response_len_mean']:.1f} ({lengths} cut {row['truncated_frac']:.0%})",
-        f"entropy {row['entropy']:.3f}",
+        f"reward {number(row['reward_mean'], '.3f')}",
+        f"len {number(row['response_len_mean'])} ({lengths} cut "
+        f"{number(row['truncated_frac'], '.0%')})",
+        f"entropy {number(row['entropy'], '.3f')}",
         f"clip {number(row['clip_frac'], '.2%')}",
         f"grad {number(row['grad_norm'], '.3f')}",
         f"parity {number(row['parity_max'], '.0e')}",

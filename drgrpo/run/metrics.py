@@ -27,10 +27,12 @@ class Tally:
     def add(self, batch: Batch, loss: Tensor, stats: dict[str, Tensor]) -> None:
         """One micro-batch: its loss, and the statistics of its response tokens."""
         loss = loss.detach() / dist.get_world_size()
-        gap_N = (stats["logprob"] - batch.sampler_logprob_N).abs()
+        # Stale tokens do not count: the sampler drew them with other weights than it has now.
+        gap_N = (stats["logprob"] - batch.sampler_logprob_N).abs() * batch.fresh_N
         count, clipped = loss.new_tensor(len(gap_N)), (stats["clipped"] != 0).sum()
         kl = stats["kl"].sum() if "kl" in stats else loss.new_zeros(())
-        self.sums.append(torch.stack([count, gap_N.sum(), clipped, loss, kl]).double())
+        sums = [count, batch.fresh_N.sum(), gap_N.sum(), clipped, loss, kl]
+        self.sums.append(torch.stack(sums).double())
         peaks = loss.new_zeros(2, dtype=torch.float64)
         if len(gap_N):
             peaks = torch.stack([gap_N.max(), stats["log_ratio"].max().exp()]).double()
@@ -42,16 +44,17 @@ class Tally:
         peaks = torch.stack(self.peaks).amax(0).cpu()
         dist.all_reduce(sums)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        names = ("tokens", "gap_sum", "clipped", "loss", "kl_sum", "gap_max", "ratio_max")
+        names = ("tokens", "fresh", "gap_sum", "clipped", "loss", "kl_sum", "gap_max", "ratio_max")
         return dict(zip(names, [*sums.tolist(), *peaks.tolist()], strict=True))
 
 
 class Update(NamedTuple):
-    """One optimizer step over all processes. `gap`: |trainer - sampler| in nats per token.
+    """One optimizer step over all processes. `gap`: |trainer - sampler| in nats per fresh token.
     `applied`: False if loss or gradient was not finite and the step was skipped. `loss_scale`: that
     of float16, or 1."""
 
     tokens: float
+    fresh: float
     gap_sum: float
     clipped: float
     loss: float
@@ -92,33 +95,35 @@ def step_row(
     right = [rollout.length for rollout, reward in pairs if is_right(rollout, reward)]
     wrong = [rollout.length for rollout, reward in pairs if not is_right(rollout, reward)]
     applied, seconds = [update for update in updates if update.applied], timer.read()
-    trained, first, sampled = sum(column(updates, "tokens")), updates[0], sum(lengths)
+    trained, sampled = sum(column(updates, "tokens")), sum(lengths)
+    fresh, stale = sum(column(updates[:1], "fresh")), sum(r.stale for r in rollouts)
+    drawn = sampled - stale + sum(r.length - r.stale for r in now.pending)
     logprobs = [sum(rollout.completion.logprobs) for rollout in rollouts]
     truncated = [not rollout.completion.finished for rollout in rollouts]
     row: dict[str, Any] = {
         "step": now.step,
         "algo": config.algo,
-        "reward_mean": fmean(rewards),
+        "reward_mean": mean(rewards),
         **reward_columns([rollout.grade for rollout in rollouts]),
-        "response_len_mean": fmean(lengths),
+        "response_len_mean": mean(lengths),
         "response_len_correct": mean(right),
         "response_len_incorrect": mean(wrong),
-        "truncated_frac": fmean(truncated),
+        "truncated_frac": mean(truncated),
         "zero_adv_frac": (advantage_PG == 0).float().mean().item(),
-        "entropy": -sum(logprobs) / sampled,
-        "clip_frac": sum(column(updates, "clipped")) / sampled,
+        "entropy": ratio(-sum(logprobs), sampled),
+        "clip_frac": ratio(sum(column(updates, "clipped")), sampled),
         "ratio_max": max(column(updates, "ratio_max")) if trained else None,
-        "kl": sum(column(updates, "kl_sum")) / trained if trained else None,
+        "kl": ratio(sum(column(updates, "kl_sum")), trained),
         "loss": mean(column(applied, "loss")),
         "grad_norm": mean(column(applied, "grad_norm")),
         "skipped_updates": sum(column(updates, "failed")),
-        "lr": updates[-1].lr,
-        "parity_mean": first.gap_sum / first.tokens if first.tokens else None,
-        "parity_max": first.gap_max if first.tokens else None,
-        "tokens": sampled,
+        "lr": updates[-1].lr if updates else None,
+        "parity_mean": ratio(sum(column(updates[:1], "gap_sum")), fresh),
+        "parity_max": updates[0].gap_max if fresh else None,
+        "tokens": drawn,
         "tokens_trained": int(trained),
-        "tokens_per_s": sampled / seconds["total"],
-        "rollout_tokens_per_s": sampled / seconds["rollout"],
+        "tokens_per_s": drawn / seconds["total"],
+        "rollout_tokens_per_s": drawn / seconds["rollout"],
         "train_tokens_per_s": trained / seconds["train"],
         "seconds": rounded(seconds, 4),
         "gb": rounded(timer.gb, 3),
@@ -127,8 +132,13 @@ def step_row(
         "hours_used": now.hours_used,
     }
     if config.dtype == "float16":
-        row["loss_scale"] = updates[-1].loss_scale
+        row["loss_scale"] = updates[-1].loss_scale if updates else None
         row["overflowed_updates"] = len(updates) - len(applied) - sum(column(updates, "failed"))
+    if config.carry_over:
+        row["responses"] = len(rollouts)
+        row["carried"] = sum(rollout.completion.open for rollout in now.pending)
+        row["waiting"] = len(now.pending) - row["carried"]
+        row["stale_frac"] = ratio(stale, sampled)
     return {name: finite_or_none(value) for name, value in row.items()}
 
 
@@ -136,12 +146,13 @@ def is_right(rollout: Rollout, reward: float) -> bool:
     return (rollout.grade.components.get("math", reward) or 0.0) > 0
 
 
-def reward_columns(grades: list[Grade]) -> dict[str, float]:
+def reward_columns(grades: list[Grade]) -> dict[str, Any]:
     """What the reward is made of: the accuracy of all responses, truncated ones too, the share
     without an answer, the mean of each component, and the calls of reward functions that failed."""
-    row = {f"reward/{name}": mean_of(grades, name) for name in grades[0].components}
-    row["accuracy"] = fmean(grade.score for grade in grades)
-    row["no_answer_frac"] = fmean(not grade.parsed for grade in grades)
+    names = grades[0].components if grades else ()
+    row: dict[str, Any] = {f"reward/{name}": mean_of(grades, name) for name in names}
+    row["accuracy"] = mean([grade.score for grade in grades])
+    row["no_answer_frac"] = mean([not grade.parsed for grade in grades])
     row["reward_error"] = sum(list(grade.components.values()).count(None) for grade in grades)
     return row
 
@@ -162,6 +173,11 @@ def finite_or_none(value: Any) -> Any:
 def mean(values: Sequence[float]) -> float | None:
     """None without values."""
     return fmean(values) if values else None
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """None of nothing."""
+    return part / whole if whole else None
 
 
 def rounded(by_phase: dict[str, float], digits: int) -> dict[str, float]:
