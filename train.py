@@ -72,13 +72,11 @@ def main(config: Config) -> None:
 
     # ---- Setup: prompts.
     template = get_template(config.template, config.answer, config.system)
-    problems, eval_sets = data.load_sets(config, log.say)
+    sets = data.load_sets(config, log.say)
     model_path = initial_model(config, log.say)
     tokenizer = load_tokenizer(model_path)
     longest = longest_prompt(model_path, config.max_prompt_tokens, config.max_new_tokens)
-    problems, eval_sets, dropped = tokenize_sets(
-        problems, eval_sets, template, tokenizer, longest, log.say
-    )
+    problems, eval_sets, dropped = tokenize_sets(*sets, template, tokenizer, longest, log.say)
 
     # ---- Setup: policy and optimizer, from the newest checkpoint if there is one.
     policy, reference, optimizer = load_policies(config, model_path, device)
@@ -92,12 +90,8 @@ def main(config: Config) -> None:
     engine = make_engine(config, model_path, tokenizer, device, *room, load_weights=False)
     engine.sync(policy.named_weights(dtype))
     sampler = Sampler(engine, tokenizer, config.seed, config.tp)
-    sampling = Sampling(
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        stop=template.stop,
-        stop_token_ids=stop_token_ids(model_path, tokenizer),
-    )
+    stop_ids = stop_token_ids(model_path, tokenizer)
+    sampling = Sampling(config.max_new_tokens, stop_ids, config.temperature, template.stop)
     summary.start(config, policy, engine.name, ledger, device, log)
     if config.dry_run:
         dry_run(config, policy, optimizer, engine, longest, log)
@@ -109,7 +103,8 @@ def main(config: Config) -> None:
 
     def evaluate(step: int) -> None:
         modes = [(1, replace(sampling, temperature=0.0))]
-        modes += [(config.eval_samples, sampling)] if config.eval_samples else []
+        if config.eval_samples:
+            modes.append((config.eval_samples, sampling))
         for samples, mode in modes:
             for row in evaluate_sets(sampler, grader, eval_sets, dropped, samples, mode, step):
                 log.evaluation(row | {"template": config.template})
@@ -242,8 +237,7 @@ def add_logprobs(
     plan: list[list[Batch]],
 ) -> None:
     """The denominator of the ratio: the sampler's log-probs, or the policy's before this step's
-    updates (the paper). Without one the ratio is 1. It is 1 in the first update anyway, where the
-    policy is still the one before the updates, so that nothing is computed for it."""
+    updates (the paper). Without one the ratio is 1, as it is in the first update anyway."""
     for i, batches in enumerate(plan):
         for batch in batches:
             if config.old_logprob == "sampler":

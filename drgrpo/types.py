@@ -85,7 +85,7 @@ class Problem:
     columns: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sampling:
     """How to sample. temperature 0 is greedy. `stop_token_ids` and `stop` strings end a response
     and are part of it. No top-p and no top-k: training on them would need their renormalised
