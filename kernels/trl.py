@@ -290,7 +290,7 @@ class _OnePass:
         self.advantage_BL = advantage.view(len(scored_BL), -1).expand_as(scored_BL)
         # min() commutes with the weight, which is not negative.
         weighted_BL = self.advantage_BL * inputs.get("importance_sampling_ratio", 1.0)
-        self.per_token = {
+        self.per_token = {  # [B, L]
             "advantage": weighted_BL,
             "old_logprob": inputs.get("old_per_token_logps"),
             "ref_logprob": inputs.get("ref_per_token_logps"),
@@ -312,11 +312,14 @@ class _OnePass:
         # TRL gives the scored positions on devices with Triton, and all of them elsewhere.
         is_all = len(target) == self.scored.numel()
         chosen_N = self.chosen.flatten() if is_all else self.chosen[self.scored]
+        per_token: dict[str, Any] = {  # [T]
+            name: x if x is None else x[self.mask_BL] for name, x in self.per_token.items()
+        }
         loss, self.stats = linear_drgrpo_loss(
             hidden[chosen_N],
             weight.to(hidden.dtype),
             target[chosen_N],
-            **{k: x if x is None else x[self.mask_BL] for k, x in self.per_token.items()},
+            **per_token,
             temperature=temperature,
             **self.options,
         )

@@ -1,6 +1,8 @@
-"""The examples run: three rewards, and two scripts whose training command is understood."""
+"""The examples run: three rewards, a trainer of TRL, and two scripts whose training command is
+understood."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -99,7 +101,19 @@ def test_every_example_passes_the_check_of_the_command_line():
     functions = ("format_reward.py:one_box", "length_reward.py:brevity")
     functions += ("code_reward.py:passes_tests",)
     check(" + ".join(f"{EXAMPLES}/{function}" for function in functions))
-    assert {name.split(":")[0] for name in functions} == {p.name for p in EXAMPLES.glob("*.py")}
+    files = {path.name for path in EXAMPLES.glob("*_reward.py")}
+    assert {name.split(":")[0] for name in functions} == files
+
+
+@pytest.mark.slow
+def test_trl_learns_with_the_fused_head(tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed: make env-test")
+    command = [sys.executable, EXAMPLES / "trl_grpo.py", "--out", str(tmp_path), "--steps", "15"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, last = re.findall(r"\d\.\d\d", done.stdout.splitlines()[-1])
+    assert float(last) > float(first) + 0.1
 
 
 # ---- the scripts
