@@ -195,7 +195,7 @@ def gemms(case: Case) -> Contender:
 def gemms_chunked(case: Case) -> Contender:
     """The same products in the fused head's chunks, with dW accumulated in fp32."""
     x, w = case.hidden.detach(), case.weight.detach()
-    chunk = head.default_chunk_tokens(len(x), len(w), x.device)
+    chunk = head.default_chunk_tokens(*x.shape, len(w), head.sizes_on(x.device))
 
     def step():
         z = x.new_empty(min(chunk, len(x)), len(w))

@@ -28,7 +28,7 @@ Cost, for T = 16384, D = 3584, V = 152064 in bf16:
     FLOPs   6 T V D = 54 TFLOP, three GEMMs. Recomputing logits in the backward pass needs four.
     bytes   6 T V = 15 GB: the row pass reads a logit twice and writes it once. The second read can
             hit the cache.
-    memory  logits 2 C V = 1.25 GB at C = 4096, dW 4 V D = 2.2 GB, dX 2 T D = 0.1 GB. The naive path
+    memory  logits 2 C V = 2.5 GB at C = 8192, dW 4 V D = 2.2 GB, dX 2 T D = 0.1 GB. The naive path
             keeps 6 T V = 15 GB.
 
 Precision. `logits_dtype` chooses the type of Z. The default is fp32 where log-probs are compared
@@ -83,9 +83,9 @@ IGNORE = -100
 STATS = ("logprob", "entropy", "log_ratio", "tis_weight", "token_loss", "kl")
 """Per-token fp32 statistics, in the order of the rows of `stat`. "kl" needs a reference."""
 
-CHUNK_LOGITS = {"cuda": 4096 * 152_064, "cpu": 512 * 1024}
-"""Logits of one chunk. On a GPU they take 1.25 GB in bf16, and reading W and dW again for each
-chunk costs a few percent. On a CPU they stay in the cache."""
+CHUNK_LOGITS = {"cuda": 8192 * 152_064, "cpu": 512 * 1024}
+"""Most logits of a chunk. On a GPU they take 2.5 GB in bf16, and more chunks would read and write
+dW more often. On a CPU they stay in the cache."""
 
 LogitsDtype = torch.dtype | Literal["shifted"] | None
 """Type of the logits; "shifted" is the inputs' 16-bit type, rounded about the target's logit."""
@@ -219,7 +219,8 @@ class Sizes(NamedTuple):
 
     block_v: int  # logits that a row program takes at a time
     num_warps: int
-    chunk_logits: int  # logits of one chunk
+    chunk_logits: int  # most logits of a chunk
+    processors: int = 0  # SMs of the card; 0 on a CPU
 
 
 # One program per SM. Two loads of 16 bytes per thread are on their way at a time, which keeps the
@@ -232,26 +233,59 @@ TUNED: dict[tuple[int, int], Sizes] = {}
 prints the card's entry. No card has been measured: every architecture runs on the predicted
 sizes."""
 
-
-def sizes_of(capability: tuple[int, int]) -> Sizes:
-    """Sizes for a CUDA card of this compute capability."""
-    return TUNED.get(capability, Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS["cuda"]))
-
-
-def sizes_on(device: torch.device) -> Sizes:
-    """Sizes for this device. A CUDA device may be absent, as in a dry run on fake tensors."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return sizes_of(torch.cuda.get_device_capability(device))
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    return Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS[kind])
+ACCUMULATION = 8 * 0.35 * 150
+"""What another chunk costs per element of dW, in FLOPs. It reads and writes 8 bytes, of which the
+GEMM hides 65 %. A card does 150 FLOPs in the time of a byte. Assumed, as in bench/static_report.py.
+"""
 
 
-def default_chunk_tokens(T: int, V: int, device: torch.device) -> int:
-    """Tokens of a chunk. Chunks are of nearly equal size and multiples of 128 tokens. A chunk has
-    at most `chunk_logits` logits, or 128 tokens where that is more."""
-    largest = max(sizes_on(device).chunk_logits // V // 128 * 128, 128)
+def sizes_of(
+    capability: tuple[int, int] = (8, 0), processors: int = 108, memory: int = 80 * 2**30
+) -> Sizes:
+    """Sizes for a CUDA card, an A100 unless told otherwise. fp32 logits of a chunk take at most a
+    sixteenth of its memory, which is in bytes."""
+    default = Sizes(BLOCK_V, NUM_WARPS, min(CHUNK_LOGITS["cuda"], memory // 64))
+    return TUNED.get(capability, default)._replace(processors=processors)
+
+
+def sizes_on(device: torch.device, memory: int | None = None) -> Sizes:
+    """Sizes for this device. `memory` is that of another card, in bytes. CUDA may be absent, as in
+    a dry run on fake tensors: an A100 is assumed."""
+    if device.type != "cuda":
+        return Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS["cpu"])
+    if not torch.cuda.is_available():
+        return sizes_of(memory=memory) if memory else sizes_of()
+    card = torch.cuda.get_device_properties(device)
+    capability, memory = (card.major, card.minor), memory or card.total_memory
+    return sizes_of(capability, card.multi_processor_count, memory)
+
+
+def default_chunk_tokens(T: int, D: int, V: int, sizes: Sizes) -> int:
+    """Tokens of a chunk: a multiple of 128, with at most `chunk_logits` logits unless 128 tokens
+    have more. A CPU gets chunks of nearly equal size. A GPU gets the fastest ones by `_gemm_cost`,
+    and the last chunk has the rest."""
+    largest = max(sizes.chunk_logits // V // 128 * 128, 128)
     chunks = max(math.ceil(T / largest), 1)
-    return max(math.ceil(math.ceil(T / chunks) / 128) * 128, 128)
+    if chunks == 1 or sizes.processors == 0:
+        return max(math.ceil(T / (128 * chunks)) * 128, 128)
+    candidates = range(128, largest + 1, 128)
+    return min(candidates, key=lambda C: _gemm_cost(T, C, D, V, sizes.processors))
+
+
+def _gemm_cost(T: int, C: int, D: int, V: int, processors: int) -> float:
+    """FLOPs of an SM in the time that Z, dX and the accumulation of dW take in chunks of C tokens.
+    An SM computes one tile of 128 x 256 results at a time. A wave, one tile on each SM, takes as
+    long if it is not full."""
+
+    def waves(rows: int, columns: int) -> int:
+        return math.ceil(math.ceil(rows / 128) * math.ceil(columns / 256) / processors)
+
+    def cost(rows: int) -> float:
+        tiles = waves(rows, V) * D + waves(rows, D) * V
+        return 2 * 128 * 256 * tiles + ACCUMULATION * V * D / processors
+
+    full, rest = divmod(T, C)
+    return full * cost(C) + (cost(rest) if rest else 0.0)
 
 
 def resolve_backend(name: str, device: torch.device) -> str:
@@ -541,13 +575,13 @@ def _chunked_head(
 
     Dynamo cannot trace the autograd call of the torch backend inside an autograd function, so the
     torch backend breaks a compiled graph. The Triton backend is a custom operator and one node."""
-    T, V = len(hidden), len(weight)
+    (T, D), V = hidden.shape, len(weight)
     chunk_tokens, logits_dtype, shifted, need_dhidden, need_dweight, backend = execution
     outputs = _empty_outputs(hidden, weight, per_token, execution)
     if hidden.is_meta:  # shapes, without numbers
         return outputs
     stat, clipped, dhidden, dweight = outputs
-    chunk_tokens = chunk_tokens or default_chunk_tokens(T, V, hidden.device)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(T, D, V, sizes_on(hidden.device))
     target = target.contiguous()
     if per_token is not None:
         per_token = per_token.map(Tensor.contiguous)
