@@ -81,14 +81,15 @@ class Report:
 
 # ---- the parts
 
-KERNEL_FLAGS = "--models 1.5B 7B --tokens 16384 --repeats 10 --cases on-policy logprob"
+KERNEL_FLAGS = "--models 1.5B 7B --tokens 16384 --repeats 10 --cases old-logprob logprob"
 KERNEL_TOY = "--models tiny --tokens 256 --repeats 2 --only CCE 'fused (this repository)'"
 SHARES = {  # seconds: without vLLM, with it
     "ceilings": (35, 30),
     "tests_linear_drgrpo_gpu": (50, 45),
     "tests_model": (30, 35),
     "tests_train": (30, 35),
-    "kernel": (115, 146),
+    "kernel": (125, 156),
+    "pieces": (25, 25),
     "rollout": (75, 275),
     "tiny_vllm": (12, 120),
     "tiny": (55, 40),
@@ -139,6 +140,7 @@ def make_parts(out: Path, work: Path, rehearse: bool) -> list[Part]:
         own("ceilings", "versions, card, copy bandwidth, bf16 GEMM rate"),
         *gpu_tests(column)[: 1 if rehearse else None],
         kernel,
+        own("pieces", "products and row pass of the fused head by themselves"),
         rollout,
         own("tiny_vllm", "the tiny recipe with vLLM in bfloat16: tried, trained, resumed"),
         own("tiny", "the tiny recipe, stopped and resumed"),
@@ -358,6 +360,11 @@ def kernel_line(result: dict) -> str:
     return "; ".join(lines)
 
 
+def pieces_line(result: dict) -> str:
+    rows = [row for row in result["rows"] if "ms" in row]
+    return "; ".join(f"{row['model']} {row['what']} {row['ms']['p50']:.2f} ms" for row in rows)
+
+
 def rollout_line(result: dict) -> str:
     from bench.harness import figure
 
@@ -409,6 +416,7 @@ LINES = {
     "ceilings": ceilings_line,
     "tests": tests_line,
     "kernel": kernel_line,
+    "pieces": pieces_line,
     "step": step_line,
     "rollout": rollout_line,
     "tiny": tiny_line,
@@ -433,7 +441,7 @@ def left_out(runs: dict[str, dict]) -> list[str]:
         lines += [f"{name}: {count} x {test}" for test, count in skipped.items()]
         cases, engines = result.get("cases", {}).values(), result.get("engines", {})
         rows = [*result.get("rows", []), *(row for case in cases for row in case.get("rows", []))]
-        whys = [(r.get("contender") or r.get("variant"), r.get("skipped")) for r in rows]
+        whys = [(r.get("contender") or r.get("variant") or r.get("what"), r.get("skipped")) for r in rows]
         whys += [(engine, r.get("skipped")) for engine, r in engines.items()]
         lines += [f"{name}: {what}: {why}" for what, why in dict.fromkeys(whys) if why]
         lines += [f"{name}: {case['left_out']}" for case in cases if "left_out" in case]
