@@ -195,17 +195,9 @@ def linear_drgrpo_loss_ref(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What `linear_drgrpo_loss` means, with autograd's gradients; see `linear_logprob_ref`."""
     logprob, entropy = linear_logprob_ref(hidden, weight, target, temperature=temperature)
+    inputs = (logprob, target == IGNORE, advantage, old_logprob, sampler_logprob, ref_logprob)
     token_loss, stats = token_objective(
-        logprob,
-        target == IGNORE,
-        advantage,
-        old_logprob,
-        sampler_logprob,
-        ref_logprob,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        tis_cap=tis_cap,
-        kl_coef=kl_coef,
+        *inputs, clip_low=clip_low, clip_high=clip_high, tis_cap=tis_cap, kl_coef=kl_coef
     )
     stats = {"logprob": logprob, "entropy": entropy} | stats
     return scale * token_loss.sum(), {name: stat.detach() for name, stat in stats.items()}
@@ -229,14 +221,8 @@ class Sizes(NamedTuple):
 BLOCK_V, NUM_WARPS = 16_384, 32
 
 TUNED: dict[tuple[int, int], Sizes] = {}
-"""Compute capability -> sizes that beat the ones above on such a card. `make gpu` sweeps sizes and
-prints the card's entry. No card has been measured: every architecture runs on the predicted
-sizes."""
-
-ACCUMULATION = 8 * 0.35 * 150
-"""What another chunk costs per element of dW, in FLOPs. It reads and writes 8 bytes, of which the
-GEMM hides 65 %. A card does 150 FLOPs in the time of a byte. Assumed, as in bench/static_report.py.
-"""
+"""Compute capability -> sizes that beat the ones above on such a card. `make gpu` prints the card's
+entry. No card has been measured: every architecture runs on the predicted sizes."""
 
 
 def sizes_of(
@@ -254,7 +240,7 @@ def sizes_on(device: torch.device, memory: int | None = None) -> Sizes:
     if device.type != "cuda":
         return Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS["cpu"])
     if not torch.cuda.is_available():
-        return sizes_of(memory=memory) if memory else sizes_of()
+        return sizes_of(memory=memory or 80 * 2**30)
     card = torch.cuda.get_device_properties(device)
     capability, memory = (card.major, card.minor), memory or card.total_memory
     return sizes_of(capability, card.multi_processor_count, memory)
@@ -268,21 +254,23 @@ def default_chunk_tokens(T: int, D: int, V: int, sizes: Sizes) -> int:
     chunks = max(math.ceil(T / largest), 1)
     if chunks == 1 or sizes.processors == 0:
         return max(math.ceil(T / (128 * chunks)) * 128, 128)
-    candidates = range(128, largest + 1, 128)
-    return min(candidates, key=lambda C: _gemm_cost(T, C, D, V, sizes.processors))
+    processors, sizes_C = sizes.processors, range(128, largest + 1, 128)
+    return min(sizes_C, key=lambda C: _gemm_cost(T, C, D, V, processors))
 
 
 def _gemm_cost(T: int, C: int, D: int, V: int, processors: int) -> float:
     """FLOPs of an SM in the time that Z, dX and the accumulation of dW take in chunks of C tokens.
     An SM computes one tile of 128 x 256 results at a time. A wave, one tile on each SM, takes as
-    long if it is not full."""
+    long if it is not full. It is assumed that a GEMM hides 65 % of the 8 bytes of an accumulation,
+    and that a card does 150 FLOPs in the time of a byte."""
+    accumulation = 8 * 0.35 * 150 * V * D / processors
 
     def waves(rows: int, columns: int) -> int:
         return math.ceil(math.ceil(rows / 128) * math.ceil(columns / 256) / processors)
 
     def cost(rows: int) -> float:
         tiles = waves(rows, V) * D + waves(rows, D) * V
-        return 2 * 128 * 256 * tiles + ACCUMULATION * V * D / processors
+        return 2 * 128 * 256 * tiles + accumulation
 
     full, rest = divmod(T, C)
     return full * cost(C) + (cost(rest) if rest else 0.0)
@@ -293,10 +281,8 @@ def resolve_backend(name: str, device: torch.device) -> str:
     Raises ValueError for an unknown name, RuntimeError where Triton cannot run."""
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"backend ({name!r}) must be 'auto', 'triton' or 'torch'")
-    if name == "auto":
-        name = "triton" if device.type == "cuda" else "torch"
-    if name == "torch":
-        return name
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return "torch"
     if triton is None:
         raise RuntimeError(
             "backend='triton' needs Triton, which is not installed: pip install triton, "
@@ -308,7 +294,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
             "backend='torch', or set TRITON_INTERPRET=1 before triton is imported to run the "
             "kernel in its interpreter"
         )
-    return name
+    return "triton"
 
 
 # ---- the row pass, in Triton. Only constexpr parameters are annotated: Triton specializes the
@@ -598,17 +584,9 @@ def _chunked_head(
         if shifted:
             hidden_C = _with_columns(hidden_C, -_target_logit(hidden_C, weight, target[chunk]))
         _matmul(hidden_C, head_weight.t(), out=logits_CV[:, :V])
-        dlogits_CV = row_pass(
-            logits_CV,
-            V,
-            target[chunk],
-            None if per_token is None else per_token.map(itemgetter(chunk)),
-            scale,
-            objective,
-            stat[:, chunk],
-            clipped[chunk],
-            grad_dtype,
-        )
+        per_token_C = None if per_token is None else per_token.map(itemgetter(chunk))
+        inputs = (logits_CV, V, target[chunk], per_token_C, scale, objective)
+        dlogits_CV = row_pass(*inputs, stat[:, chunk], clipped[chunk], grad_dtype)
         if dlogits_CV is None:  # no gradient is needed
             continue
         if need_dhidden:
@@ -647,19 +625,11 @@ def _rows_triton(
     which means nothing where that is None."""
     dz = z if grad_dtype in (None, z.dtype) else z.view(grad_dtype)[:, z.shape[1] :]
     advantage, old, sampler, ref = per_token or (None,) * 4
+    tensors = (z, dz, target, advantage, old, sampler, ref, scale, stat, clipped)
     sizes = sizes_on(z.device)
     with torch.cuda.device_of(z):
         _drgrpo_row_kernel[(len(z),)](
-            z,
-            dz,
-            target,
-            advantage,
-            old,
-            sampler,
-            ref,
-            scale,
-            stat,
-            clipped,
+            *tensors,
             V,
             z.stride(0),
             dz.stride(0),
@@ -726,16 +696,13 @@ def _slope(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(d token_loss / d logprob, statistics) of `token_objective`, [C] each. The graph holds
     vectors of C elements and no logits."""
+    low, high, tis_cap, _, kl_coef = objective
+    cap = None if per_token.sampler_logprob is None else tis_cap
     with torch.set_grad_enabled(need_slope):
         logprob = logprob.detach().requires_grad_(need_slope)
+        inputs = (logprob, ignored, *per_token)
         token_loss, stats = token_objective(
-            logprob,
-            ignored,
-            *per_token,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            tis_cap=None if per_token.sampler_logprob is None else objective.tis_cap,
-            kl_coef=objective.kl_coef,
+            *inputs, clip_low=low, clip_high=high, tis_cap=cap, kl_coef=kl_coef
         )
         total = token_loss.sum()
     slope = torch.autograd.grad(total, logprob)[0] if need_slope else None
@@ -798,9 +765,8 @@ def _triton_loss_op(
     """The fields of `_Outputs`. `objective` holds those of `_Objective`."""
     per_token = _PerToken(advantage, old, sampler, ref)
     execution = _Execution(chunk_tokens, logits_dtype, shifted, need_dhidden, need_dweight)
-    return tuple(
-        _chunked_head(hidden, weight, target, per_token, scale, _Objective(*objective), execution)
-    )
+    inputs = (hidden, weight, target, per_token, scale)
+    return tuple(_chunked_head(*inputs, _Objective(*objective), execution))
 
 
 @_triton_loss_op.register_fake
@@ -856,9 +822,8 @@ class _LinearDrGRPO(torch.autograd.Function):
             dhidden = torch.mul(saved_dhidden, upstream, out=saved_dhidden)
         if ctx.needs_input_grad[1]:
             # One pass scales and rounds, without a second fp32 [V, D].
-            out = saved_dweight
-            if ctx.weight_dtype != out.dtype:
-                out = torch.empty_like(out, dtype=ctx.weight_dtype)
+            same = ctx.weight_dtype == saved_dweight.dtype
+            out = saved_dweight if same else torch.empty_like(saved_dweight, dtype=ctx.weight_dtype)
             dweight = torch.mul(saved_dweight, upstream, out=out)
         return dhidden, dweight, None, None, None, None, None
 

@@ -193,7 +193,7 @@ def test_better_rates_take_less_time():
 
 
 def test_the_row_pass_takes_the_longest_of_memory_units_and_latency():
-    (D, V), T = SHAPES["7B"], TOKENS
+    V, T = SHAPES["7B"][1], TOKENS
     read, written = 2 * T * V / A100.bandwidth, 2 * T * V / A100.bandwidth
     plain = case(sweeps=sweeps_of(7, 7))
     assert plain.row_pass(l2=1.0, waits=0.0) == pytest.approx(read + written)

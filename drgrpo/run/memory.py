@@ -159,11 +159,7 @@ def kept_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: int)
 
 
 def training_gib(
-    config: Config,
-    lm: PretrainedConfig,
-    parameters: int,
-    shards: int,
-    gpu_bytes: int | None = None,
+    config: Config, lm: PretrainedConfig, parameters: int, shards: int, gpu_bytes: int | None = None
 ) -> Sizes:
     """What a micro-batch adds, beside the gradients of those before it, at its highest moment.
 
