@@ -66,9 +66,9 @@ CASES = ("on-policy", "old-logprob", "frozen-head", "logprob")
 CLIP = 0.2  # the default of linear_drgrpo_loss
 ERROR_TOKENS, ERRORS = 256, ("dhidden", "dweight", "logprob_rms")
 # What a sweep tries: (BLOCK_V, NUM_WARPS) that fit the registers, of which the torch backend has
-# none, and tokens of a chunk at the widest vocabulary.
+# none, and tokens of the largest chunk at the widest vocabulary.
 PROGRAMS = {"cuda": [(4096, 8), (4096, 16), (8192, 16), (8192, 32), (16_384, 32)], "cpu": []}
-CHUNKS = {"cuda": [2048, 3072, 4096, 6144, 8192], "cpu": [128, 256]}
+CHUNKS = {"cuda": [4096, 6144, 12_288], "cpu": [128, 256]}
 NOISE = 0.01  # a gain of a smaller share is none
 
 
@@ -195,7 +195,7 @@ def gemms(case: Case) -> Contender:
 def gemms_chunked(case: Case) -> Contender:
     """The same products in the fused head's chunks, with dW accumulated in fp32."""
     x, w = case.hidden.detach(), case.weight.detach()
-    chunk = head.default_chunk_tokens(len(x), len(w), x.device)
+    chunk = head.default_chunk_tokens(*x.shape, len(w), head.sizes_on(x.device))
 
     def step():
         z = x.new_empty(min(chunk, len(x)), len(w))
@@ -509,6 +509,7 @@ def sweep(models: list[str], T: int, device: str, repeats: int) -> dict:
     chunks = [program._replace(chunk_logits=tokens * widest) for tokens in CHUNKS[device]]
     chunk_rows = time_sizes([default, program, *chunks], steps, device, repeats)
     best, score = fastest(chunk_rows)
+    entry = head.Sizes(*best[:3])  # the card has its own number of processors
     better = device == "cuda" and score < 1 - NOISE
     return {
         "T": T,
@@ -516,7 +517,7 @@ def sweep(models: list[str], T: int, device: str, repeats: int) -> dict:
         "default": default._asdict(),
         "best": best._asdict(),
         "gain": 1 - score,
-        "tuned": f"{torch.cuda.get_device_capability()}: {best}" if better else None,
+        "tuned": f"{torch.cuda.get_device_capability()}: {entry}" if better else None,
     }
 
 

@@ -1,21 +1,36 @@
-"""The parts of `make gpu` that are no benchmark by themselves: what the card reaches, and the tiny
-recipe as a user runs it.
+"""The parts of `make gpu` that are no benchmark by themselves: what the card reaches, the pieces of
+the fused head, and the tiny recipe as a user runs it.
 
     python -m bench.gpu_parts ceilings --out DIR
+    python -m bench.gpu_parts pieces --out DIR
     python -m bench.gpu_parts tiny_vllm --out DIR --rehearse        # on a CPU
 
 DIR/PART.json has what was measured, and what must be so. Exit status 1 if something is not.
 """
 
 import importlib.util
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
 import torch
+from torch import Tensor
 
-from bench.harness import ROOT, command_line, interleaved, provenance, quantiles, write_json
+from bench.harness import (
+    ROOT,
+    command_line,
+    interleaved,
+    provenance,
+    quantiles,
+    read_json,
+    run_limited,
+    write_json,
+)
+from drgrpo.kernels import linear_drgrpo as head
 from drgrpo.run.files import read_jsonl
 from drgrpo.run.flops import peak_flops
 
@@ -60,6 +75,106 @@ def ceilings(work: Path, rehearse: bool) -> dict:
         "cuda": torch.version.cuda,
         "data_sheet_tflops": peak / 1e12 if peak else None,
     }
+
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+LARGE_WORKSPACE = ":262144:2"  # KiB and count: cuBLAS may then split K by itself
+
+
+def pieces(work: Path, rehearse: bool) -> dict:
+    """Milliseconds of the fused head's pieces. dX by chunk size: as it is, as a batch over parts of
+    the vocabulary that is then summed, and as it is where cuBLAS has a large workspace. dW of one
+    chunk: written, accumulated, and added by itself. The row pass, by type of the logits."""
+    device, repeats = ("cpu", 1) if rehearse else ("cuda", 5)
+    models, tokens, chunk = {"7B": (3584, 152_064), "1.5B": (1536, 151_936)}, [4096, 6912], 8192
+    if rehearse:
+        models, tokens, chunk = {"tiny": (64, 258)}, [], 128
+    elif torch.cuda.get_device_properties(0).total_memory > 40e9:
+        tokens = [*tokens, 16_384]
+    tokens = sorted([*tokens, chunk])
+    rows, large = [], os.environ.get(WORKSPACE) == LARGE_WORKSPACE
+    for model, (D, V) in models.items():
+        x = torch.randn(max(tokens), D, device=device, dtype=torch.bfloat16)
+        w = torch.randn(V, D, device=device, dtype=torch.bfloat16)
+        z = torch.randn(max(tokens), V, device=device, dtype=torch.bfloat16)
+        contenders = dx_contenders(z, w, x, tokens, large)
+        if not large:
+            contenders |= dw_contenders(z[:chunk], x[:chunk], w)
+            contenders |= row_contenders(chunk, V, device)
+        interleaved(contenders, device, 1)
+        for what, times in interleaved(contenders, device, repeats).items():
+            rows.append({"model": model, "what": what, "ms": quantiles(times)})
+        del x, w, z, contenders
+    if not large:
+        write_json(work / "pieces.json", {"rows": rows})  # the other process may take too long
+        rows += in_large_workspace(work, rehearse)
+    return {"rows": rows}
+
+
+def dx_contenders(
+    z: Tensor, w: Tensor, x: Tensor, tokens: list[int], large: bool
+) -> dict[str, Callable]:
+    """The product dZ W, whose tiles may not fill their last wave."""
+    V, D = w.shape
+    parts = 3 if V % 3 == 0 else 2
+    w_parts, found = w.view(parts, V // parts, D), {}
+
+    def split(z_CV: Tensor, out: Tensor) -> None:
+        z_parts = z_CV.view(len(z_CV), parts, V // parts).transpose(0, 1)
+        if z_CV.is_cuda:
+            sums = torch.bmm(z_parts, w_parts, out_dtype=torch.float32)
+        else:
+            sums = torch.bmm(z_parts.float(), w_parts.float())
+        out.copy_(sums.sum(0))
+
+    for C in tokens:
+        out = torch.empty_like(x[:C])
+        suffix = ", large workspace" if large else ""
+        found[f"dX {C}{suffix}"] = partial(head._matmul, z[:C], w, out)
+        if not large:
+            found[f"dX {C}, split in {parts}"] = partial(split, z[:C], out)
+    return found
+
+
+def dw_contenders(z: Tensor, x: Tensor, w: Tensor) -> dict[str, Callable]:
+    """What reading and writing dW once more costs."""
+    dw, product = (torch.zeros(w.shape, device=w.device) for _ in range(2))
+
+    def add_apart() -> None:
+        head._matmul(z.T, x, product)
+        dw.add_(product)
+
+    return {
+        "dW written": partial(head._matmul, z.T, x, dw),
+        "dW accumulated": partial(head._matmul, z.T, x, dw, accumulate=True),
+        "dW product and sum": add_apart,
+    }
+
+
+def row_contenders(C: int, V: int, device: str) -> dict[str, Callable]:
+    """The row pass of a loss over one chunk. It overwrites its logits, and then takes those."""
+    rows = head._rows_triton if device == "cuda" else head._rows_torch
+    stat, one = torch.empty(len(head.STATS) - 1, C, device=device), torch.ones(1, device=device)
+    clipped = torch.empty(C, dtype=torch.int8, device=device)
+    target, found = torch.zeros(C, dtype=torch.int64, device=device), {}
+    objective = head._Objective(clip_low=0.2, clip_high=0.2)
+    # An old log-prob of 0 keeps the ratio below its upper bound, so that no row is clipped.
+    per_token = head._PerToken(torch.ones(C, device=device), torch.zeros(C, device=device))
+    for dtype in (torch.bfloat16, torch.float32):
+        z = torch.randn(C, V, device=device, dtype=dtype)
+        arguments = (z, V, target, per_token, one, objective, stat, clipped, torch.bfloat16)
+        found[f"row pass, {str(dtype).removeprefix('torch.')}"] = partial(rows, *arguments)
+    return found
+
+
+def in_large_workspace(work: Path, rehearse: bool) -> list[dict]:
+    """The rows of dX in a process whose cuBLAS has another workspace from its start."""
+    out = work / "large_workspace"
+    command = [sys.executable, "-m", "bench.gpu_parts", "pieces", "--out", str(out)]
+    command = ["env", f"{WORKSPACE}={LARGE_WORKSPACE}", *command]
+    if wrong := run_limited(command + (["--rehearse"] if rehearse else []), 60.0):
+        return [{"variant": "dX, large workspace", "skipped": wrong}]
+    return read_json(out / "pieces.json")["rows"]
 
 
 TINY = "--recipe tiny --engine torch --eval-every 0 --eval-samples 1 --save-every 0"
@@ -137,7 +252,7 @@ def echo(command: list[str]) -> str:
     return "".join(lines)
 
 
-PARTS = {"ceilings": ceilings, "tiny": tiny, "tiny_vllm": tiny_vllm}
+PARTS = {"ceilings": ceilings, "pieces": pieces, "tiny": tiny, "tiny_vllm": tiny_vllm}
 
 
 def main() -> None:

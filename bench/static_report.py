@@ -1,12 +1,16 @@
-"""Facts about the row kernel without a GPU, read from machine code for sm_80, sm_90 and sm_100.
+"""Facts about the row kernel without a GPU, and a prediction of the head's time from them.
 
     python -m bench.static_report [--arch 80 90 100] [--json PATH]
 
-Per variant and architecture: registers, spilled bytes, shared memory, the narrowest global load and
-store of the sweeps over the vocabulary, ex2 instructions and all instructions per element. Then
-bytes and FLOPs of the whole head against the minimum, and a prediction of its time. The counts are
-facts. The predictions assume the rates in DEVICES, which are not measured here. The exit status is
-1 if a rule of RULES is broken. The last line is JSON.
+The facts are read from machine code for sm_80, sm_90 and sm_100. Per variant and architecture:
+registers, spilled bytes, shared memory, the narrowest global load and store of the sweeps over the
+vocabulary, ex2 instructions and all instructions per element. The exit status is 1 if a rule of
+RULES is broken.
+
+The prediction adds up the waves of GEMM tiles, the bytes that no GEMM hides and the row pass. A
+sweep of the row pass takes the longest of its memory traffic, its busiest unit and its latencies.
+What the prediction assumes stands in CARDS and ASSUMED. No GPU has confirmed it. The last line is
+JSON.
 """
 
 import json
@@ -16,12 +20,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import product, starmap
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 
 from bench.harness import command_line, markdown
+from drgrpo.kernels import linear_drgrpo as head
 
 RULES = (
     "no spills, no stack",
@@ -46,6 +52,16 @@ VARIANTS = {  # what differs in the sweeps; the flags of the per-token part do n
 }
 
 
+UNITS = {  # instructions, and lanes of an SM that take one a clock, by architecture
+    "issue": ("", {80: 128, 90: 128, 100: 128}),
+    "FMA": ("F(ADD|MUL|FMA)|FHADD|IMAD", {80: 64, 90: 128, 100: 128}),
+    "ALU": ("SHF|LOP3|IADD3|LEA|PRMT|PLOP3|MOV|I?F?SETP|SEL|FSEL|FMNMX", {80: 64, 90: 64, 100: 64}),
+    "ex2": ("MUFU", {80: 16, 90: 16, 100: 16}),
+    "convert": ("F2F", {80: 16, 90: 16, 100: 16}),
+}
+"""Lanes are those of the CUDA programming guide. Its table is silent on conversions of pairs."""
+
+
 @dataclass(frozen=True)
 class Sweep:
     """One loop over the vocabulary, in SASS. `elements` counts those of one thread in one turn."""
@@ -57,6 +73,12 @@ class Sweep:
     load_bits: int  # narrowest; 0: none
     store_bits: int
     barriers: int
+    units: dict[str, float] = field(default_factory=dict)  # instructions per element, by UNITS
+
+    def clocks(self, arch: int) -> float:
+        """Clocks of an SM's busiest unit per element."""
+        counts = {"issue": self.instructions_per_element} | self.units
+        return max(count / UNITS[unit][1][arch] for unit, count in counts.items())
 
     def describe(self) -> str:
         counts = f"{self.ex2_per_element:g}, {self.instructions_per_element:.1f}"
@@ -100,8 +122,6 @@ def compile_row_kernel(arch: int, z: str, dz: str, odd: bool = False, **flags: b
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from drgrpo.kernels import linear_drgrpo as head
 
     kernel, sizes = head._drgrpo_row_kernel, head.sizes_of(divmod(arch, 10))
     constants = FLAGS | flags | dict(SHARED_ROW=z != dz, BLOCK_V=sizes.block_v)
@@ -175,6 +195,9 @@ def sweep_of(loop: list[tuple[str, str]], z_bits: int, dz_bits: int) -> Sweep | 
     if not loads and not stores:
         return None
     elements = sum(loads) // z_bits if loads else sum(stores) // dz_bits
+    units = {}
+    for unit, (pattern, _) in UNITS.items():
+        units[unit] = sum(bool(re.match(pattern, opcode)) for opcode in opcodes) / elements
     return Sweep(
         kind="read+write" if loads and stores else "read" if loads else "write",
         elements=elements,
@@ -183,6 +206,7 @@ def sweep_of(loop: list[tuple[str, str]], z_bits: int, dz_bits: int) -> Sweep | 
         load_bits=min(loads, default=0),
         store_bits=min(stores, default=0),
         barriers=sum(opcode.startswith("BAR") for opcode in opcodes),
+        units=units,
     )
 
 
@@ -204,37 +228,19 @@ def inspect(variant: str, arch: int) -> Compiled:
     return Compiled(variant, arch, registers, stack + local, shared, swept)
 
 
-# ---- bytes, FLOPs, predictions
+# ---- bytes and memory, which are facts too
 
-
-@dataclass(frozen=True)
-class Device:
-    """Assumed, not measured: what large cuBLAS GEMMs and long copies reach, and the clock under
-    that load."""
-
-    name: str
-    flops: float  # bf16, per second
-    bandwidth: float  # bytes per second
-    lanes: int  # fp32 lanes: SMs * 128
-    clock: float
-
-
-DEVICES = (
-    Device("A100", 255e12, 1.7e12, 108 * 128, 1.41e9),
-    Device("H200", 790e12, 4.3e12, 132 * 128, 1.7e9),
-)
 SHAPES = {"7B": (3584, 152_064), "1.5B": (1536, 151_936)}
+TOKENS = 16_384
 
 
 def cost(T: int, D: int, V: int, chunk: int, logit_bytes: int = 2) -> dict[str, int]:
-    """FLOPs, bytes and memory of loss and gradients, bf16 inputs. The minimum reads inputs once and
-    writes gradients once. In the best case the second sweep reads from the L2 cache. dW is read,
-    added to and written in fp32 per chunk, and cast at the end. dX is multiplied by the upstream
-    scalar."""
+    """FLOPs, bytes and memory of loss and gradients, bf16 inputs. In the best case the second sweep
+    reads from the L2 cache. dW is read, added to and written in fp32 per chunk, and cast at the
+    end. dX is multiplied by the upstream scalar."""
     later_chunks = math.ceil(T / chunk) - 1
     return {
         "flops": 6 * T * V * D,
-        "minimum_bytes": 2 * (T * D + V * D) * 2,
         "logits_bytes_best": T * V * (logit_bytes + 2),
         "logits_bytes_worst": T * V * (2 * logit_bytes + 2),
         "dweight_bytes": later_chunks * 8 * V * D + (4 + 2) * V * D,
@@ -244,48 +250,176 @@ def cost(T: int, D: int, V: int, chunk: int, logit_bytes: int = 2) -> dict[str, 
     }
 
 
-def predict(
-    device: Device, T: int, D: int, V: int, chunk: int, instructions: tuple[float, float]
-) -> dict:
-    """Milliseconds of loss and gradients, and of log-probs alone, with bf16 logits unless named.
-    `instructions` per element: (first sweep, second). A sweep takes the longer of its memory and
-    its instructions."""
-    c = cost(T, D, V, chunk)
-    gemm = 2 * T * V * D / device.flops
-    first, second = (n * T * V / (device.lanes * device.clock) for n in instructions)
-    memory = {n: n * T * V / device.bandwidth for n in (2, 4)}  # n bytes a logit
-    cached = c["logits_bytes_best"] / device.bandwidth
-    other = (c["dweight_bytes"] + c["dhidden_bytes"]) / device.bandwidth
-    best = max(cached, first + second) + other
-    worst = max(memory[2], first) + max(memory[4], second) + other
-    fp32_read = max(memory[4], first) + memory[2]  # the GEMM writes 2 bytes more, too
-    return {
-        **dict(device=device.name, T=T, D=D, V=V, chunk=chunk),
-        "three_gemms_ms": 3e3 * gemm,
-        "best_ms": 1e3 * (3 * gemm + best),
-        "worst_ms": 1e3 * (3 * gemm + worst),
-        "best_ratio": 1 + best / (3 * gemm),
-        "worst_ratio": 1 + worst / (3 * gemm),
-        "logprob_bf16_ratio": 1 + max(memory[2], first) / gemm,
-        "logprob_fp32_ratio": 1 + fp32_read / gemm,
-        "row_kernel_issue_share": (first + second) / cached,
-    }
+# ---- the prediction
+
+
+@dataclass(frozen=True)
+class Card:
+    """SMs and L2 are from the data sheet. The rest is assumed: what large cuBLAS GEMMs and long
+    copies reach, the clock under that load, and the latency of loaded memory."""
+
+    name: str
+    arch: int
+    processors: int
+    l2: float  # bytes
+    flops: float  # bf16, per second; 82 and 80 % of the data sheet
+    bandwidth: float  # bytes per second; 83 and 90 % of the data sheet
+    clock: float  # Hz
+    latency: float  # seconds
+
+
+CARDS = (
+    Card("A100", 80, 108, 40 * 2**20, 255e12, 1.7e12, 1.41e9, 640e-9),
+    Card("H200", 90, 132, 50 * 2**20, 790e12, 4.3e12, 1.7e9, 750e-9),
+)
+SCENARIOS = ("low", "central", "high")
+ASSUMED = {  # in each scenario
+    # Share of the bytes beyond those of a bf16 GEMM that it does not hide. Tiles drift apart, so
+    # that the last bytes of one tile move beside the products of another. No source: a range.
+    "exposed": (0.1, 0.35, 1.0),
+    # Share of the L2 cache that keeps rows for the second sweep. The gradient's writes take some.
+    "l2": (1.0, 0.75, 0.5),
+    # Latencies of a row that nothing hides. The kernel waits for the target, the target's logit,
+    # the per-token inputs and the second sweep's first block.
+    "waits": (2.0, 4.0, 8.0),
+}
+WIDE = (0.0, 0.5, 1.0)
+"""0: cuBLAS has tiles of 128 x 128 that are as fast as those of 128 x 256, for products whose last
+wave these would not fill. 1: it has not. The low and the high scenario take the best and the worst
+case for the ratio."""
+L2_LATENCY = 0.4  # of the memory's
+K_STEP = 32  # of a GEMM: one column more costs as much
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What the head computes, and the variant of the row kernel that does."""
+
+    name: str
+    variant: str
+    logit_bytes: int = 2
+    shifted: bool = False
+    loss: bool = True
+
+
+CONFIGURATIONS = (
+    Configuration("loss, old_logprob, fp32 logits", "fp32 logits, bf16 gradient", 4),
+    Configuration("loss, old_logprob, shifted", "off-policy, TIS, k3", shifted=True),
+    Configuration("loss, on-policy, bf16 logits", "on-policy"),
+    Configuration("log-prob, fp32 logits", "log-prob, fp32 logits", 4, loss=False),
+    Configuration("log-prob, shifted", "log-prob", shifted=True, loss=False),
+    Configuration("log-prob, bf16 logits", "log-prob", loss=False),
+)
+
+
+def gemm_seconds(card: Card, rows: int, columns: int, K: int, wide: float) -> float:
+    """A product in whole waves of tiles, one tile on each SM. `wide` is one of WIDE."""
+
+    def seconds(width: int) -> float:
+        tiles = math.ceil(rows / 128) * math.ceil(columns / width)
+        waves = math.ceil(tiles / card.processors)
+        return waves * card.processors * 2 * 128 * width * K / card.flops
+
+    best = min(seconds(128), seconds(256))
+    return best + wide * (seconds(256) - best)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The head on a card, and what its time is made of, in seconds."""
+
+    card: Card
+    c: Configuration
+    D: int
+    V: int
+    chunks: list[int]  # tokens of each
+    sweeps: list[Sweep]
+
+    def gemms(self, wide: float) -> float:
+        """Z, and of a loss dX and dW."""
+        D, V, K = self.D, self.V, self.D + K_STEP * self.c.shifted
+        products = [(C, V, K) for C in self.chunks]
+        if self.c.loss:
+            products += [(C, D, V) for C in self.chunks] + [(V, D, C) for C in self.chunks]
+        return sum(gemm_seconds(self.card, *product, wide) for product in products)
+
+    def sweep(self, sweep: Sweep, moved: float, latency: float, waits: float) -> float:
+        """The longest of memory traffic (`moved` bytes an element), the busiest unit, and latencies
+        with one row on each SM. All loads of a turn are on their way at once. Then a warp issues
+        the turn's instructions."""
+        card, elements = self.card, sum(self.chunks) * self.V
+        turns = math.ceil(self.V / (32 * head.NUM_WARPS * sweep.elements))
+        issue = sweep.elements * sweep.instructions_per_element / card.clock
+        rows = sum(math.ceil(chunk / card.processors) for chunk in self.chunks)
+        return max(
+            elements * moved / card.bandwidth,
+            elements * sweep.clocks(card.arch) / (card.processors * card.clock),
+            rows * (turns * (latency + issue) + waits * card.latency),
+        )
+
+    def row_pass(self, l2: float, waits: float) -> float:
+        """One row is in flight on each SM. What of these rows fits the L2 cache is hit by the
+        second sweep."""
+        card, size = self.card, self.c.logit_bytes
+        if not self.c.loss:
+            return self.sweep(self.sweeps[0], size, card.latency, waits / 2)
+        hit = min(l2 * card.l2 / (card.processors * self.V * size), 1.0)
+        first = self.sweep(self.sweeps[0], size, card.latency, waits / 2)
+        latency = card.latency * (1 - hit * (1 - L2_LATENCY))
+        return first + self.sweep(self.sweeps[1], (1 - hit) * size + 2, latency, waits / 2)
+
+    def parts(self, wide: float, exposed: float, l2: float, waits: float) -> dict[str, float]:
+        """The head's time, by what takes it."""
+        T, D, V, c = sum(self.chunks), self.D, self.V, self.c
+        beyond = (c.logit_bytes - 2) * T * V
+        other = 4 * V * D + 16 * T * D if c.shifted else 0  # the copy of W, the targets' logits
+        if c.loss:
+            beyond += (8 * (len(self.chunks) - 1) + 2) * V * D  # dW in fp32
+            other += 6 * V * D + 4 * T * D  # the upstream scalar
+        return {
+            "GEMMs": self.gemms(wide),
+            "exposed": exposed * beyond / self.card.bandwidth,
+            "row pass": self.row_pass(l2, waits),
+            "other": other / self.card.bandwidth,
+        }
+
+    def scenarios(self) -> dict[str, dict]:
+        """By scenario: seconds, those of the bare GEMMs (bf16, all tokens at once), their ratio,
+        and the parts."""
+        bare, found = replace(self, c=replace(self.c, shifted=False), chunks=[sum(self.chunks)]), {}
+        for i, scenario in enumerate(SCENARIOS):
+            assumed, cases = {name: values[i] for name, values in ASSUMED.items()}, []
+            for wide in WIDE:
+                parts, floor = self.parts(wide, **assumed), bare.gemms(wide)
+                total = sum(parts.values())
+                cases.append(dict(ratio=total / floor, head=total, bare=floor, parts=parts))
+            by_ratio = sorted(cases, key=itemgetter("ratio"))
+            found[scenario] = cases[1] if scenario == "central" else by_ratio[i]
+        return found
+
+
+def predictions(compiled: list[Compiled]) -> list[dict]:
+    """Of every configuration, model and card, with the counts of the card's architecture."""
+    found = {(x.variant, x.arch): x.main_sweeps() for x in compiled}
+    rows = []
+    for c, (model, (D, V)), card in product(CONFIGURATIONS, SHAPES.items(), CARDS):
+        if main := found.get((c.variant, card.arch)):
+            sizes = head.sizes_of(divmod(card.arch, 10), card.processors)
+            chunk = head.default_chunk_tokens(TOKENS, D, V, sizes)
+            chunks = [min(chunk, TOKENS - start) for start in range(0, TOKENS, chunk)]
+            sweeps = [main[kind] for kind in KINDS[: 1 + c.loss]]
+            row = dict(configuration=c.name, model=model, card=card.name, chunks=chunks)
+            rows.append(row | Case(card, c, D, V, chunks, sweeps).scenarios())
+    return rows
 
 
 # ---- the report
 
 KINDS = ("read", "read+write", "write")
 SWEEP_HEADS = ["variant", "arch", "regs", "spill", "smem", *KINDS]
-COSTS = {  # heading: key of `cost`
-    "logits GB, best": "logits_bytes_best",
-    "worst": "logits_bytes_worst",
-    "dW GB": "dweight_bytes",
-    "in and out GB, minimum": "minimum_bytes",
-    "memory GB": "peak_memory",
-    "naive": "naive_memory",
-}
-PREDICTION_HEADS = ["head", "device", "3 GEMMs ms", "fused ms", "/ 3 GEMMs"]
-PREDICTION_HEADS += ["log-prob / GEMM", "fp32 logits", "instructions / memory time"]
+PARTS = ("GEMMs", "exposed", "row pass", "other")
+PREDICTION_HEADS = ["configuration", "head", "card", "chunks", "/ bare GEMMs: low", "central"]
+PREDICTION_HEADS += ["high", "ms", "bare GEMMs", *PARTS]
 
 
 def sweep_row(c: Compiled) -> list:
@@ -295,43 +429,32 @@ def sweep_row(c: Compiled) -> list:
     return [c.variant, f"sm_{c.arch}", c.registers, c.spill_bytes, c.shared_bytes, *cells]
 
 
-def cost_row(model: str, c: dict[str, int]) -> list[str]:
-    return [model, f"{c['flops'] / 1e12:.1f}", *(f"{c[key] / 1e9:.2f}" for key in COSTS.values())]
-
-
-def prediction_row(p: dict) -> list[str]:
-    fused = f"{p['best_ms']:.0f} to {p['worst_ms']:.0f}"
-    ratio = f"{p['best_ratio']:.2f} to {p['worst_ratio']:.2f}"
-    logprob = [f"{p[f'logprob_{dtype}_ratio']:.2f}" for dtype in ("bf16", "fp32")]
-    share = f"{p['row_kernel_issue_share']:.0%}"
-    return [p["model"], p["device"], f"{p['three_gemms_ms']:.0f}", fused, ratio, *logprob, share]
+def prediction_row(p: dict) -> list:
+    names, chunks = [p["configuration"], p["model"], p["card"]], p["chunks"]
+    ratios = [f"{p[scenario]['ratio']:.3f}" for scenario in SCENARIOS]
+    central = p["central"]
+    seconds = [central["head"], central["bare"], *(central["parts"][part] for part in PARTS)]
+    return [*names, f"{len(chunks)} x {chunks[0]}", *ratios, *(1e3 * s for s in seconds)]
 
 
 def report(arches: list[int]) -> dict:
     """Compiles every variant for every architecture, predicts, and prints tables of both."""
-    from drgrpo.kernels import linear_drgrpo as head
-
     compiled = [inspect(variant, arch) for variant, arch in product(VARIANTS, arches)]
     sizes = {arch: head.sizes_of(divmod(arch, 10)) for arch in arches}
     broken = [rule for c in compiled for rule in c.broken_rules(sizes[c.arch].num_warps)]
-    main = compiled[0].main_sweeps()
-    instructions = tuple(main[kind].instructions_per_element for kind in ("read", "read+write"))
-    T, chunk = 16_384, 4096
-    costs = {model: cost(T, D, V, chunk) for model, (D, V) in SHAPES.items()}
-    predictions = []
-    for (model, (D, V)), device in product(SHAPES.items(), DEVICES):
-        predictions.append({"model": model} | predict(device, T, D, V, chunk, instructions))
+    predicted = predictions(compiled)
+    costs = {model: cost(TOKENS, D, V, 8192) for model, (D, V) in SHAPES.items()}
 
     print("sweeps over the vocabulary: load/store bits, ex2 per element, instructions per element")
     print(markdown(SWEEP_HEADS, list(map(sweep_row, compiled))))
-    print(f"\nloss and gradients, bf16, T = {T}, chunks of {chunk} tokens: cost and prediction")
-    print(markdown(["head", "TFLOP", *COSTS], list(starmap(cost_row, costs.items()))), end="\n\n")
-    print(markdown(PREDICTION_HEADS, list(map(prediction_row, predictions))))
+    print(f"\nprediction, T = {TOKENS}, bf16 inputs; ms and its parts are central")
+    print(markdown(PREDICTION_HEADS, list(map(prediction_row, predicted))))
     for rule in broken:
         print("BROKEN", rule)
     used = {arch: s._asdict() for arch, s in sizes.items()}
     facts = {"sizes": used, "compiled": list(map(asdict, compiled))}
-    return facts | {"cost": costs, "predictions": predictions, "broken": broken}
+    assumed = {"cards": list(map(asdict, CARDS)), "assumed": ASSUMED | {"wide": WIDE}}
+    return facts | assumed | {"cost": costs, "predictions": predicted, "broken": broken}
 
 
 def run_without_interpreter() -> int:

@@ -28,7 +28,7 @@ Cost, for T = 16384, D = 3584, V = 152064 in bf16:
     FLOPs   6 T V D = 54 TFLOP, three GEMMs. Recomputing logits in the backward pass needs four.
     bytes   6 T V = 15 GB: the row pass reads a logit twice and writes it once. The second read can
             hit the cache.
-    memory  logits 2 C V = 1.25 GB at C = 4096, dW 4 V D = 2.2 GB, dX 2 T D = 0.1 GB. The naive path
+    memory  logits 2 C V = 2.5 GB at C = 8192, dW 4 V D = 2.2 GB, dX 2 T D = 0.1 GB. The naive path
             keeps 6 T V = 15 GB.
 
 Precision. `logits_dtype` chooses the type of Z. The default is fp32 where log-probs are compared
@@ -83,9 +83,9 @@ IGNORE = -100
 STATS = ("logprob", "entropy", "log_ratio", "tis_weight", "token_loss", "kl")
 """Per-token fp32 statistics, in the order of the rows of `stat`. "kl" needs a reference."""
 
-CHUNK_LOGITS = {"cuda": 4096 * 152_064, "cpu": 512 * 1024}
-"""Logits of one chunk. On a GPU they take 1.25 GB in bf16, and reading W and dW again for each
-chunk costs a few percent. On a CPU they stay in the cache."""
+CHUNK_LOGITS = {"cuda": 8192 * 152_064, "cpu": 512 * 1024}
+"""Most logits of a chunk. On a GPU they take 2.5 GB in bf16, and more chunks would read and write
+dW more often. On a CPU they stay in the cache."""
 
 LogitsDtype = torch.dtype | Literal["shifted"] | None
 """Type of the logits; "shifted" is the inputs' 16-bit type, rounded about the target's logit."""
@@ -195,17 +195,9 @@ def linear_drgrpo_loss_ref(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What `linear_drgrpo_loss` means, with autograd's gradients; see `linear_logprob_ref`."""
     logprob, entropy = linear_logprob_ref(hidden, weight, target, temperature=temperature)
+    inputs = (logprob, target == IGNORE, advantage, old_logprob, sampler_logprob, ref_logprob)
     token_loss, stats = token_objective(
-        logprob,
-        target == IGNORE,
-        advantage,
-        old_logprob,
-        sampler_logprob,
-        ref_logprob,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        tis_cap=tis_cap,
-        kl_coef=kl_coef,
+        *inputs, clip_low=clip_low, clip_high=clip_high, tis_cap=tis_cap, kl_coef=kl_coef
     )
     stats = {"logprob": logprob, "entropy": entropy} | stats
     return scale * token_loss.sum(), {name: stat.detach() for name, stat in stats.items()}
@@ -219,7 +211,8 @@ class Sizes(NamedTuple):
 
     block_v: int  # logits that a row program takes at a time
     num_warps: int
-    chunk_logits: int  # logits of one chunk
+    chunk_logits: int  # most logits of a chunk
+    processors: int = 0  # SMs of the card; 0 on a CPU
 
 
 # One program per SM. Two loads of 16 bytes per thread are on their way at a time, which keeps the
@@ -228,30 +221,59 @@ class Sizes(NamedTuple):
 BLOCK_V, NUM_WARPS = 16_384, 32
 
 TUNED: dict[tuple[int, int], Sizes] = {}
-"""Compute capability -> sizes that beat the ones above on such a card. `make gpu` sweeps sizes and
-prints the card's entry. No card has been measured: every architecture runs on the predicted
-sizes."""
+"""Compute capability -> sizes that beat the ones above on such a card. `make gpu` prints the card's
+entry. No card has been measured: every architecture runs on the predicted sizes."""
 
 
-def sizes_of(capability: tuple[int, int]) -> Sizes:
-    """Sizes for a CUDA card of this compute capability."""
-    return TUNED.get(capability, Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS["cuda"]))
+def sizes_of(
+    capability: tuple[int, int] = (8, 0), processors: int = 108, memory: int = 80 * 2**30
+) -> Sizes:
+    """Sizes for a CUDA card, an A100 unless told otherwise. fp32 logits of a chunk take at most a
+    sixteenth of its memory, which is in bytes."""
+    default = Sizes(BLOCK_V, NUM_WARPS, min(CHUNK_LOGITS["cuda"], memory // 64))
+    return TUNED.get(capability, default)._replace(processors=processors)
 
 
-def sizes_on(device: torch.device) -> Sizes:
-    """Sizes for this device. A CUDA device may be absent, as in a dry run on fake tensors."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return sizes_of(torch.cuda.get_device_capability(device))
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    return Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS[kind])
+def sizes_on(device: torch.device, memory: int | None = None) -> Sizes:
+    """Sizes for this device. `memory` is that of another card, in bytes. CUDA may be absent, as in
+    a dry run on fake tensors: an A100 is assumed."""
+    if device.type != "cuda":
+        return Sizes(BLOCK_V, NUM_WARPS, CHUNK_LOGITS["cpu"])
+    if not torch.cuda.is_available():
+        return sizes_of(memory=memory or 80 * 2**30)
+    card = torch.cuda.get_device_properties(device)
+    capability, memory = (card.major, card.minor), memory or card.total_memory
+    return sizes_of(capability, card.multi_processor_count, memory)
 
 
-def default_chunk_tokens(T: int, V: int, device: torch.device) -> int:
-    """Tokens of a chunk. Chunks are of nearly equal size and multiples of 128 tokens. A chunk has
-    at most `chunk_logits` logits, or 128 tokens where that is more."""
-    largest = max(sizes_on(device).chunk_logits // V // 128 * 128, 128)
+def default_chunk_tokens(T: int, D: int, V: int, sizes: Sizes) -> int:
+    """Tokens of a chunk: a multiple of 128, with at most `chunk_logits` logits unless 128 tokens
+    have more. A CPU gets chunks of nearly equal size. A GPU gets the fastest ones by `_gemm_cost`,
+    and the last chunk has the rest."""
+    largest = max(sizes.chunk_logits // V // 128 * 128, 128)
     chunks = max(math.ceil(T / largest), 1)
-    return max(math.ceil(math.ceil(T / chunks) / 128) * 128, 128)
+    if chunks == 1 or sizes.processors == 0:
+        return max(math.ceil(T / (128 * chunks)) * 128, 128)
+    processors, sizes_C = sizes.processors, range(128, largest + 1, 128)
+    return min(sizes_C, key=lambda C: _gemm_cost(T, C, D, V, processors))
+
+
+def _gemm_cost(T: int, C: int, D: int, V: int, processors: int) -> float:
+    """FLOPs of an SM in the time that Z, dX and the accumulation of dW take in chunks of C tokens.
+    An SM computes one tile of 128 x 256 results at a time. A wave, one tile on each SM, takes as
+    long if it is not full. It is assumed that a GEMM hides 65 % of the 8 bytes of an accumulation,
+    and that a card does 150 FLOPs in the time of a byte."""
+    accumulation = 8 * 0.35 * 150 * V * D / processors
+
+    def waves(rows: int, columns: int) -> int:
+        return math.ceil(math.ceil(rows / 128) * math.ceil(columns / 256) / processors)
+
+    def cost(rows: int) -> float:
+        tiles = waves(rows, V) * D + waves(rows, D) * V
+        return 2 * 128 * 256 * tiles + accumulation
+
+    full, rest = divmod(T, C)
+    return full * cost(C) + (cost(rest) if rest else 0.0)
 
 
 def resolve_backend(name: str, device: torch.device) -> str:
@@ -259,10 +281,8 @@ def resolve_backend(name: str, device: torch.device) -> str:
     Raises ValueError for an unknown name, RuntimeError where Triton cannot run."""
     if name not in ("auto", "triton", "torch"):
         raise ValueError(f"backend ({name!r}) must be 'auto', 'triton' or 'torch'")
-    if name == "auto":
-        name = "triton" if device.type == "cuda" else "torch"
-    if name == "torch":
-        return name
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return "torch"
     if triton is None:
         raise RuntimeError(
             "backend='triton' needs Triton, which is not installed: pip install triton, "
@@ -274,7 +294,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
             "backend='torch', or set TRITON_INTERPRET=1 before triton is imported to run the "
             "kernel in its interpreter"
         )
-    return name
+    return "triton"
 
 
 # ---- the row pass, in Triton. Only constexpr parameters are annotated: Triton specializes the
@@ -541,13 +561,13 @@ def _chunked_head(
 
     Dynamo cannot trace the autograd call of the torch backend inside an autograd function, so the
     torch backend breaks a compiled graph. The Triton backend is a custom operator and one node."""
-    T, V = len(hidden), len(weight)
+    (T, D), V = hidden.shape, len(weight)
     chunk_tokens, logits_dtype, shifted, need_dhidden, need_dweight, backend = execution
     outputs = _empty_outputs(hidden, weight, per_token, execution)
     if hidden.is_meta:  # shapes, without numbers
         return outputs
     stat, clipped, dhidden, dweight = outputs
-    chunk_tokens = chunk_tokens or default_chunk_tokens(T, V, hidden.device)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(T, D, V, sizes_on(hidden.device))
     target = target.contiguous()
     if per_token is not None:
         per_token = per_token.map(Tensor.contiguous)
@@ -564,17 +584,9 @@ def _chunked_head(
         if shifted:
             hidden_C = _with_columns(hidden_C, -_target_logit(hidden_C, weight, target[chunk]))
         _matmul(hidden_C, head_weight.t(), out=logits_CV[:, :V])
-        dlogits_CV = row_pass(
-            logits_CV,
-            V,
-            target[chunk],
-            None if per_token is None else per_token.map(itemgetter(chunk)),
-            scale,
-            objective,
-            stat[:, chunk],
-            clipped[chunk],
-            grad_dtype,
-        )
+        per_token_C = None if per_token is None else per_token.map(itemgetter(chunk))
+        inputs = (logits_CV, V, target[chunk], per_token_C, scale, objective)
+        dlogits_CV = row_pass(*inputs, stat[:, chunk], clipped[chunk], grad_dtype)
         if dlogits_CV is None:  # no gradient is needed
             continue
         if need_dhidden:
@@ -613,19 +625,11 @@ def _rows_triton(
     which means nothing where that is None."""
     dz = z if grad_dtype in (None, z.dtype) else z.view(grad_dtype)[:, z.shape[1] :]
     advantage, old, sampler, ref = per_token or (None,) * 4
+    tensors = (z, dz, target, advantage, old, sampler, ref, scale, stat, clipped)
     sizes = sizes_on(z.device)
     with torch.cuda.device_of(z):
         _drgrpo_row_kernel[(len(z),)](
-            z,
-            dz,
-            target,
-            advantage,
-            old,
-            sampler,
-            ref,
-            scale,
-            stat,
-            clipped,
+            *tensors,
             V,
             z.stride(0),
             dz.stride(0),
@@ -692,16 +696,13 @@ def _slope(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(d token_loss / d logprob, statistics) of `token_objective`, [C] each. The graph holds
     vectors of C elements and no logits."""
+    low, high, tis_cap, _, kl_coef = objective
+    cap = None if per_token.sampler_logprob is None else tis_cap
     with torch.set_grad_enabled(need_slope):
         logprob = logprob.detach().requires_grad_(need_slope)
+        inputs = (logprob, ignored, *per_token)
         token_loss, stats = token_objective(
-            logprob,
-            ignored,
-            *per_token,
-            clip_low=objective.clip_low,
-            clip_high=objective.clip_high,
-            tis_cap=None if per_token.sampler_logprob is None else objective.tis_cap,
-            kl_coef=objective.kl_coef,
+            *inputs, clip_low=low, clip_high=high, tis_cap=cap, kl_coef=kl_coef
         )
         total = token_loss.sum()
     slope = torch.autograd.grad(total, logprob)[0] if need_slope else None
@@ -764,9 +765,8 @@ def _triton_loss_op(
     """The fields of `_Outputs`. `objective` holds those of `_Objective`."""
     per_token = _PerToken(advantage, old, sampler, ref)
     execution = _Execution(chunk_tokens, logits_dtype, shifted, need_dhidden, need_dweight)
-    return tuple(
-        _chunked_head(hidden, weight, target, per_token, scale, _Objective(*objective), execution)
-    )
+    inputs = (hidden, weight, target, per_token, scale)
+    return tuple(_chunked_head(*inputs, _Objective(*objective), execution))
 
 
 @_triton_loss_op.register_fake
@@ -822,9 +822,8 @@ class _LinearDrGRPO(torch.autograd.Function):
             dhidden = torch.mul(saved_dhidden, upstream, out=saved_dhidden)
         if ctx.needs_input_grad[1]:
             # One pass scales and rounds, without a second fp32 [V, D].
-            out = saved_dweight
-            if ctx.weight_dtype != out.dtype:
-                out = torch.empty_like(out, dtype=ctx.weight_dtype)
+            same = ctx.weight_dtype == saved_dweight.dtype
+            out = saved_dweight if same else torch.empty_like(saved_dweight, dtype=ctx.weight_dtype)
             dweight = torch.mul(saved_dweight, upstream, out=out)
         return dhidden, dweight, None, None, None, None, None
 

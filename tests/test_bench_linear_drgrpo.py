@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_fused_memory_is_the_chunk_and_the_gradients():
     T, (D, V) = 1024, bench.MODELS["small"]
     names = ["bare GEMMs", OURS, "torch, fp32 upcast"]
     rows = {row["contender"]: row for row in bench.measure("small", T, "cpu", names, 1)}
-    chunk = bench.head.default_chunk_tokens(T, V, torch.device("cpu"))
+    chunk = bench.head.default_chunk_tokens(T, D, V, bench.head.sizes_on(torch.device("cpu")))
     buffers = 4 * (2 * chunk * V + V * D + T * D)  # logits and their exponentials, dW, dX
     assert rows[OURS]["peak_bytes"] <= 1.2 * buffers + 2**20
     assert rows[OURS]["peak_bytes"] < rows["torch, fp32 upcast"]["peak_bytes"] / 4
@@ -168,7 +169,8 @@ def test_the_sweep_times_what_it_names_and_takes_the_fastest(monkeypatch):
     monkeypatch.setattr(bench.Case, "backward", lambda self, loss: None)
     monkeypatch.setattr(bench, "interleaved", fake_times)
     result = bench.sweep(["tiny", "small"], 64, "cpu", repeats=1)
-    assert result["best"] == {"block_v": 128, "num_warps": 4, "chunk_logits": 256 * 8192}
+    best = bench.head.Sizes(128, 4, 256 * 8192)
+    assert result["best"] == best._asdict()
     assert result["gain"] == 0.5
     assert {row["model"] for row in result["rows"]} == {"tiny", "small"}
     assert len(result["rows"]) == 2 * (3 + 4)
@@ -176,14 +178,18 @@ def test_the_sweep_times_what_it_names_and_takes_the_fastest(monkeypatch):
 
 
 def test_sizes_tuned_for_a_card_are_used_on_that_card_only(monkeypatch):
-    tuned, cuda = bench.head.Sizes(4096, 16, 8192 * 151_936), torch.device("cuda", 0)
+    tuned, cuda = bench.head.Sizes(4096, 16, 4096 * 151_936), torch.device("cuda", 0)
     monkeypatch.setattr(bench.head, "TUNED", {(9, 0): tuned})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, chunk in (((9, 0), 8192), ((8, 0), 4096)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert (bench.head.sizes_on(cuda) == tuned) == (capability == (9, 0))
-        assert bench.head.default_chunk_tokens(8192, 151_936, cuda) == chunk
-    assert bench.head.sizes_on(torch.device("cpu")) != tuned
+    for major, largest in ((9, 4096), (8, 8192)):
+        card = dict(major=major, minor=0, multi_processor_count=132, total_memory=80 << 30)
+        properties = SimpleNamespace(**card)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        sizes = bench.head.sizes_on(cuda)
+        assert (sizes == tuned._replace(processors=132)) == (major == 9)
+        chunk = bench.head.default_chunk_tokens(8192, 1536, 151_936, sizes)
+        assert largest // 2 < chunk <= largest
+    assert bench.head.sizes_on(torch.device("cpu"))[:3] != tuned[:3]
 
 
 def test_targets_are_samples_of_the_softmax():

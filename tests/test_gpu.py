@@ -23,8 +23,11 @@ from conftest import ROOT
 
 VLLM = importlib.util.find_spec("vllm")
 PYTHON = [sys.executable, "-u", "-c"]
-PARTS = "ceilings tests_linear_drgrpo_gpu kernel rollout tiny_vllm tiny teardown"
+PARTS = "ceilings tests_linear_drgrpo_gpu kernel pieces rollout tiny_vllm tiny teardown"
 PARTS += " step_rehearsal budget"
+PIECES = {"dX 128", "dX 128, split in 3", "dX 128, large workspace"}
+PIECES |= {"dW written", "dW accumulated", "dW product and sum"}
+PIECES |= {"row pass, bfloat16", "row pass, float32"}
 FILES = {"gpu.json", "summary.md", "log.txt", "kernel.png", "step_rehearsal.png", "budget.png"}
 
 
@@ -59,6 +62,8 @@ def test_a_rehearsal_leaves_what_each_part_measured(rehearsal):
     outcomes = runs["tests_linear_drgrpo_gpu"]["result"]["outcomes"].values()
     assert set(outcomes) == {"SKIPPED (needs a CUDA device)"}
     assert {"rows", "sweep"} <= runs["kernel"]["result"].keys()
+    pieces = {row["what"]: row["ms"]["p50"] for row in runs["pieces"]["result"]["rows"]}
+    assert pieces.keys() == PIECES and min(pieces.values()) > 0
     assert runs["rollout"]["result"]["engines"]["torch"]["gap_max"] < 1e-3
     cases = {row["variant"]: row["seconds"] for row in runs["teardown"]["result"]["rows"]}
     assert len(cases) == 4 and max(cases.values()) < 8
@@ -147,7 +152,7 @@ def test_without_pytest_its_parts_are_left_out(tmp_path, monkeypatch):
 def test_on_a_gpu_at_most_eight_files_come_out(tmp_path, monkeypatch):
     without(monkeypatch, "vllm")
     parts = gpu.make_parts(tmp_path, tmp_path, rehearse=False)
-    plain = ("ceilings", "rollout", "tiny_vllm", "tiny", "teardown")
+    plain = ("ceilings", "pieces", "rollout", "tiny_vllm", "tiny", "teardown")
     pictures = [part for part in parts if part.result and part.name not in plain]
     assert len(pictures) + len(["gpu.json", "summary.md", "log.txt"]) == 8
     names = [part.name for part in parts]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -289,11 +290,73 @@ def test_compiled_triton_refuses_cpu_tensors(monkeypatch):
 @pytest.mark.parametrize("T", [0, 1, 127, 4096, 16_384, 65_537])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_chunks_cover_the_tokens_within_the_budget(T, V, device):
-    """They are balanced: the last chunk is not a sliver."""
-    chunk = head.default_chunk_tokens(T, V, torch.device(device))
+    """A CPU's are balanced: the last one is not a sliver."""
+    sizes = head.sizes_of() if device == "cuda" else head.sizes_on(torch.device("cpu"))
+    chunk = head.default_chunk_tokens(T, 64, V, sizes)
     assert chunk % 128 == 0
     assert chunk == 128 or chunk * V <= head.CHUNK_LOGITS[device]
     chunks = -(-T // chunk)
-    assert chunks * chunk - T < 128 * max(chunks, 1) + 128
-    if device == "cuda" and 150_000 < V < 10**6 and T in (4096, 16_384):
-        assert chunk == 4096
+    if device == "cpu":
+        assert chunks * chunk - T < 128 * max(chunks, 1) + 128
+    elif head.CHUNK_LOGITS[device] >= T * V:
+        assert chunks <= 1 and chunk - T <= 128
+
+
+def test_chunks_on_a_cpu_are_what_they_were():
+    sizes = head.sizes_on(torch.device("cpu"))
+    expected = {(4096, 8192): 128, (4096, 260): 1408, (1024, 260): 1024, (1000, 1300): 384}
+    assert {(T, V): head.default_chunk_tokens(T, 256, V, sizes) for T, V in expected} == expected
+
+
+def waves(C: int, D: int, processors: int = 108) -> int:
+    """Waves of dX's tiles of 128 x 256."""
+    return -(-(-(-C // 128) * -(-D // 256)) // processors)
+
+
+@pytest.mark.parametrize(("D", "V"), [(3584, 152_064), (1536, 151_936)])
+def test_chunks_of_many_tokens_fill_complete_waves_of_tiles(D, V):
+    """On 108 SMs 6912 tokens are exactly 7 waves of dX at D = 3584, and 3 at D = 1536."""
+    assert head.default_chunk_tokens(65_536, D, V, head.sizes_of(processors=108)) == 6912
+    assert 108 * waves(6912, D) == 54 * D // 256
+
+
+def test_chunks_of_few_tokens_take_the_waves_of_one_product_and_no_more_memory():
+    """16384 tokens at D = 3584 are 17 waves of 108 SMs in one product. Three chunks can do it, and
+    two of 8192 take 18. 14 waves of 132 SMs take two."""
+    sizes = head.sizes_of(processors=108)
+    chunk = head.default_chunk_tokens(16_384, 3584, 152_064, sizes)
+    rest = 16_384 - 2 * chunk
+    assert 2 * waves(chunk, 3584) + waves(rest, 3584) == waves(16_384, 3584) == 17
+    assert 2 * waves(8192, 3584) == 18 and chunk < 6912
+    sizes = head.sizes_of(processors=132)
+    assert head.default_chunk_tokens(16_384, 3584, 152_064, sizes) == 8192
+
+
+@pytest.mark.parametrize("T", [8320, 10_000, 16_384, 40_000])
+@pytest.mark.parametrize("processors", [108, 132, 148])
+def test_no_chunk_of_the_budget_is_faster_by_the_cost(T, processors):
+    D, V, sizes = 1536, 151_936, head.sizes_of(processors=processors)
+    chosen = head.default_chunk_tokens(T, D, V, sizes)
+
+    def cost(C: int) -> float:
+        return head._gemm_cost(T, C, D, V, processors)
+
+    assert all(cost(chosen) <= cost(C) for C in range(128, 8192, 128))
+
+
+def test_a_card_of_little_memory_has_smaller_chunks():
+    for memory, limit in ((24, 2651), (40, 4419), (80, 8192), (140, 8192)):
+        chunk = head.default_chunk_tokens(10**5, 3584, 152_064, head.sizes_of(memory=memory << 30))
+        assert 0.6 * limit < chunk <= limit
+
+
+def test_sizes_are_those_of_the_card_that_is_there(monkeypatch):
+    cuda, card = torch.device("cuda"), dict(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert head.sizes_on(cuda) == head.sizes_of((8, 0), 108, 80 << 30)
+    assert head.sizes_on(cuda, 24 << 30).chunk_logits == (24 << 30) // 64
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(**card, total_memory=40 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert head.sizes_on(cuda) == head.sizes_of((9, 0), 132, 40 << 30)
+    assert head.sizes_on(torch.device("cpu")).processors == 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from drgrpo.kernels.linear_drgrpo import default_chunk_tokens
+from drgrpo.kernels.linear_drgrpo import default_chunk_tokens, sizes_on
 from drgrpo.lora import ALL
 from drgrpo.model import resolve_logits
 from drgrpo.run.flops import head_dim
@@ -137,7 +137,7 @@ def draft_ledger(
     if config.kl_coef and not config.lora_rank:  # LoRA's reference is the frozen base
         # FSDP2 never frees what the root of a model without gradients gathers.
         kept["reference"] = kept["master weights"] + config_bytes(config) * root_size(lm) / GIB
-    training = training or training_gib(config, lm, parameters, shards)
+    training = training or training_gib(config, lm, parameters, shards, gpu_bytes)
     sampler, sampling = sampler_gib(config, lm, parameters), sampling_gib(config, lm)
     wanted = wanted_cache_gib(config, lm, longest)
     if gpu_bytes is None:
@@ -171,7 +171,9 @@ def kept_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: int)
     return {"master weights": weights / shards / GIB, "Adam": 8 * trained / shards / GIB}
 
 
-def training_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: int) -> Sizes:
+def training_gib(
+    config: Config, lm: PretrainedConfig, parameters: int, shards: int, gpu_bytes: int | None = None
+) -> Sizes:
     """What a micro-batch adds, beside the gradients of those before it, at its highest moment.
 
     The moments are the LM head, the backward pass of the last block, that of the embedding, and the
@@ -195,7 +197,7 @@ def training_gib(config: Config, lm: PretrainedConfig, parameters: int, shards: 
         "gathered weights": element_size * (root + block),
         "gradients": gradients,
         "activations": left + head_inputs,
-        "LM head": 4 * trained_vocabulary + logits_bytes(config, lm, responses),
+        "LM head": 4 * trained_vocabulary + logits_bytes(config, lm, responses, gpu_bytes),
         "temporaries": 0.0,
     }
     in_backward = {
@@ -236,10 +238,13 @@ def activation_widths(config: Config, lm: PretrainedConfig) -> dict[str, int]:
     }
 
 
-def logits_bytes(config: Config, lm: PretrainedConfig, responses: int) -> int:
+def logits_bytes(
+    config: Config, lm: PretrainedConfig, responses: int, gpu_bytes: int | None
+) -> int:
     """One chunk of the LM head's logits. Shifted logits take a copy of the LM head too."""
     cuda = torch.device("cuda")
-    chunk = min(default_chunk_tokens(responses, lm.vocab_size, cuda), responses)
+    sizes = sizes_on(cuda, gpu_bytes)
+    chunk = min(default_chunk_tokens(responses, lm.hidden_size, lm.vocab_size, sizes), responses)
     if resolve_logits(config.logits, config.dtype, cuda) == "shifted":
         return config_bytes(config) * (chunk + lm.hidden_size) * lm.vocab_size
     return 4 * chunk * lm.vocab_size

@@ -135,10 +135,10 @@ def fullest_batch(config: Config, prompt: int) -> Batch:
 
 
 @contextmanager
-def head_of_a_gpu() -> Iterator[list[int]]:
-    """The fused head as on a GPU, on fake tensors: its chunks have a GPU's size, and only its own
-    buffers are allocated. Yields the bytes of each chunk's logits as they come."""
-    sizes = head.Sizes(head.BLOCK_V, head.NUM_WARPS, head.CHUNK_LOGITS["cuda"])
+def head_of_a_gpu(gpu_bytes: int | None = None) -> Iterator[list[int]]:
+    """The fused head as on a GPU of this memory, on fake tensors: its chunks have a GPU's size, and
+    only its own buffers are allocated. Yields the bytes of each chunk's logits as they come."""
+    sizes = head.sizes_on(torch.device("cuda"), gpu_bytes)
     logits: list[int] = []
 
     def rows(z: Tensor, V: int, *rest: Any) -> Tensor:
@@ -210,7 +210,9 @@ def real_mesh(device: torch.device, replicate: int) -> DeviceMesh:
         return device_mesh(device, replicate)
 
 
-def rehearse_training(config: Config, lm: PretrainedConfig, processes: int) -> Rehearsal:
+def rehearse_training(
+    config: Config, lm: PretrainedConfig, processes: int, gpu_bytes: int | None = None
+) -> Rehearsal:
     """The last micro-batch of an optimizer step, clipping, and the weights for the sampler, on
     process 0 of `processes`."""
     batch, model = fullest_batch(config, longest_prompt(config, lm)), meta_model(config, lm)
@@ -222,7 +224,7 @@ def rehearse_training(config: Config, lm: PretrainedConfig, processes: int) -> R
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         for parameter in trained:  # gradients of the micro-batches before this one
             parameter.grad = torch.zeros_like(parameter)
-        with head_of_a_gpu() as logits, tracker:
+        with head_of_a_gpu(gpu_bytes) as logits, tracker:
             loss, _ = policy(batch, scale=1.0)
             at_head = tracker.get_tracker_snapshot("peak")[CPU]
             loss.backward()
@@ -284,7 +286,7 @@ def rehearsed_ledger(
     config: Config, lm: PretrainedConfig, machine: Machine
 ) -> tuple[Rehearsal, Ledger]:
     """A rehearsal, and the ledger with what it found in the place of the formula."""
-    rehearsal = rehearse_training(config, lm, machine.count)
+    rehearsal = rehearse_training(config, lm, machine.count, machine.gpu_bytes)
     return rehearsal, ledger_on(config, lm, rehearsal.parameters, machine, rehearsal.peak)
 
 
