@@ -277,16 +277,15 @@ def train_minibatch(
         parity.check(gap, sums["gap_max"], dtype, config.parity)
 
     policy.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    applied = finite and math.isfinite(grad_norm)
+    total = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    norm = (total.full_tensor() if isinstance(total, DTensor) else total).item()
+    applied = finite and math.isfinite(norm)
     if applied:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad()
-    loss_scale = advance(policy.scaler)
-    return Update(**sums, grad_norm=grad_norm, applied=applied, lr=lr, loss_scale=loss_scale)
+    return Update(**sums, grad_norm=norm, applied=applied, lr=lr, loss_scale=advance(policy.scaler))
 
 
 def learning_rate(config: Config, update: int) -> float:
