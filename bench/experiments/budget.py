@@ -5,11 +5,11 @@
     python -m bench.experiments.budget --measured runs/gpu    # with what `make gpu` measured
     python -m bench.experiments.budget --lengths FILE         # with the response lengths of a run
 
-Result: the simulator predicts 8.6 hours for the 7B recipe with `--old-logprob sampler
---checkpointing selective`, and 28 hours for a naive implementation. Six published step times are
-1.38 times what it predicts for them (0.89 to 2.12), which makes 11.8 hours of the 8.6.
+Result: the simulator predicts 8.1 hours for `oat_zero_7b`, 6.7 for `oat_zero_7b_fast`, and 28 for a
+naive implementation. Eight published step times are 1.24 times what it predicts for them (0.81 to
+1.91), which makes 10.0 hours of the 8.1. Three of the eight are of one system, NeMo-RL.
 
-bench/results/budget.json and budget.png come from commit e9b6494, on two cores of an AMD EPYC.
+bench/results/budget.json and budget.png come from two cores of an AMD EPYC.
 `bench.experiments.simulator` simulates the steps. No constant was fitted to the published step
 times. The last line printed is the JSON.
 """
@@ -240,7 +240,7 @@ verl docs/advance/fully_async.md
 NeMo-RL docs/about/performance-summary.md v0.4 (mean 1,060) and grpo-llama3.1-8b-instruct-2n8g.yaml
     spread of the lengths, two log-prob passes; PP 2 ignored
 NeMo-RL docs/about/performance-summary.md v0.5 (mean about 1,100)
-    as above; predicted before the number was compared
+    as above
 the same
     as above, how many GPUs sample; 8-bit training is not simulated
 huggingface/open-r1 issue 161 (mean 828; rewards are multiples of 1/896)

@@ -232,8 +232,8 @@ class Setup:
     overlap_grading: bool = True
     one_eval: bool = True  # all evaluation sets in one call
     fused_blocks: bool = False  # --compile
+    carry: float = 0.0  # --carry-over: share of responses that a step leaves to the next one
     # not in train.py: what might come next
-    carry: float = 0.0  # share of responses that a step leaves to the next one unfinished
     asynchronous: bool = False  # sampling overlaps with everything else
     train_in_tail: bool = False  # the first optimizer step's gradients come from the tail
     speculate: bool = False
