@@ -241,7 +241,7 @@ def test_without_a_gpu_nothing_is_decided():
 def test_it_shows_every_phase_and_the_decision():
     shown = str(ledger())
     assert "master weights 3.55" in shown and "weight sync 3.05" in shown
-    assert "vLLM stays while training" in shown and "of 76.0" in shown
+    assert "vLLM has --tp 1 and stays while training" in shown and "of 76.0" in shown
 
 
 def test_a_run_asks_for_its_own_model_and_device(random_model):

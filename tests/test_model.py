@@ -48,7 +48,7 @@ from drgrpo.model import (
     sdpa_attention,
     varlen_attention,
 )
-from drgrpo.pack import pack
+from drgrpo.pack import Sequence, pack
 from drgrpo.types import UserError
 
 CPU = torch.device("cpu")
@@ -60,8 +60,8 @@ def load(path: str, objective: Objective | None = None, **changes) -> Policy:
     return load_policy(path, objective or Objective(), **options)
 
 
-def sequences(count: int = 7) -> list[tuple[list[int], list[int], list[float], float]]:
-    """(prompt, response, sampler's log-probs, advantage), all of different lengths."""
+def sequences(count: int = 7) -> list[Sequence]:
+    """All of different lengths."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(n: int) -> list[int]:
@@ -70,7 +70,7 @@ def sequences(count: int = 7) -> list[tuple[list[int], list[int], list[float], f
     result = []
     for i in range(count):
         prompt, response = tokens(3 + i), tokens(1 + 5 * i % 17)
-        result.append((prompt, response, [-1.0] * len(response), 0.5 - i % 2))
+        result.append(Sequence(prompt, response, [-1.0] * len(response), 0.5 - i % 2))
     return result
 
 
@@ -108,7 +108,7 @@ def separate(model_dir: str) -> tuple[Tensor, dict[str, Tensor]]:
     through transformers."""
     lm = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     logprobs = []
-    for prompt, response, _, advantage in sequences():
+    for prompt, response, _, advantage, _ in sequences():
         logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         target = torch.tensor(response)[:, None]
         logprobs.append(torch.log_softmax(logits, -1).gather(1, target)[:, 0])
@@ -181,7 +181,7 @@ def test_compiled_blocks_compute_the_same(random_model):
 def test_a_kl_penalty_pulls_towards_the_reference(random_model):
     """The gradient of the k3 estimator is that of a policy gradient whose advantage is minus the
     estimator's slope."""
-    batch = pack([(prompt, response, old, 0.0) for prompt, response, old, _ in sequences()])
+    batch = pack([sequence._replace(advantage=0.0) for sequence in sequences()])
     ref_N = torch.linspace(-6, -5, len(batch.target_N))
     policy = load(random_model, Objective(kl_coef=0.3))
     batch.old_logprob_N, batch.ref_logprob_N = batch.sampler_logprob_N, ref_N
@@ -442,7 +442,7 @@ def gap_without_refusal(config: PreTrainedConfig, path, monkeypatch) -> float:
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     monkeypatch.setattr(model, "check_architecture", lambda path: None)
     lm = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-    prompt, response, _, _ = sequence = sequences()[6]
+    prompt, response, *_ = sequence = sequences()[6]
     with torch.no_grad():
         logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     expected_N = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]

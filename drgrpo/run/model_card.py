@@ -45,7 +45,7 @@ def write(config: Config, step: int, folder: Path, library: str) -> None:
         headings=HEADINGS,
         scores=before_and_after(evals),
         processes=dist.get_world_size(),
-        command=shlex.join(["python", *start["argv"]]),
+        command=shlex.join(["python", *start.get("argv", [])]),
         start=start,
     )
     ModelCard(text).save(folder / "README.md")
