@@ -61,7 +61,6 @@ def grouped_attention(
     (B, H, new, d), K, scale = query.shape, key.shape[1], options.get("scaling")
     if new == 1:
         query = query.reshape(B, K, H // K, d)
-        mask = None if mask is None else mask.expand(-1, -1, H // K, -1)
         out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
         return out.reshape(B, 1, H, d), None
     out = F.scaled_dot_product_attention(

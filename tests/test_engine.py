@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from drgrpo.config import RECIPES
 from drgrpo.engine import check_batch_invariance, make_engine, resolve_engine, stop_token_ids
-from drgrpo.engine_torch import sample_token, uniforms
+from drgrpo.engine_torch import grouped_attention, sample_token, uniforms
 from drgrpo.engine_vllm import (
     cache_arguments,
     joined,
@@ -84,6 +84,23 @@ def test_log_probs_of_prompts_without_padding(engine, model):
     for request, completion in zip(batch, engine.generate(batch, sampling()), strict=True):
         expected = forward_logprobs(model, request.prompt_ids, completion.token_ids, 1.0)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("padded", [False, True])
+def test_heads_attend_to_the_keys_of_their_group(new, padded):
+    """Four query heads on two key heads, with a scale of the model's own."""
+    torch.manual_seed(0)
+    query = torch.randn(3, 4, new, 8)
+    key, value = torch.randn(2, 3, 2, 5, 8)
+    mask = torch.ones(new, 5, dtype=torch.bool).tril(5 - new).expand(3, 1, new, 5).clone()
+    mask[1, ..., 0] = not padded
+    mask[1, ..., 0, 0] |= new == 5  # a padded query attends to itself
+    out_BnHd, _ = grouped_attention(None, query, key, value, mask if padded else None, scaling=0.3)
+
+    key, value = (x.repeat_interleave(2, dim=1) for x in (key, value))
+    score = (0.3 * query @ key.transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(out_BnHd, (score.softmax(-1) @ value).transpose(1, 2))
 
 
 def test_a_16_bit_sampler_computes_logits_in_float32(random_model, tokenizer):
