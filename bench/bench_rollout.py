@@ -13,7 +13,7 @@ A build is timed, and on a GPU the memory of each stage of vLLM's start is measu
 ledger of drgrpo/run/memory.py counts. Then it samples a batch that drains as responses end. A
 made-up set of stop tokens ends them, as random weights have no sense of an end. tokens/s comes with
 the share of the time in which fewer than 16 sequences ran. Batches whose responses all have one
-length follow, with one setting of the sampling at a time off.
+length follow, with one setting of the sampling at a time off, and small ones as in a tail.
 
 Then the trainer's weights move. Its log-probs of fresh samples are compared with the sampler's
 before the sync, for scale, and after it. vLLM also sleeps at level 2, gives its memory back, wakes,
@@ -91,6 +91,8 @@ VARIANTS = {
     "log-probs off": {"logprobs": None, "flat_logprobs": False},
 }
 """One setting of vLLM's SamplingParams at a time off."""
+FEW = (8, 16, 64)
+"""Sequences of the batches that tell how fast the tail of a rollout is."""
 
 
 def build_model(shape: str, device: torch.device, folder: str) -> None:
@@ -326,6 +328,10 @@ def measure(name: str, folder: str, device, size, row: dict, save: Callable) -> 
     plain = {"as in training": {}}
     row["variants"] = steady(engine, job, vocabulary, VARIANTS if name == "vllm" else plain)
     row["steady"] = job | {"tokens_per_s": row["variants"]["as in training"]}
+    row["few"] = {
+        str(n): steady(engine, job | {"sequences": n}, vocabulary, plain)["as in training"]
+        for n in FEW
+    }
     save()
     move(policy)
     row["stale_gap_mean"] = compare()["gap_mean"]
@@ -415,6 +421,7 @@ FIGURES = {
     "tokens/s, draining": ("tokens_per_s", ",.0f"),
     "share of that time below 16 sequences": ("tail_share", ".0%"),
     **{f"tokens/s, one length, {name}": (f"variants.{name}", ",.0f") for name in VARIANTS},
+    **{f"tokens/s, one length, {n} sequences": (f"few.{n}", ",.0f") for n in FEW},
     "log-probs off before the sync, nats on average": ("stale_gap_mean", ".1e"),
     "after it, on average": ("gap_mean", ".1e"),
     "after it, at most": ("gap_max", ".1e"),

@@ -97,6 +97,7 @@ def test_a_rehearsal_builds_vllm_with_both_heads_and_trains_with_it(rehearsal):
     ours, other = engines["vllm"], engines["vllm_model_head"]
     assert (ours["dtype"], other["head_dtype"]) == ("bfloat16", "torch.bfloat16")
     assert ours["variants"].keys() == bench_rollout.VARIANTS.keys()
+    assert list(ours["few"]) == list(map(str, bench_rollout.FEW))
     assert min(ours["variants"].values()) > 0 and ours["runner"].startswith("vllm.v1.worker.")
     for row in (ours, other):
         assert set(bench_rollout.STAGES.values()) < row["memory"].keys()
