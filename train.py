@@ -88,7 +88,9 @@ def main(config: Config) -> None:
     ledger = ledger_of(config, policy.lm, longest, world, device)
     config = replace(config, tp=ledger.tp)
     room = (longest + config.max_new_tokens, ledger.kv_cache, ledger.sleep)
-    engine = make_engine(config, model_path, tokenizer, device, *room, load_weights=False)
+    engine = make_engine(
+        config, model_path, tokenizer, device, *room, load_weights=False, speculate=config.speculate
+    )
     engine.sync(policy.named_weights(dtype))
     sampler = Sampler(engine, tokenizer, config.seed, config.tp)
     sampling = Sampling(

@@ -21,7 +21,8 @@ class Engine(Protocol):
     Every completion holds the log-probability of each token under the distribution that it was
     drawn from. On a CPU a completion depends on its request's seed and on the weights alone. On a
     GPU that holds up to rounding: matrix products of other batches add in other orders, and now
-    and then a token changes. vLLM's batch-invariant mode removes that."""
+    and then a token changes. vLLM's batch-invariant mode removes that. With drafts a completion
+    also depends on when the others of its batch end."""
 
     name: str
 
@@ -102,13 +103,14 @@ def make_engine(
     kv_cache_gb: float = 0.0,
     sleep: bool = False,
     load_weights: bool = True,
+    speculate: str = "none",
 ) -> Engine:
     """The engine that `config` names, with the weights at `path`.
 
     `max_tokens`: longest prompt and response together. `kv_cache_gb`: 0 takes what the GPU has
     left, or 0.25 without one. `load_weights`: False lets vLLM start with random weights, for a
-    caller that calls `sync` before it samples. UserError if vLLM is not installed, or cannot be
-    batch-invariant where `config` asks for it."""
+    caller that calls `sync` before it samples. `speculate`: as in `Config`. UserError if vLLM is
+    not installed, or cannot be batch-invariant where `config` asks for it."""
     dtype, tp = getattr(torch, config.dtype), config.tp or 1
     batch = config.sampler_batch * tp
     name = resolve_engine(config.engine, device)
@@ -116,6 +118,8 @@ def make_engine(
         check_batch_invariance(name, device)
     if config.vllm and name != "vllm":
         raise UserError(f"--vllm goes with --engine vllm, and the engine here is {name}")
+    if speculate != "none" and name != "vllm":
+        raise UserError(f"--speculate goes with --engine vllm, and the engine here is {name}")
     # vLLM takes seconds to import and may be missing, so each engine is imported by its own runs.
     if name == "torch":
         from drgrpo.engine_torch import TorchEngine
@@ -138,4 +142,5 @@ def make_engine(
         load_weights=load_weights,
         batch_invariant=config.batch_invariant,
         options=parse_vllm_options(config.vllm),
+        speculate=speculate,
     )

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from drgrpo import pack, parity
 from drgrpo.config import RECIPES
 from drgrpo.engine import make_engine
+from drgrpo.engine_vllm import DRAFT_BATCH
 from drgrpo.model import Objective, load_policy
 from drgrpo.parity import ParityError
 from drgrpo.types import Request, Sampling
@@ -44,10 +45,16 @@ def group():
     distributed.stop()
 
 
-def build(path: str, tokenizer, load_weights: bool = False, dtype: str = "float32"):
+def build(
+    path: str,
+    tokenizer,
+    load_weights: bool = False,
+    dtype: str = "float32",
+    speculate: str = "none",
+):
     """As in training: without weights until the first sync."""
     config = replace(RECIPES["tiny"](), engine="vllm", sampler_batch=64, dtype=dtype)
-    room = {"max_tokens": 256, "kv_cache_gb": 0.05}
+    room = {"max_tokens": 256, "kv_cache_gb": 0.05, "speculate": speculate}
     device = torch.device("cpu")
     KEPT.append(make_engine(config, path, tokenizer, device, **room, load_weights=load_weights))
     return KEPT[-1]
@@ -69,9 +76,13 @@ def tied(group, random_model, tokenizer):
 def untied(group, tokenizer, tmp_path_factory):
     """Llama with an LM head of its own."""
     path = tmp_path_factory.mktemp("models") / "llama"
+    write_llama(path, tokenizer, vocab_size=260, eos_token_id=256, pad_token_id=257)
+    return with_its_model(str(path), tokenizer)
+
+
+def write_llama(path, tokenizer, **ids) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=260,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -80,13 +91,11 @@ def untied(group, tokenizer, tmp_path_factory):
         tie_word_embeddings=False,
         initializer_range=0.08,
         max_position_embeddings=512,
-        eos_token_id=256,
         bos_token_id=None,
-        pad_token_id=257,
+        **ids,
     )
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return with_its_model(str(path), tokenizer)
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -107,10 +116,10 @@ def sampling(**changes) -> Sampling:
 
 
 @torch.no_grad()
-def gap(engine, model, temperature: float = 1.0) -> float:
+def gap(engine, model, temperature: float = 1.0, batch=None, **changes) -> float:
     """Largest |sampler's log-prob - model's log-prob| over fresh samples."""
-    largest, batch = 0.0, requests()
-    completions = engine.generate(batch, sampling(temperature=temperature))
+    largest, batch = 0.0, batch or requests()
+    completions = engine.generate(batch, sampling(temperature=temperature, **changes))
     for request, completion in zip(batch, completions, strict=True):
         prompt, response = request.prompt_ids, completion.token_ids
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -312,6 +321,115 @@ def test_a_layer_that_never_came_exceeds_the_limit_of_16_bits(
     engine.sync((name, weight) for name, weight in weights if left_out not in name)
     with pytest.raises(ParityError):
         check_parity(engine, policy)
+
+
+# ---- drafts: what is sampled, and its log-probs, stay the model's
+
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="numba is not installed: make env-test"
+)
+BOUND = 6.0  # standard deviations; by chance one of five exceeds it once in 1e8 tests
+TOKENS, LONG = 4, 48
+
+
+@pytest.fixture(scope="module")
+def drafting(group, tokenizer, tmp_path_factory):
+    """An engine with drafts and its model, of a vocabulary so small that drafts are often right."""
+    path = str(tmp_path_factory.mktemp("models") / "small")
+    write_llama(path, tokenizer, vocab_size=TOKENS, eos_token_id=None)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    engine = build(path, tokenizer, speculate="ngram")
+    engine.sync(model.state_dict().items())
+    return engine, model
+
+
+def in_a_small_vocabulary(count: int, seed: int = 0) -> list[Request]:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(TOKENS, (count, 60), generator=generator).tolist()
+    return [Request(prompt, seed=1000 * seed + i) for i, prompt in enumerate(prompts)]
+
+
+def successor(tokens: list[int]) -> int:
+    """What followed the earlier place of the last three tokens, or a token that is none."""
+    for end in range(3, len(tokens)):
+        if tokens[end - 3 : end] == tokens[-3:]:
+            return tokens[end]
+    return TOKENS
+
+
+@torch.no_grad()
+def deviations(engine, model, temperature: float, batches: int = 12) -> torch.Tensor:
+    """By how many standard deviations each token, and the successor of a match, was sampled more
+    often than the model's probabilities say. [TOKENS + 1]
+
+    Given the tokens before it, a token's expected count is its probability."""
+    excess, variance = torch.zeros(TOKENS + 1), torch.zeros(TOKENS + 1)
+    for seed in range(batches):
+        batch = in_a_small_vocabulary(16, seed)
+        settings = sampling(max_new_tokens=LONG, stop_token_ids=(), temperature=temperature)
+        for request, completion in zip(batch, engine.generate(batch, settings), strict=True):
+            tokens, start = request.prompt_ids + completion.token_ids, len(request.prompt_ids)
+            logits_LV = model(torch.tensor([tokens])).logits[0, start - 1 : -1]
+            prob_LV = torch.softmax(logits_LV / temperature, -1)
+            prob_LV = torch.cat([prob_LV, torch.zeros(LONG, 1)], 1)  # where nothing matches
+            guess_L = torch.tensor([successor(tokens[:i]) for i in range(start, len(tokens))])
+            sampled_L = torch.tensor(completion.token_ids)
+            prob_LC = torch.cat([prob_LV[:, :TOKENS], prob_LV.gather(1, guess_L[:, None])], 1)
+            hit_LC = torch.cat([torch.arange(TOKENS).expand(LONG, -1), guess_L[:, None]], 1)
+            excess += ((hit_LC == sampled_L[:, None]).float() - prob_LC).sum(0)
+            variance += (prob_LC * (1 - prob_LC)).sum(0)
+    return excess / variance.sqrt()
+
+
+@needs_numba
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_drafts_leave_the_distribution_and_its_log_probs_alone(drafting, temperature):
+    engine, model = drafting
+    assert deviations(engine, model, temperature).abs().max() < BOUND
+    batch = in_a_small_vocabulary(12)
+    assert gap(engine, model, temperature, batch, max_new_tokens=LONG) < MAX_GAP
+
+
+@needs_numba
+@pytest.mark.parametrize("mistake", ["every draft is accepted", "a rejected draft comes again"])
+def test_a_wrong_verification_would_show(drafting, monkeypatch, mistake):
+    from vllm.v1.sample import rejection_sampler
+
+    def accept_all(count, *args):
+        return torch.zeros(count, dtype=torch.float64)
+
+    def draw_again(max_length, counts, ends, drafts, draft_probs, probs_NV, *args):
+        return torch.multinomial(probs_NV, 1)[:, 0].to(drafts.dtype)
+
+    name, wrong = {
+        "every draft is accepted": ("generate_uniform_probs", accept_all),
+        "a rejected draft comes again": ("sample_recovered_tokens", draw_again),
+    }[mistake]
+    monkeypatch.setattr(rejection_sampler, name, wrong)
+    assert deviations(*drafting, temperature=1.0, batches=4).abs().max() > BOUND
+
+
+@needs_numba
+def test_only_the_last_sequences_of_a_batch_get_drafts(drafting, monkeypatch):
+    engine, _ = drafting
+    steps = []
+    step = engine.llm.llm_engine.step
+    monkeypatch.setattr(engine.llm.llm_engine, "step", lambda: steps.append(1) or step())
+    settings = sampling(max_new_tokens=LONG, stop_token_ids=())
+    counts = {}
+    for sequences in (DRAFT_BATCH, DRAFT_BATCH + 1):
+        steps.clear()
+        engine.generate(in_a_small_vocabulary(sequences), settings)
+        counts[sequences] = len(steps)
+    assert counts[DRAFT_BATCH] < LONG == counts[DRAFT_BATCH + 1]
+
+
+@needs_numba
+def test_with_drafts_a_batch_is_sampled_alike_twice(drafting):
+    engine, _ = drafting
+    settings = sampling(max_new_tokens=LONG, stop_token_ids=())
+    one, other = (engine.generate(in_a_small_vocabulary(8), settings) for _ in range(2))
+    assert [c.token_ids for c in one] == [c.token_ids for c in other]
 
 
 # ---- the parity gate, in training: a sampler that is wrong in one thing stops the run before the
