@@ -116,7 +116,8 @@ class Config:
     vllm: str = ""
     """further arguments of vLLM's LLM(...) as JSON, such as {"enforce_eager": true}"""
     speculate: Literal["none", "ngram"] = "none"
-    """ngram: vLLM drafts the end of a rollout from the text so far; exact in distribution"""
+    """ngram: vLLM on a GPU drafts the end of a rollout from the text so far; exact in
+    distribution, and no faster unless texts repeat themselves"""
 
     # algorithm
     algo: Literal["drgrpo", "grpo", "grpo_length", "grpo_std", "rloo", "dapo"] = "drgrpo"

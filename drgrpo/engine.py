@@ -94,6 +94,19 @@ def check_batch_invariance(engine: str, device: torch.device) -> None:
         )
 
 
+def check_drafts(engine: str, device: torch.device) -> None:
+    """UserError unless `engine` verifies drafts on this device.
+
+    With drafts, vLLM 0.32 without a GPU divides logits by memory that nothing was written to:
+    `_expand_kernel_impl` in vllm/utils/cpu_triton_utils.py fills a copy of its output."""
+    if engine != "vllm" or device.type != "cuda":
+        raise UserError(
+            f"--speculate ngram is for vLLM on a GPU, and the engine here is {engine} on "
+            f"{device.type}; leave the flag out. vLLM 0.32 samples wrong tokens from drafts "
+            "without a GPU"
+        )
+
+
 def make_engine(
     config: EngineConfig,
     path: str,
@@ -118,8 +131,8 @@ def make_engine(
         check_batch_invariance(name, device)
     if config.vllm and name != "vllm":
         raise UserError(f"--vllm goes with --engine vllm, and the engine here is {name}")
-    if speculate != "none" and name != "vllm":
-        raise UserError(f"--speculate goes with --engine vllm, and the engine here is {name}")
+    if speculate != "none":
+        check_drafts(name, device)
     # vLLM takes seconds to import and may be missing, so each engine is imported by its own runs.
     if name == "torch":
         from drgrpo.engine_torch import TorchEngine

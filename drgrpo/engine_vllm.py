@@ -4,7 +4,6 @@ handed over by reference.
 The comment beside a setting says what goes wrong without it. Most of these mistakes are silent.
 """
 
-import importlib.util
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -40,7 +39,7 @@ class VLLMEngine:
     load_weights: False leaves random weights until the first `sync`. batch_invariant: vLLM's mode
     in which a sample does not depend on its batch. options: further arguments of `LLM`. speculate:
     "ngram" drafts the end of a rollout. UserError if this vLLM does not have the mode, if it
-    refuses the model in float16 or an option, or if vLLM or its n-gram search is not installed."""
+    refuses the model in float16 or an option, or if vLLM is not installed."""
 
     name = "vllm"
 
@@ -84,7 +83,7 @@ class VLLMEngine:
             sleep=sleep,
             load_weights=load_weights,
         )
-        arguments |= draft_arguments(speculate, on_gpu) | (options or {})
+        arguments |= draft_arguments(speculate) | (options or {})
         # LLM() seeds the global random generators anew.
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
             try:
@@ -276,22 +275,16 @@ def cache_arguments(kv_cache_gb: float, on_gpu: bool) -> dict[str, Any]:
     return size
 
 
-def draft_arguments(speculate: str, on_gpu: bool) -> dict[str, Any]:
-    """The arguments of `vllm.LLM` for `--speculate`. UserError if the search needs a package.
+def draft_arguments(speculate: str) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` for `--speculate`.
 
     A draft is what followed the longest match of the last tokens, earlier in prompt or response.
     While many sequences are sampled the GPU has no time to spare, and none is drafted."""
     if speculate == "none":
         return {}
-    # vLLM searches on a GPU in Triton. Without one it searches in numba.
-    if not on_gpu and importlib.util.find_spec("numba") is None:
-        raise UserError(
-            "--speculate ngram needs the package numba without a GPU: install it with "
-            "`make env-test`, or leave the flag out"
-        )
     return {
         "speculative_config": {
-            "method": "ngram_gpu" if on_gpu else "ngram",  # "ngram" would end async scheduling
+            "method": "ngram_gpu",  # "ngram" searches on the CPU and ends async scheduling
             "num_speculative_tokens": DRAFT_TOKENS,
             "num_speculative_tokens_per_batch_size": [
                 (1, DRAFT_BATCH, DRAFT_TOKENS),

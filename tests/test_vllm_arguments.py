@@ -193,7 +193,7 @@ def test_vllm_checks_the_options_of_the_command_line(card, model):
 def test_drafts_keep_vllms_fast_paths_and_come_for_small_batches_only(card, model):
     assert card(vllm_card.read, arguments(model))["drafts"] == []
     for changes in ({}, {"world": 1}, {"tp": 2}):
-        config = card(vllm_card.read, arguments(model, **changes) | draft_arguments("ngram", True))
+        config = card(vllm_card.read, arguments(model, **changes) | draft_arguments("ngram"))
         assert config["v2_runner"] and config["async_scheduling"]
         small, large = config["drafts"][1 : DRAFT_BATCH + 1], config["drafts"][DRAFT_BATCH + 1 :]
         assert set(small) == {DRAFT_TOKENS} and set(large) == {0}
@@ -201,7 +201,7 @@ def test_drafts_keep_vllms_fast_paths_and_come_for_small_batches_only(card, mode
 
 
 def test_vllm_refuses_drafts_under_another_name(card, model):
-    given = arguments(model) | draft_arguments("ngram", True)
+    given = arguments(model) | draft_arguments("ngram")
     drafts = given["speculative_config"]
     assert "num_speculative_tokens" in drafts
     for name in drafts:
