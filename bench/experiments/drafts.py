@@ -12,6 +12,7 @@ A call puts one row into bench/results/drafts.json, in place of an older one of 
 """
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from drgrpo.rollout import Sampler, longest_prompt, tokenize
 from drgrpo.templates import get_template
 from drgrpo.types import Rollout, Sampling
 
+CPU = torch.device("cpu")
 TAIL = 16  # sequences: drafts are for small batches
 KINDS = {"own": (0, 0), "own, previous epoch": (1, 0), "own, group": (0, 1), "all three": (1, 1)}
 """Where a match is looked up: in prompt and response so far, and whether also in the responses to
@@ -67,7 +69,7 @@ class Text:
         return []
 
 
-def replay(rollout: Rollout, earlier: list[Text], group: list[Text], own: Text) -> Counter:
+def replay(rollout: Rollout, earlier: list[Text], group: list[Text], own: Text) -> Counter[str]:
     """Steps, drafted tokens and right ones until `own` holds the whole response. It starts with the
     prompt and perhaps the first tokens of the response.
 
@@ -95,15 +97,16 @@ def measure(today: list[Rollout], earlier: list[Rollout], group: int, match: Mat
     old, new = ([Text(r.completion.token_ids, match) for r in part] for part in (earlier, today))
     rows = []
     for kind, (with_earlier, with_group) in KINDS.items():
-        total, tail = Counter(), 0
+        total: Counter[str] = Counter()
+        tail = 0
         for i, rollout in enumerate(today):
             first = i - i % group
             mates = new[first:i] + new[i + 1 : first + group] if with_group else []
             texts = old[first : first + group] if with_earlier else [], mates
             prompt, response = rollout.problem.prompt_ids, rollout.completion.token_ids
             total.update(replay(rollout, *texts, Text(prompt, match)))
-            end = replay(rollout, *texts, Text(prompt + response[:left], match))
-            tail = max(tail, end["steps"])
+            started = Text(prompt + response[:left], match)
+            tail = max(tail, replay(rollout, *texts, started)["steps"])
         rows.append({"kind": kind, **total, "tail": lengths[0] - left, "tail_with_drafts": tail})
     return rows
 
@@ -115,12 +118,13 @@ def sample(config: Config, path: str, step: int) -> list[Rollout]:
     longest = longest_prompt(path, config.max_prompt_tokens, config.max_new_tokens)
     problems, _ = tokenize(data.load_sets(config, print)[0], template, tokenizer, longest)
     prompts = data.step_problems(problems, 1, config.prompts_per_step, config.seed)
-    where = torch.device("cpu"), longest + config.max_new_tokens
-    engine = make_engine(config, path, tokenizer, *where)
-    stop = {"stop": template.stop, "stop_token_ids": stop_token_ids(path, tokenizer)}
-    length = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature}
-    sampler = Sampler(engine, tokenizer, config.seed)
-    return sampler.rollout(prompts, config.group_size, Sampling(**length, **stop), step)[0]
+    engine = make_engine(config, path, tokenizer, CPU, longest + config.max_new_tokens)
+    ends = stop_token_ids(path, tokenizer)
+    sampling = Sampling(max_new_tokens=config.max_new_tokens, stop_token_ids=ends)
+    sampling = replace(sampling, temperature=config.temperature, stop=template.stop)
+    return Sampler(engine, tokenizer, config.seed).rollout(
+        prompts, config.group_size, sampling, step
+    )[0]
 
 
 def table(row: dict) -> str:
@@ -145,8 +149,9 @@ def main() -> None:
     distributed.start()
     earlier, today = sample(config, args.earlier, step=1), sample(config, args.today, step=2)
     distributed.stop()
-    row = {"name": args.name, "flags": flags, "responses": len(today), "match": match._asdict()}
-    row["where"] = harness.provenance()
+    settings = ("recipe", "template", "prompts_per_step", "group_size", "max_new_tokens", "dtype")
+    row = {"name": args.name, "responses": len(today), "match": match._asdict()}
+    row |= {name: getattr(config, name) for name in settings} | {"where": harness.provenance()}
     row["kinds"] = measure(today, earlier, config.group_size, match)
     others = [r for r in harness.read_json(args.out) or [] if r["name"] != args.name]
     print(table(row), harness.write_json(args.out, [*others, row]), sep="\n\n")
