@@ -8,11 +8,10 @@ same prompts. Today's responses are then replayed as speculative decoding would 
 longest match of the last tokens is looked up, and what followed it there is the draft. A drafted
 token is right if it is the one that was sampled. Verification accepts it with the same probability.
 
-A call puts one row into bench/results/drafts.json, in place of an older one of its name.
+A call puts one row into bench/results/drafts.json.
 """
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,22 +118,22 @@ def sample(config: Config, path: str, step: int) -> list[Rollout]:
     problems, _ = tokenize(data.load_sets(config, print)[0], template, tokenizer, longest)
     prompts = data.step_problems(problems, 1, config.prompts_per_step, config.seed)
     engine = make_engine(config, path, tokenizer, CPU, longest + config.max_new_tokens)
-    ends = stop_token_ids(path, tokenizer)
-    sampling = Sampling(max_new_tokens=config.max_new_tokens, stop_token_ids=ends)
-    sampling = replace(sampling, temperature=config.temperature, stop=template.stop)
-    return Sampler(engine, tokenizer, config.seed).rollout(
-        prompts, config.group_size, sampling, step
-    )[0]
+    sampling = Sampling(
+        **{name: getattr(config, name) for name in ("max_new_tokens", "temperature")},
+        **{"stop": template.stop, "stop_token_ids": stop_token_ids(path, tokenizer)},
+    )
+    sampler = Sampler(engine, tokenizer, config.seed)
+    return sampler.rollout(prompts, config.group_size, sampling, step)[0]
 
 
 def table(row: dict) -> str:
-    heads = ["match in", "% of tokens right", "% of drafted", "tokens a step", "steps of the tail"]
+    heads = [row["name"], "% of tokens right", "% of drafted", "tokens a step", "steps of the tail"]
     lines = []
     for r in row["kinds"]:
         shares = [100 * r["right"] / r["tokens"], 100 * r["right"] / max(r["drafted"], 1)]
         tail = f"{r['tail_with_drafts']} of {r['tail']}"
         lines.append([r["kind"], *shares, f"{r['tokens'] / r['steps']:.2f}", tail])
-    return f"{row['name']}: {row['responses']} responses\n\n{markdown(heads, lines)}"
+    return markdown(heads, lines)
 
 
 def main() -> None:
