@@ -119,6 +119,9 @@ class Config:
     """vLLM on a GPU: samples do not depend on their batch, not even by rounding; slower"""
     vllm: str = ""
     """further arguments of vLLM's LLM(...) as JSON, such as {"enforce_eager": true}"""
+    speculate: Literal["none", "ngram"] = "none"
+    """ngram: vLLM on a GPU drafts the end of a rollout from the text so far; exact in
+    distribution, and no faster unless texts repeat themselves"""
 
     # algorithm
     algo: Literal["drgrpo", "grpo", "grpo_length", "grpo_std", "rloo", "dapo"] = "drgrpo"
@@ -209,6 +212,11 @@ class Config:
                 "--old-logprob none is exact only with one update per rollout, not with "
                 f"--minibatches {self.minibatches}; use --minibatches 1, or --old-logprob sampler "
                 "or recompute"
+            )
+        if self.speculate != "none" and self.batch_invariant:
+            raise UserError(
+                f"--speculate {self.speculate} lets a sample depend on how many others are still "
+                "being sampled, which --batch-invariant excludes; leave one of the two out"
             )
         if self.logits == "shifted" and self.dtype == "float32":
             raise UserError(

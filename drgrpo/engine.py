@@ -21,7 +21,8 @@ class Engine(Protocol):
     Every completion holds the log-probability of each token under the distribution that it was
     drawn from. On a CPU a completion depends on its request's seed and on the weights alone. On a
     GPU that holds up to rounding: matrix products of other batches add in other orders, and now
-    and then a token changes. vLLM's batch-invariant mode removes that."""
+    and then a token changes. vLLM's batch-invariant mode removes that. With drafts a completion
+    also depends on when the others of its batch end."""
 
     name: str
 
@@ -80,6 +81,8 @@ class EngineConfig(Protocol):
     def batch_invariant(self) -> bool: ...
     @property
     def vllm(self) -> str: ...
+    @property
+    def speculate(self) -> str: ...
 
 
 def check_batch_invariance(engine: str, device: torch.device) -> None:
@@ -99,6 +102,19 @@ def check_batch_invariance(engine: str, device: torch.device) -> None:
         )
 
 
+def check_drafts(engine: str, device: torch.device) -> None:
+    """UserError unless `engine` verifies drafts on this device.
+
+    With drafts, vLLM 0.32 without a GPU divides logits by memory that nothing was written to:
+    `_expand_kernel_impl` in vllm/utils/cpu_triton_utils.py fills a copy of its output."""
+    if engine != "vllm" or device.type != "cuda":
+        raise UserError(
+            f"--speculate ngram is for vLLM on a GPU, and the engine here is {engine} on "
+            f"{device.type}; leave the flag out. vLLM 0.32 samples wrong tokens from drafts "
+            "without a GPU"
+        )
+
+
 def make_engine(
     config: EngineConfig,
     path: str,
@@ -113,8 +129,8 @@ def make_engine(
 
     `max_tokens`: longest prompt and response together. `kv_cache_gb`: 0 takes what the GPU has
     left, or 0.25 without one. `load_weights`: False lets vLLM start with random weights, for a
-    caller that calls `sync` before it samples. UserError if vLLM is not installed, or cannot be
-    batch-invariant where `config` asks for it."""
+    caller that calls `sync` before it samples. UserError if vLLM is not installed, or does not do
+    here what `config` asks of it."""
     dtype, tp = getattr(torch, config.dtype), config.tp or 1
     batch = config.sampler_batch * tp
     name = resolve_engine(config.engine, device)
@@ -122,6 +138,8 @@ def make_engine(
         check_batch_invariance(name, device)
     if config.vllm and name != "vllm":
         raise UserError(f"--vllm goes with --engine vllm, and the engine here is {name}")
+    if config.speculate != "none":
+        check_drafts(name, device)
     # vLLM takes seconds to import and may be missing, so each engine is imported by its own runs.
     if name == "torch":
         from drgrpo.engine_torch import TorchEngine
@@ -144,4 +162,5 @@ def make_engine(
         load_weights=load_weights,
         batch_invariant=config.batch_invariant,
         options=parse_vllm_options(config.vllm),
+        speculate=config.speculate,
     )

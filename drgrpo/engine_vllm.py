@@ -30,15 +30,19 @@ from drgrpo.types import (
     no_callback,
 )
 
+DRAFT_BATCH = 16  # sequences of a step that are drafted for
+DRAFT_TOKENS = 4
+DRAFT_MATCH = (3, 8)  # tokens that must match, at least and at most
+
 
 class VLLMEngine:
     """Samples through `vllm.LLM`. The process group must exist before it does: without one, vLLM
     makes a group of size one the default.
 
     load_weights: False leaves random weights until the first `sync`. batch_invariant: vLLM's mode
-    in which a sample does not depend on its batch. options: further arguments of `LLM`. UserError
-    if this vLLM does not have the mode, if it refuses the model in float16 or an option, or if vLLM
-    is not installed."""
+    in which a sample does not depend on its batch. options: further arguments of `LLM`. speculate:
+    "ngram" drafts the end of a rollout. UserError if this vLLM does not have the mode, if it
+    refuses the model in float16 or an option, or if vLLM is not installed."""
 
     name = "vllm"
 
@@ -57,6 +61,7 @@ class VLLMEngine:
         load_weights: bool = True,
         batch_invariant: bool = False,
         options: dict[str, Any] | None = None,
+        speculate: str = "none",
     ) -> None:
         on_gpu = device.type == "cuda"
         prepare_environment(on_gpu, dtype, batch_invariant)
@@ -81,7 +86,7 @@ class VLLMEngine:
             sleep=sleep,
             load_weights=load_weights,
         )
-        arguments |= options or {}
+        arguments |= draft_arguments(speculate) | (options or {})
         # LLM() seeds the global random generators anew.
         with torch.random.fork_rng(devices=[device] if on_gpu else []):
             try:
@@ -291,6 +296,27 @@ def cache_arguments(kv_cache_gb: float, on_gpu: bool) -> dict[str, Any]:
         # that is nearly all of the GPU, where the trainer's weights already are.
         size["gpu_memory_utilization"] = 0.01
     return size
+
+
+def draft_arguments(speculate: str) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` for `--speculate`.
+
+    A draft is what followed the longest match of the last tokens, earlier in prompt or response.
+    While many sequences are sampled the GPU has no time to spare, and none is drafted."""
+    if speculate == "none":
+        return {}
+    return {
+        "speculative_config": {
+            "method": "ngram_gpu",  # "ngram" searches on the CPU and ends async scheduling
+            "num_speculative_tokens": DRAFT_TOKENS,
+            "num_speculative_tokens_per_batch_size": [
+                (1, DRAFT_BATCH, DRAFT_TOKENS),
+                (DRAFT_BATCH + 1, DRAFT_BATCH + 1, 0),  # the last range counts for all above
+            ],
+            "prompt_lookup_min": DRAFT_MATCH[0],
+            "prompt_lookup_max": DRAFT_MATCH[1],
+        }
+    }
 
 
 def sampling_arguments(request: Request, sampling: Sampling) -> dict[str, Any]:

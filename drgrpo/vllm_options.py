@@ -23,6 +23,7 @@ SET_BY_A_FLAG = {
     "kv_cache_memory_bytes": "--kv-cache-gb",
     "gpu_memory_utilization": "--kv-cache-gb",
     "enable_sleep_mode": "--sleep",
+    "speculative_config": "--speculate",
 }
 """Arguments that a flag of the trainer decides."""
 
@@ -31,7 +32,6 @@ REFUSED = {
     "generation_config": "the model's own top-p and top-k would change what is sampled",
     "override_generation_config": "top-p, top-k and penalties would change what is sampled",
     "logits_processors": "they would change what is sampled",
-    "speculative_config": "drafts are not tested with the log-probs and seeds of this trainer",
     "hf_overrides": "trainer and sampler would be different models",
     "load_format": "the weights come from the trainer",
     "distributed_executor_backend": "torchrun's processes are the workers",

@@ -83,6 +83,7 @@ def test_the_lora_recipe_trains_with_ten_times_the_papers_learning_rate():
         ("--recipe tiny --group-size 1", "use 2 or more"),
         ("--recipe tiny --old-logprob none --minibatches 2", "--minibatches 1"),
         ("--recipe tiny --logits shifted", "--dtype is float32; use --logits auto"),
+        ("--recipe tiny --speculate ngram --batch-invariant true", "leave one of the two out"),
         ("--recipe tiny --top-p 0.9", "log-probs of the whole distribution"),
         ("--recipe tiny --top-k=20", "log-probs of the whole distribution"),
         ("--recipe tiny --carry-over 1", "--carry-over 1.0 must be at least 0 and below 1"),

@@ -14,10 +14,17 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from drgrpo.config import RECIPES
-from drgrpo.engine import check_batch_invariance, make_engine, resolve_engine, stop_token_ids
+from drgrpo.engine import (
+    check_batch_invariance,
+    check_drafts,
+    make_engine,
+    resolve_engine,
+    stop_token_ids,
+)
 from drgrpo.engine_torch import grouped_attention, sample_token, uniforms
 from drgrpo.engine_vllm import (
     cache_arguments,
+    draft_arguments,
     joined,
     llm_arguments,
     prepare_environment,
@@ -34,7 +41,7 @@ CPU = torch.device("cpu")
 
 def build(path: str, tokenizer, name: str = "torch", max_tokens=1024, **options):
     config = replace(RECIPES["tiny"](), engine=name, sampler_batch=16)
-    for field in ("tp", "batch_invariant", "dtype", "vllm"):
+    for field in ("tp", "batch_invariant", "dtype", "vllm", "speculate"):
         if field in options:
             config = replace(config, **{field: options.pop(field)})
     return make_engine(config, path, tokenizer, CPU, max_tokens, **options)
@@ -543,6 +550,23 @@ def test_an_engine_is_not_made_where_batch_invariance_is_refused():
     config = replace(RECIPES["tiny"](), batch_invariant=True)
     with pytest.raises(UserError, match="--batch-invariant"):
         make_engine(config, "no folder", None, CPU, 64)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "torch"])
+def test_drafts_are_refused_without_vllm_on_a_gpu(engine):
+    config = replace(RECIPES["tiny"](), engine=engine, speculate="ngram")
+    with pytest.raises(UserError, match=rf"--speculate ngram is for vLLM on a GPU.* {engine} on"):
+        make_engine(config, "no folder", None, CPU, 64)
+    check_drafts("vllm", torch.device("cuda", 0))
+    with pytest.raises(UserError, match="--speculate"):
+        check_drafts("torch", torch.device("cuda", 0))
+
+
+def test_drafts_reach_vllm(imitation, monkeypatch):
+    monkeypatch.setattr("drgrpo.engine.check_drafts", lambda engine, device: None)
+    assert "speculative_config" not in imitation().llm.settings
+    drafts = imitation(speculate="ngram").llm.settings["speculative_config"]
+    assert drafts == draft_arguments("ngram")["speculative_config"]
 
 
 def test_a_vllm_without_the_batch_invariant_mode_is_refused(imitation, monkeypatch):

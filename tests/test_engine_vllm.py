@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from drgrpo import pack, parity
+from drgrpo import engine_vllm, pack, parity
 from drgrpo.config import RECIPES
 from drgrpo.engine import make_engine
+from drgrpo.engine_vllm import DRAFT_BATCH
 from drgrpo.model import Objective, load_policy
 from drgrpo.parity import ParityError
 from drgrpo.types import BLANK, Completion, Request, Sampling
@@ -70,9 +71,13 @@ def tied(group, random_model, tokenizer):
 def untied(group, tokenizer, tmp_path_factory):
     """Llama with an LM head of its own."""
     path = tmp_path_factory.mktemp("models") / "llama"
+    write_llama(path, tokenizer, vocab_size=260, eos_token_id=256, pad_token_id=257)
+    return with_its_model(str(path), tokenizer)
+
+
+def write_llama(path, tokenizer, **ids) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=260,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -81,13 +86,11 @@ def untied(group, tokenizer, tmp_path_factory):
         tie_word_embeddings=False,
         initializer_range=0.08,
         max_position_embeddings=512,
-        eos_token_id=256,
         bos_token_id=None,
-        pad_token_id=257,
+        **ids,
     )
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return with_its_model(str(path), tokenizer)
 
 
 @pytest.fixture(params=["tied", "untied"])
@@ -108,10 +111,10 @@ def sampling(**changes) -> Sampling:
 
 
 @torch.no_grad()
-def gap(engine, model, temperature: float = 1.0) -> float:
+def gap(engine, model, temperature: float = 1.0, batch=None, **changes) -> float:
     """Largest |sampler's log-prob - model's log-prob| over fresh samples."""
-    largest, batch = 0.0, requests()
-    completions = engine.generate(batch, sampling(temperature=temperature))
+    largest, batch = 0.0, batch or requests()
+    completions = engine.generate(batch, sampling(temperature=temperature, **changes))
     for request, completion in zip(batch, completions, strict=True):
         prompt, response = request.prompt_ids, completion.token_ids
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
@@ -397,6 +400,155 @@ def test_a_layer_that_never_came_exceeds_the_limit_of_16_bits(
     engine.sync((name, weight) for name, weight in weights if left_out not in name)
     with pytest.raises(ParityError):
         check_parity(engine, policy)
+
+
+# ---- drafts. vLLM's CPU build spreads temperatures wrongly over drafted tokens. With that one
+# function repaired its scheduler, sampler and outputs are tested. A GPU's kernels are tested in
+# test_vllm_arguments.py.
+
+needs_numba = pytest.mark.skipif(
+    importlib.util.find_spec("numba") is None, reason="vLLM's n-gram search on a CPU needs numba"
+)
+BOUND = 6.0  # standard deviations; by chance one of five exceeds it once in 1e8 tests
+TOKENS, LONG = 4, 48
+
+
+def test_vllms_cpu_build_still_cannot_be_given_drafts(tied):
+    """When this fails, `drgrpo.engine.check_drafts` may let a CPU pass."""
+    from vllm.utils.cpu_triton_utils import _expand_kernel_impl
+
+    temperature_N = torch.full((3,), -1.0)
+    ends = torch.tensor([2, 3], dtype=torch.int32)
+    _expand_kernel_impl(temperature_N, torch.tensor([0.7, 1.0]), ends, 0, 1)
+    assert temperature_N.tolist() == [-1.0] * 3
+
+
+def expand(x_R, ends_R, count: int, replace_from: int = 0, replace_to: int = 0):
+    """A repaired `expand_batch_to_tokens`: each request's value for each of its drafted tokens."""
+    x_R = torch.where(x_R == replace_from, replace_to, x_R)
+    return x_R.repeat_interleave(torch.diff(ends_R, prepend=ends_R.new_zeros(1)))
+
+
+@pytest.fixture(scope="module")
+def drafting(group, tokenizer, tmp_path_factory):
+    """An engine with drafts and its model, of a vocabulary so small that drafts are often right."""
+    from vllm.v1.sample import rejection_sampler
+
+    given = engine_vllm.draft_arguments("ngram")
+    given["speculative_config"]["method"] = "ngram"  # the search that works without a GPU
+    path = str(tmp_path_factory.mktemp("models") / "small")
+    write_llama(path, tokenizer, vocab_size=TOKENS, eos_token_id=None)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_vllm, "draft_arguments", lambda speculate: given)
+        patch.setattr(rejection_sampler, "expand_batch_to_tokens", expand)
+        engine = build(path, tokenizer)
+        engine.sync(model.state_dict().items())
+        yield engine, model
+
+
+def in_a_small_vocabulary(count: int, seed: int = 0) -> list[Request]:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(TOKENS, (count, 60), generator=generator).tolist()
+    return [Request(prompt, seed=1000 * seed + i) for i, prompt in enumerate(prompts)]
+
+
+def successor(tokens: list[int]) -> int:
+    """What followed the earlier place of the last three tokens, or a token that is none."""
+    for end in range(3, len(tokens)):
+        if tokens[end - 3 : end] == tokens[-3:]:
+            return tokens[end]
+    return TOKENS
+
+
+@torch.no_grad()
+def deviations(engine, model, temperature: float, batches: int = 8) -> torch.Tensor:
+    """By how many standard deviations each token, and the successor of a match, was sampled more
+    often than the model's probabilities say. [TOKENS + 1]
+
+    Given the tokens before it, a token's expected count is its probability."""
+    excess, variance = torch.zeros(TOKENS + 1), torch.zeros(TOKENS + 1)
+    for seed in range(batches):
+        batch = in_a_small_vocabulary(16, seed)
+        settings = sampling(max_new_tokens=LONG, stop_token_ids=(), temperature=temperature)
+        for request, completion in zip(batch, engine.generate(batch, settings), strict=True):
+            tokens, start = request.prompt_ids + completion.token_ids, len(request.prompt_ids)
+            logits_LV = model(torch.tensor([tokens])).logits[0, start - 1 : -1]
+            prob_LV = torch.softmax(logits_LV / temperature, -1)
+            prob_LV = torch.cat([prob_LV, torch.zeros(LONG, 1)], 1)  # where nothing matches
+            guess_L = torch.tensor([successor(tokens[:i]) for i in range(start, len(tokens))])
+            sampled_L = torch.tensor(completion.token_ids)
+            prob_LC = torch.cat([prob_LV[:, :TOKENS], prob_LV.gather(1, guess_L[:, None])], 1)
+            hit_LC = torch.cat([torch.arange(TOKENS).expand(LONG, -1), guess_L[:, None]], 1)
+            excess += ((hit_LC == sampled_L[:, None]).float() - prob_LC).sum(0)
+            variance += (prob_LC * (1 - prob_LC)).sum(0)
+    return excess / variance.sqrt()
+
+
+@needs_numba
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_drafts_leave_the_distribution_and_its_log_probs_alone(drafting, temperature):
+    engine, model = drafting
+    assert deviations(engine, model, temperature).abs().max() < BOUND
+    batch = in_a_small_vocabulary(12)
+    settings = {"max_new_tokens": LONG, "stop_token_ids": ()}
+    assert gap(engine, model, temperature, batch, **settings) < MAX_GAP
+
+
+@needs_numba
+@pytest.mark.parametrize("mistake", ["all accepted", "rejected and drawn again", "not repaired"])
+def test_a_wrong_verification_would_show(drafting, monkeypatch, mistake):
+    from vllm.v1.sample import rejection_sampler
+
+    def accept_all(count, *args):
+        return torch.zeros(count, dtype=torch.float64)
+
+    def draw_again(longest, counts, ends, drafts, draft_probs, prob_NV, *args):
+        return torch.multinomial(prob_NV, 1)[:, 0].to(drafts.dtype)
+
+    def leave(x_R, ends_R, count, **changes):
+        return torch.full((count,), 1e-3)
+
+    name, wrong = {
+        "all accepted": ("generate_uniform_probs", accept_all),
+        "rejected and drawn again": ("sample_recovered_tokens", draw_again),
+        "not repaired": ("expand_batch_to_tokens", leave),
+    }[mistake]
+    monkeypatch.setattr(rejection_sampler, name, wrong)
+    assert deviations(*drafting, temperature=1.0, batches=4).abs().max() > BOUND
+
+
+@needs_numba
+def test_only_the_last_sequences_of_a_batch_get_drafts(drafting, monkeypatch):
+    engine, _ = drafting
+    steps = []
+    step = engine.llm.llm_engine.step
+    monkeypatch.setattr(engine.llm.llm_engine, "step", lambda: steps.append(1) or step())
+    settings = sampling(max_new_tokens=LONG, stop_token_ids=())
+    counts = {}
+    for sequences in (DRAFT_BATCH, DRAFT_BATCH + 1):
+        steps.clear()
+        engine.generate(in_a_small_vocabulary(sequences), settings)
+        counts[sequences] = len(steps)
+    assert counts[DRAFT_BATCH] < LONG <= counts[DRAFT_BATCH + 1]
+
+
+@needs_numba
+def test_a_stop_token_inside_a_draft_ends_the_response(drafting):
+    engine, _ = drafting
+    settings = sampling(max_new_tokens=LONG, stop_token_ids=(2,))
+    batch = in_a_small_vocabulary(16)
+    for completion in engine.generate(batch, settings):
+        assert completion.token_ids.index(2) == len(completion.token_ids) - 1
+        assert completion.finished and len(completion.logprobs) == len(completion.token_ids)
+
+
+@needs_numba
+def test_with_drafts_a_batch_is_sampled_alike_twice(drafting):
+    engine, _ = drafting
+    settings = sampling(max_new_tokens=LONG, stop_token_ids=())
+    one, other = (engine.generate(in_a_small_vocabulary(8), settings) for _ in range(2))
+    assert [c.token_ids for c in one] == [c.token_ids for c in other]
 
 
 # ---- the parity gate, in training: a sampler that is wrong in one thing stops the run before the

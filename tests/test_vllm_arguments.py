@@ -14,7 +14,14 @@ import torch
 from transformers import Qwen2Config
 
 import vllm_card
-from drgrpo.engine_vllm import llm_arguments
+from bench.experiments.drafts import Match, Text
+from drgrpo.engine_vllm import (
+    DRAFT_BATCH,
+    DRAFT_MATCH,
+    DRAFT_TOKENS,
+    draft_arguments,
+    llm_arguments,
+)
 from drgrpo.types import MAX_BATCHED_TOKENS, Request, Sampling
 
 missing = importlib.util.find_spec("vllm") is None
@@ -66,6 +73,12 @@ def card():
 @pytest.fixture(scope="module")
 def batch_invariant_card():
     with child(batch_invariant=True) as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def interpreting_card():
+    with child(batch_invariant=False, interpreted=True) as call:
         yield call
 
 
@@ -171,6 +184,59 @@ def test_vllm_checks_the_options_of_the_command_line(card, model):
         assert card(vllm_card.refusal, arguments(model) | {name: value}) == ""
     assert card(vllm_card.refusal, arguments(model) | {"kv_cache_dtype": "fp7"})
     assert "kv_cache" in card(vllm_card.refusal, arguments(model) | {"kv_cache": "fp8"})
+
+
+# ---- drafts
+
+
+def test_drafts_keep_vllms_fast_paths_and_come_for_small_batches_only(card, model):
+    assert card(vllm_card.read, arguments(model))["drafts"] == []
+    for changes in ({}, {"world": 1}, {"tp": 2}):
+        config = card(vllm_card.read, arguments(model, **changes) | draft_arguments("ngram"))
+        assert config["v2_runner"] and config["async_scheduling"]
+        small, large = config["drafts"][1 : DRAFT_BATCH + 1], config["drafts"][DRAFT_BATCH + 1 :]
+        assert set(small) == {DRAFT_TOKENS} and set(large) == {0}
+        assert len(small) == DRAFT_BATCH and len(large) == 256 - DRAFT_BATCH
+
+
+def test_vllm_refuses_drafts_under_another_name(card, model):
+    given = arguments(model) | draft_arguments("ngram")
+    drafts = given["speculative_config"]
+    assert "num_speculative_tokens" in drafts
+    for name in drafts:
+        changed = {"speculative_config": vllm_card.rename(drafts, name)}
+        assert name in card(vllm_card.refusal, given | changed)
+
+
+def test_a_gpus_draft_is_what_followed_the_longest_match(interpreting_card):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, (20, 60), generator=generator).tolist()
+    drafts = interpreting_card(vllm_card.drafted, rows, DRAFT_TOKENS, *DRAFT_MATCH)
+    found = [Text(row, Match(*DRAFT_MATCH, DRAFT_TOKENS)).draft([]) for row in rows]
+    filled = [guess + [row[-1]] * DRAFT_TOKENS for guess, row in zip(found, rows, strict=True)]
+    assert drafts == [guess[:DRAFT_TOKENS] for guess in filled]
+    assert sum(map(bool, found)) > 10
+
+
+def test_a_gpus_verification_keeps_the_distribution_and_its_log_probs(interpreting_card):
+    """By less than six standard deviations, for every token at every place. The first draft is
+    likely, and the second unlikely. A seed gives the same tokens twice."""
+    count = 300
+    logits_KV = torch.tensor([[2.0, 0.5, 0.0, -1.0], [0.0, 1.0, 0.5, 0.2], [1.0, 0.0, -1.0, 0.5]])
+    seeds = torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(0))
+    samples = interpreting_card(vllm_card.verified, logits_KV, [0, 3], seeds)
+    logprob_KV = logits_KV.log_softmax(-1)
+    seen_KV, chances_K = torch.zeros_like(logits_KV), torch.zeros(len(logits_KV))
+    for tokens, logprobs in samples:
+        for k, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+            assert logprob == pytest.approx(logprob_KV[k, token].item(), abs=1e-5)
+            seen_KV[k, token] += 1
+            chances_K[k] += 1
+    prob_KV, chances_K1 = logprob_KV.exp(), chances_K[:, None]
+    sigma_KV = (chances_K1 * prob_KV * (1 - prob_KV)).sqrt()
+    assert ((seen_KV - chances_K1 * prob_KV).abs() < 6 * sigma_KV).all()
+    assert chances_K.min() > 10
+    assert samples[:5] == interpreting_card(vllm_card.verified, logits_KV, [0, 3], seeds[:5])
 
 
 @pytest.mark.parametrize("stop", [(), ("</answer>",)])

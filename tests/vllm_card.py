@@ -106,7 +106,22 @@ def read(arguments: dict) -> dict:
         "async_scheduling": scheduler.async_scheduling,
         "prefix_caching": cache.enable_prefix_caching,
         "device": str(config.device_config.device),
+        "drafts": drafts_by_batch(config),
     }
+
+
+def drafts_by_batch(config) -> list[int]:
+    """Drafted tokens by the number of sequences in a step, as vLLM's scheduler looks them up."""
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+    drafts = config.speculative_config
+    if drafts is None:
+        return []
+    return build_dynamic_sd_schedule_lookup(
+        drafts.num_speculative_tokens_per_batch_size,
+        config.scheduler_config.max_num_seqs,
+        config.num_speculative_tokens,
+    )
 
 
 def refusal(arguments: dict) -> str:
@@ -226,6 +241,64 @@ def second_engine() -> list[str]:
     answers.append(load())
     allocator.pointer_to_data.clear()
     return [*answers, load()]
+
+
+# ---- drafts on a GPU: vLLM's own kernels in Triton's interpreter
+
+
+def drafted(tokens: list[list[int]], length: int, shortest: int, longest: int) -> list[list[int]]:
+    """The draft of every sequence, of `length` tokens."""
+    from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
+
+    count, room = len(tokens), max(map(len, tokens)) + length
+    ids = torch.tensor([row + [0] * (room - len(row)) for row in tokens], dtype=torch.int32)
+    state = SimpleNamespace(
+        all_token_ids=SimpleNamespace(gpu=ids),
+        total_len=SimpleNamespace(gpu=torch.tensor([len(row) for row in tokens])),
+    )
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens=length, prompt_lookup_min=shortest, prompt_lookup_max=longest
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=count),
+        model_config=SimpleNamespace(max_model_len=room),
+    )
+    speculator = NgramGPUSpeculator(config, torch.device("cpu"), state)
+    batch = SimpleNamespace(num_reqs=count, idx_mapping=torch.arange(count))
+    last = torch.tensor([row[-1] for row in tokens])
+    unused = (
+        *("attn_metadata", "slot_mappings", "last_hidden_states", "aux_hidden_states"),
+        *("num_rejected", "next_prefill_tokens", "temperature", "seeds"),
+    )
+    ones = torch.ones(count, dtype=torch.int32)
+    return speculator.propose(
+        batch, num_sampled=ones, last_sampled=last, **dict.fromkeys(unused)
+    ).tolist()
+
+
+def verified(logits_KV, draft: list[int], seeds) -> list[tuple[list[int], list[float]]]:
+    """Tokens that vLLM's verification samples with each seed, and their log-probs. `logits_KV` has
+    a row for each drafted token and one for the token after them."""
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
+
+    rows, count = len(logits_KV), len(seeds)
+    index = torch.arange(count, dtype=torch.int32)
+    place = torch.arange(rows, dtype=torch.int32).repeat(count)
+    logits = logits_KV.repeat(count, 1)
+    ends = torch.arange(0, rows * count + 1, rows, dtype=torch.int32)
+    sampled, counts = rejection_sample(
+        *(logits, None, torch.tensor([0, *draft]).repeat(count), ends, 100 + place.long(), index),
+        *(index.repeat_interleave(rows), place, torch.ones(count), seeds, len(draft)),
+    )
+    sampler = SimpleNamespace(logprobs_mode="processed_logprobs")
+    this = SimpleNamespace(sampler=sampler, enable_adaptive_verification=False)
+    arguments = (sampled, counts, logits, ends, ends.numpy(), 0)
+    logprobs = RejectionSampler._get_logprobs_tensors(this, *arguments).logprobs[:, 0]
+    return [
+        (sampled[i, :n].tolist(), logprobs[rows * i : rows * i + n].tolist())
+        for i, n in enumerate(counts.tolist())
+    ]
 
 
 CONSTANTS = {

@@ -75,6 +75,8 @@ class EvalConfig:
     """vLLM's KV cache per process; 0: what 0.9 of the GPU leaves, or 0.25 without a GPU"""
     batch_invariant: bool = False
     """vLLM on a GPU: answers do not depend on their batch, not even by rounding; slower"""
+    speculate: Literal["none", "ngram"] = "none"
+    """ngram: vLLM on a GPU drafts the last answers from the text so far, as train.py --speculate"""
     vllm: str = ""
     """further arguments of vLLM's LLM(...) as JSON, such as {"enforce_eager": true}"""
 
