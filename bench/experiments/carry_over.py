@@ -3,9 +3,13 @@
     python -m bench.experiments.carry_over     # 12 runs on a quiet core
     python -m bench.experiments.carry_over --seeds 2 --steps 40
 
-No result yet. Every run is a `train.py` of its own on the `tiny` recipe, with `--carry-over` 0,
-0.15 and 0.3. Runs of one seed share the warmed-up model and the order of the data. All of them
-train on equally many responses. Finished runs are not run again.
+Result with five seeds: 0.15 and 0.3 cost 2.5 and 3.6 points of accuracy after as many responses,
+with intervals off zero. The machine was not quiet, so that times do not count. docs/carry_over.md
+has the table.
+
+Every run is a `train.py` of its own on the `tiny` recipe, with `--carry-over` 0, 0.15 and 0.3. Runs
+of one seed share the warmed-up model and the order of the data. All of them train on equally many
+responses. Finished runs are not run again.
 
 What is compared, paired by seed, with 95 % t-intervals:
 
