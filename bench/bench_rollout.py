@@ -56,7 +56,7 @@ from bench.shapes import SHAPES, model_config
 from drgrpo import distributed, engine_vllm, pack, parity
 from drgrpo.config import RECIPES, Config
 from drgrpo.engine import Engine, make_engine
-from drgrpo.model import Objective, Policy, load_policy
+from drgrpo.model import Objective, Policy, load_policy, resolve_logits
 from drgrpo.run.memory import GIB, make_ledger
 from drgrpo.tiny.tokenizer import byte_tokenizer
 from drgrpo.tiny.warmup import Warmup, build_tiny_model
@@ -290,7 +290,8 @@ def measure(name: str, folder: str, device, size, row: dict, save: Callable) -> 
     (count, budget, prompt), build, on_gpu = size, BUILDS[name], device.type == "cuda"
     is_vllm, type_name = build.engine == "vllm", row["dtype"]
     dtype = getattr(torch, type_name)
-    policy = load_policy(folder, Objective(), dtype=dtype, device=device)
+    objective = Objective(logits_dtype=resolve_logits("auto", dtype, device))
+    policy = load_policy(folder, objective, dtype=dtype, device=device)
     vocabulary = policy.lm.config.vocab_size
     sampling = make_sampling(budget, vocabulary)
     fresh = make_requests(min(count, 64), prompt, vocabulary, 3)

@@ -72,6 +72,7 @@ from drgrpo.model import (
     load_policy,
     make_policy,
     recompute_activations,
+    resolve_logits,
 )
 from drgrpo.rollout import Sampler, tokenize
 from drgrpo.run.files import read_jsonl
@@ -437,7 +438,8 @@ def build_policy(model: str, layers: int, dtype: torch.dtype, device: torch.devi
         lm = AutoModelForCausalLM.from_config(
             lm_config(model, layers), dtype=torch.float32, attn_implementation=attention
         )
-    return make_policy(lm, Objective(), dtype=dtype, device=device)
+    objective = Objective(logits_dtype=resolve_logits("auto", dtype, device))
+    return make_policy(lm, objective, dtype=dtype, device=device)
 
 
 def needed_bytes(model: str, layers: int, config: Config) -> float:

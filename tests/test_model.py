@@ -216,12 +216,12 @@ def test_every_number_of_the_objective_reaches_the_loss(random_model):
 
 def test_shifted_logits_are_for_16_bits_on_a_gpu():
     cuda = torch.device("cuda")
-    assert resolve_logits("auto", "bfloat16", cuda) == "shifted"
-    assert resolve_logits("auto", "float16", cuda) == "shifted"
-    assert resolve_logits("auto", "float32", cuda) == torch.float32
-    assert resolve_logits("auto", "bfloat16", CPU) == torch.float32
-    assert resolve_logits("shifted", "bfloat16", CPU) == "shifted"
-    assert resolve_logits("float32", "bfloat16", cuda) == torch.float32
+    assert resolve_logits("auto", torch.bfloat16, cuda) == "shifted"
+    assert resolve_logits("auto", torch.float16, cuda) == "shifted"
+    assert resolve_logits("auto", torch.float32, cuda) == torch.float32
+    assert resolve_logits("auto", torch.bfloat16, CPU) == torch.float32
+    assert resolve_logits("shifted", torch.bfloat16, CPU) == "shifted"
+    assert resolve_logits("float32", torch.bfloat16, cuda) == torch.float32
 
 
 def test_all_log_probs_of_a_policy_have_the_logits_of_its_objective(random_model, group_of_one):

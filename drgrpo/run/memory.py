@@ -245,7 +245,7 @@ def logits_bytes(
     cuda = torch.device("cuda")
     sizes = sizes_on(cuda, gpu_bytes)
     chunk = min(default_chunk_tokens(responses, lm.hidden_size, lm.vocab_size, sizes), responses)
-    if resolve_logits(config.logits, config.dtype, cuda) == "shifted":
+    if resolve_logits(config.logits, getattr(torch, config.dtype), cuda) == "shifted":
         return config_bytes(config) * (chunk + lm.hidden_size) * lm.vocab_size
     return 4 * chunk * lm.vocab_size
 
