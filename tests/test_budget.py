@@ -272,7 +272,7 @@ def test_what_a_step_leaves_unfinished_the_next_one_continues(monkeypatch):
     monkeypatch.setattr(
         simulator, "drain", lambda queue, *rest: started.append(len(queue)) or drain(queue, *rest)
     )
-    s = replace(recipe("oat_zero_7b"), eval_every=0)
+    s = replace(recipe("oat_zero_7b"), eval_every=0, tp=1)
     carried = simulate(replace(s, carry=0.2), 3)
     # 32 of 160 are a fifth; 4 steps come before those that count
     assert started == [128] * 8 + [160] * 6 * 8
@@ -280,7 +280,7 @@ def test_what_a_step_leaves_unfinished_the_next_one_continues(monkeypatch):
 
 
 def test_one_evaluation_call_has_one_tail():
-    s = replace(recipe("oat_zero_7b"), steps=32, eval_every=16)
+    s = replace(recipe("oat_zero_7b"), steps=32, eval_every=16, tp=1)
     five, one = (simulate(replace(s, one_eval=o)).phases["eval"] for o in (False, True))
     assert 3 < five / one < 5
 

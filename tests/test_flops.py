@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen3Config
 from drgrpo.config import Config
 from drgrpo.lora import Adapter
 from drgrpo.model import Objective, load_policy
-from drgrpo.pack import pack
+from drgrpo.pack import Sequence, pack
 from drgrpo.run import flops
 from drgrpo.types import Completion, Problem, Rollout
 
@@ -25,7 +25,7 @@ def policy(random_model):
 
 def test_matmuls_of_blocks_and_head(policy):
     lengths = [(30, 20), (5, 9)]
-    batch = pack([([1] * p, [2] * r, [-1.0] * r, 1.0) for p, r in lengths])
+    batch = pack([Sequence([1] * p, [2] * r, [-1.0] * r, 1.0) for p, r in lengths])
     with FlopCounterMode(display=False) as counter:
         policy.loss(batch, scale=1.0)[0].backward()
     counts = counter.get_flop_counts()["Global"]
@@ -45,7 +45,7 @@ def test_a_frozen_weight_has_no_product_for_its_gradient(random_model):
     policy = load_policy(
         random_model, Objective(), dtype=torch.float32, device=CPU, adapter=adapter
     )
-    batch = pack([([1] * 30, [2] * 40, [-1.0] * 40, 1.0)])
+    batch = pack([Sequence([1] * 30, [2] * 40, [-1.0] * 40, 1.0)])
     with FlopCounterMode(display=False) as counter:
         policy.loss(batch, scale=1.0)[0].backward()
     counts = counter.get_flop_counts()["Global"]
