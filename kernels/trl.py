@@ -55,10 +55,12 @@ from trl.trainer import utils  # noqa: E402
 
 
 class _Hook:
-    """Stands in for TRL's function from its creation on, or inside a `with`."""
+    """Stands in for TRL's function from its creation on, or inside a `with`. `head` takes hidden
+    [N, D], weight [V, D], target [N] and the temperature, and returns log-probs and entropies [N],
+    None for entropies that nobody reads."""
 
-    def __init__(self, apply: Callable[..., tuple]) -> None:
-        self.apply = apply
+    def __init__(self, head: Callable[[Tensor, Tensor, Tensor, float], tuple]) -> None:
+        self.head = head
         self._before = utils._ChunkedLogProbFunction
         utils._ChunkedLogProbFunction = self
 
@@ -67,6 +69,22 @@ class _Hook:
 
     def __exit__(self, *_: object) -> None:
         utils._ChunkedLogProbFunction = self._before
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = (),
+    ) -> tuple:
+        """TRL's call."""
+        check_head(bias, softcap, logit_scale, outputs)
+        return *self.head(hidden, weight, target, temperature), None, None, None
 
 
 def use_fused_head(logits_dtype: torch.dtype | Literal["shifted"] = torch.float32) -> _Hook:
@@ -79,22 +97,10 @@ def use_fused_head(logits_dtype: torch.dtype | Literal["shifted"] = torch.float3
     A model whose head has a bias, a soft-cap or a scale raises ValueError in its first forward
     pass. The entropy has no gradient: `entropy_coef` raises RuntimeError in the backward pass."""
 
-    def apply(
-        hidden: Tensor,  # [N, D]
-        weight: Tensor,  # [V, D]
-        bias: Tensor | None,
-        target: Tensor,  # [N]
-        temperature: float,
-        chunk_size: int,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = (),
-    ) -> tuple:
-        check_head(bias, softcap, logit_scale, outputs)
-        logprob, entropy = _LogProb.apply(hidden, weight, target, temperature, logits_dtype)
-        return logprob, entropy, None, None, None
+    def head(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple:
+        return _LogProb.apply(hidden, weight, target, temperature, logits_dtype)
 
-    return _Hook(apply)
+    return _Hook(head)
 
 
 def check_head(
@@ -235,7 +241,7 @@ class DrGRPOTrainer(GRPOTrainer):
         )
         tokens = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attended = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        with _Hook(head.apply):
+        with _Hook(head):
             loss_BL, *_ = super()._get_per_token_logps_and_entropies(
                 model, tokens, attended, scored_BL.shape[1]
             )
@@ -296,19 +302,9 @@ class _OnePass:
             "ref_logprob": inputs.get("ref_per_token_logps"),
         }
 
-    def apply(
-        self,
-        hidden: Tensor,  # [N, D]
-        weight: Tensor,  # [V, D]
-        bias: Tensor | None,
-        target: Tensor,  # [N]
-        temperature: float,
-        chunk_size: int,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = (),
-    ) -> tuple:
-        check_head(bias, softcap, logit_scale, outputs)
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float
+    ) -> tuple[Tensor, None]:
         # TRL gives the scored positions on devices with Triton, and all of them elsewhere.
         is_all = len(target) == self.scored.numel()
         chosen_N = self.chosen.flatten() if is_all else self.chosen[self.scored]
@@ -323,4 +319,4 @@ class _OnePass:
             temperature=temperature,
             **self.options,
         )
-        return loss.expand(len(target)), None, None, None, None
+        return loss.expand(len(target)), None
