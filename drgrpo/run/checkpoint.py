@@ -84,7 +84,7 @@ def carry_over(config: Config, step: int, problems: list[Problem]) -> CarryOver:
     """What the checkpoint of `step` holds of responses that go on. Every process reads all of it,
     so that any number of processes can go on with it. Nothing if there is no such checkpoint."""
     carry = CarryOver(config.carry_over, config.carry_steps, config.steps)
-    path = partial_path(config, step).with_suffix("") / "pending.jsonl"
+    path = final_path(config, step) / "pending.jsonl"
     if path.exists():
         by_id = {problem.id: problem for problem in problems}
         carry.pending = [from_row(row, by_id) for row in read_jsonl(path)]
@@ -172,7 +172,7 @@ def write(
 def commit(config: Config, step: int) -> None:
     """Give the checkpoint of `step` its final name, which makes it count, link it, and delete the
     oldest. For rank 0, once the step's records are on disk."""
-    final = partial_path(config, step).with_suffix("")
+    final = final_path(config, step)
     shutil.rmtree(final, ignore_errors=True)  # a damaged one, or this step would not run again
     partial_path(config, step).rename(final)
     replace_symlink(final.parent / "latest", final.name)
@@ -182,8 +182,12 @@ def commit(config: Config, step: int) -> None:
         shutil.rmtree(old)
 
 
+def final_path(config: Config, step: int) -> Path:
+    return config.folder / "checkpoints" / f"step-{step:06d}"
+
+
 def partial_path(config: Config, step: int) -> Path:
-    return config.folder / "checkpoints" / f"step-{step:06d}.partial"
+    return final_path(config, step).with_suffix(".partial")
 
 
 def replace_symlink(link: Path, target: str) -> None:
