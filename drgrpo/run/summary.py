@@ -21,10 +21,11 @@ def start(
     """Print what runs where, and what "auto" stands for here."""
     attention = resolve_attention(config.attention, device, getattr(torch, config.dtype))
     kernel = resolve_backend(config.kernel, device)
+    logits = str(policy.objective.logits_dtype).removeprefix("torch.")
     log.say(
         f"{ledger}\nruns on: {dist.get_world_size()} x {device.type}, {config.dtype}; engine "
-        f"{engine}, attention {attention}, kernel {kernel}; torch {torch.__version__}; "
-        f"{policy.lm.num_parameters():,} parameters"
+        f"{engine}, attention {attention}, kernel {kernel} on {logits} logits; torch "
+        f"{torch.__version__}; {policy.lm.num_parameters():,} parameters"
     )
 
 
