@@ -50,14 +50,10 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import RESULTS, interleaved, markdown, peak_memory, provenance, quantiles
+from bench.static_report import SHAPES
 from drgrpo.kernels import linear_drgrpo as head
 
-MODELS = {
-    "7B": (3584, 152_064),  # Qwen2.5
-    "1.5B": (1536, 151_936),
-    "tiny": (64, 260),
-    "small": (256, 8192),
-}
+MODELS = SHAPES | {"tiny": (64, 260), "small": (256, 8192)}
 DEFAULTS = {
     "cuda": (["7B", "1.5B"], [2048, 4096, 16_384, 65_536]),
     "cpu": (["tiny", "small"], [1024, 4096]),

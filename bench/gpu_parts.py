@@ -30,6 +30,7 @@ from bench.harness import (
     run_limited,
     write_json,
 )
+from bench.static_report import SHAPES
 from drgrpo.kernels import linear_drgrpo as head
 from drgrpo.run.files import read_jsonl
 from drgrpo.run.flops import peak_flops
@@ -86,7 +87,7 @@ def pieces(work: Path, rehearse: bool) -> dict:
     the vocabulary that is then summed, and as it is where cuBLAS has a large workspace. dW of one
     chunk: written, accumulated, and added by itself. The row pass, by type of the logits."""
     device, repeats = ("cpu", 1) if rehearse else ("cuda", 5)
-    models, tokens, chunk = {"7B": (3584, 152_064), "1.5B": (1536, 151_936)}, [4096, 6912], 8192
+    models, tokens, chunk = SHAPES, [4096, 6912], 8192
     if rehearse:
         models, tokens, chunk = {"tiny": (64, 258)}, [], 128
     elif torch.cuda.get_device_properties(0).total_memory > 40e9:

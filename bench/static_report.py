@@ -230,7 +230,7 @@ def inspect(variant: str, arch: int) -> Compiled:
 
 # ---- bytes and memory, which are facts too
 
-SHAPES = {"7B": (3584, 152_064), "1.5B": (1536, 151_936)}
+SHAPES = {"7B": (3584, 152_064), "1.5B": (1536, 151_936)}  # D, V of Qwen2.5
 TOKENS = 16_384
 
 
