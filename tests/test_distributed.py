@@ -190,6 +190,7 @@ from drgrpo.run.cli import hard_exit, user_errors
 from drgrpo.types import UserError
 with hard_exit(), user_errors():
     distributed.start()
+    distributed.any_rank(False)  # both have started
 {indent(body, "    ")}
 """
     with socket.socket() as s:

@@ -299,13 +299,13 @@ def test_attention_in_float32_does_not_round_to_tf32(card):
         assert all("tf32" in product for product in card(vllm_card.dot_products, dtype))
 
 
-def test_random_numbers_are_functions_of_seed_and_position():
+def test_random_numbers_are_functions_of_seed_and_position(interpreting_card):
     """So a response that was left open goes on with its request's seed."""
-    with child(batch_invariant=False, interpreted=True) as call:
-        whole = call(vllm_card.draws, 7, list(range(40, 60)))
-        assert whole[5:] == call(vllm_card.draws, 7, list(range(45, 60)))
-        assert len(set(whole)) > 10
-        assert call(vllm_card.draws, 8, list(range(40, 60))) != whole
-        # The position is that in prompt and response together.
-        source = call(vllm_card.source_of_sampler)
-        assert "pos = input_batch.positions[input_batch.logits_indices]" in source
+    call = interpreting_card
+    whole = call(vllm_card.draws, 7, list(range(40, 60)))
+    assert whole[5:] == call(vllm_card.draws, 7, list(range(45, 60)))
+    assert len(set(whole)) > 10
+    assert call(vllm_card.draws, 8, list(range(40, 60))) != whole
+    # The position is that in prompt and response together.
+    source = call(vllm_card.source_of_sampler)
+    assert "pos = input_batch.positions[input_batch.logits_indices]" in source
