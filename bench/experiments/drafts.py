@@ -9,11 +9,10 @@ longest match of the last tokens is looked up, and what followed it there is the
 token is right if it is the one that was sampled. Verification accepts it with the same probability.
 
 Result: of the tokens of `tiny` 1.5 % are right from the text itself, and 60 % from the previous
-epoch. For `asdiv_smol`, whose two policies were one step apart, it is 1.5 and 38 %. For sentences
-of SmolLM2-135M, sampled twice from one policy, it is 6 and 10 %.
+epoch. For `asdiv_smol`, whose two policies were one step apart, it is 1.5 and 38 %.
 
-A call puts one row into bench/results/drafts.json. Its rows come from commit e7e959f, and the third
-from 614628f on two cores of an AMD EPYC.
+A call puts one row into bench/results/drafts.json. Its rows come from commit e7e959f, on two cores
+of an AMD EPYC.
 """
 
 from collections import Counter
