@@ -1,6 +1,6 @@
 # make train   from an empty checkout to a finished `tiny` run in runs/tiny; ARGS="--seed 1" passes flags on
 # make real    word problems with a pretrained model of 135 M parameters, half an hour on a core, in runs/asdiv_smol
-# make check   lint, format, types and the fast tests, in two minutes
+# make check   lint, format, types and the fast tests, in three minutes
 # make test    everything that can be tested without a GPU
 # make study   GRPO's two terms one at a time, many seeds; an hour or two on two cores
 # make gpu     check and measure everything on this GPU, in ten minutes; ARGS=--rehearse needs no GPU

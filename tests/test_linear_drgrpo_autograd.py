@@ -279,6 +279,7 @@ def graphs_of(changing, monkeypatch):
     return counter.frame_count
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("changing", ["tokens", "scale"])
 def test_compile_makes_one_graph_for_all_token_counts_and_scales(

@@ -480,6 +480,7 @@ def test_another_seed_gives_another_run(base, warm_model, tmp_path):
     assert rows[0]["tokens"] != base[1][0]["tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("minibatches", [1, 8])
 def test_the_first_update_of_a_step_needs_no_pass_for_old_log_probs(
     warm_model, tmp_path, monkeypatch, minibatches
@@ -508,7 +509,7 @@ def test_the_first_update_of_a_step_needs_no_pass_for_old_log_probs(
         {"drop_zero_advantage": False},
         {"tokens_per_microbatch": 200},
         {"checkpointing": "full"},
-        {"sampler_batch": 7},
+        pytest.param({"sampler_batch": 7}, marks=pytest.mark.slow),
     ],
     ids=[
         "zero-advantage responses kept",
@@ -554,6 +555,7 @@ def test_the_other_algorithms_run_and_differ_in_the_update_only(base, warm_model
     assert rows[0]["grad_norm"] != pytest.approx(base[1][0]["grad_norm"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_kl_penalty_trains_every_response_and_holds_the_policy_back(base, warm_model, tmp_path):
     weak, strong = (
         run(small(warm_model, tmp_path / f"kl{coef}", kl_coef=coef, lr=3e-3, steps=4, eval_data=""))
