@@ -6,7 +6,8 @@
     python -m bench.experiments.budget --lengths FILE         # with the response lengths of a run
 
 Result: the simulator predicts 8.1 hours for `oat_zero_7b`, 6.7 for `oat_zero_7b_fast`, and 28 for a
-naive implementation. Eight published step times are 1.24 times what it predicts for them (0.81 to
+naive implementation. An engine of four GPUs saves time with 7 B parameters and costs time with
+1.5 B. Eight published step times are 1.24 times what it predicts for them (0.81 to
 1.91), which makes 10.0 hours of the 8.1. Three of the eight are of one system, NeMo-RL.
 
 bench/results/budget.json and budget.png come from two cores of an AMD EPYC.
@@ -19,6 +20,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, stdev
 
@@ -28,6 +30,7 @@ from bench.experiments.simulator import (
     GPUS,
     PERFECT_MACHINE,
     PHASES,
+    RECIPE_MODELS,
     Machine,
     Result,
     Setup,
@@ -425,6 +428,7 @@ def measure(run: Simulation) -> dict:
         hours = [run(ours.setup, changes).hours for changes in ends]
         sensitivities.append({"name": name, "hours": hours})
     machines = [measure_machine(run, *machine) for machine in MACHINES]
+    engines = [measure_engines(run, *pair) for pair in product(RECIPE_MODELS, ("A100-80", "H100"))]
     return {
         "validation": rows,
         "realism": real,
@@ -434,7 +438,16 @@ def measure(run: Simulation) -> dict:
         "stacks": named(stacks),
         "sensitivities": sensitivities,
         "machines": machines,
+        "engines": engines,
     }
+
+
+def measure_engines(run: Simulation, name: str, gpu: str) -> dict:
+    """Seconds of a step by the GPUs of an engine. Each has as many sequences in all cases."""
+    s, seconds = recipe(name, gpu=gpu), {}
+    for tp in (1, 2, 4):
+        seconds[str(tp)] = run(s, dict(tp=tp, slots=s.slots // s.tp * tp)).seconds
+    return {"name": f"{name}, 8 x {gpu}", "seconds": seconds}
 
 
 def measure_machine(run: Simulation, name: str, gpu: str, count: int, nodes: int) -> dict:
@@ -464,6 +477,7 @@ def text(result: dict) -> str:
         "The features on top of each other": stacks_text,
         f"Sensitivities of oat_zero_7b_fast, raw hours ({base:.1f} as assumed)": ends_text,
         "Other machines: as shipped; fast, in what fits": machines_text,
+        "GPUs of an engine (--tp), seconds per step as shipped": engines_text,
     }
     return "\n\n".join(f"## {title}\n\n{body(result)}" for title, body in sections.items())
 
@@ -541,6 +555,11 @@ def machines_text(result: dict) -> str:
         state = "sleeps" if row["sleeps"] else "stays"
         lines.append([row["name"], *shipped, *fast, row["fast"]["microbatch"], state])
     return markdown(heads, lines)
+
+
+def engines_text(result: dict) -> str:
+    rows = [[row["name"], *row["seconds"].values()] for row in result["engines"]]
+    return markdown(["", *result["engines"][0]["seconds"]], rows)
 
 
 def draw(result: dict, path: Path) -> None:

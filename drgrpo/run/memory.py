@@ -287,8 +287,9 @@ def engine_processes(config: Config, lm: PretrainedConfig, parameters: int, worl
 
     Most of a rollout is spent on an engine's last few sequences, whose tokens take as long as the
     weights take to be read. Processes that share an engine read a part each, and then add up what
-    they have over NVLink. `python -m bench.experiments.budget` predicts that this pays from 3 GB a
-    process on: for 7 B parameters and not for 1.5 B. An engine stays on one node."""
+    they have over NVLink. `python -m bench.experiments.budget` predicts that this pays for 7 B
+    parameters, with 3.8 GB a process, and not for 1.5 B, with 1.5 GB. The limit lies between. An
+    engine stays on one node."""
     if config.engine == "torch":
         return 1
     node = math.gcd(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
