@@ -121,9 +121,16 @@ def test_the_root_is_reduced_in_float32():
 def test_processes_share_an_engine_where_each_reads_enough_weights(
     monkeypatch, model, world, node, changes, tp
 ):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(node))
     assert draft(model, world=world, **{"tp": 0} | changes).tp == tp
     assert draft(model, world=world, gb=None, **{"tp": 0} | changes).tp == changes.get("tp", 1)
+
+
+def test_a_planned_run_knows_nothing_of_the_processes_that_plan_it(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert draft("7B", world=8, tp=0).tp == 4
 
 
 def test_a_reference_model_is_kept_and_its_root_stays_gathered():

@@ -438,7 +438,7 @@ def measure(run: Simulation) -> dict:
         "stacks": named(stacks),
         "sensitivities": sensitivities,
         "machines": machines,
-        "engines": engines,
+        "gpus_per_engine": engines,
     }
 
 
@@ -558,8 +558,8 @@ def machines_text(result: dict) -> str:
 
 
 def engines_text(result: dict) -> str:
-    rows = [[row["name"], *row["seconds"].values()] for row in result["engines"]]
-    return markdown(["", *result["engines"][0]["seconds"]], rows)
+    rows = [[row["name"], *row["seconds"].values()] for row in result["gpus_per_engine"]]
+    return markdown(["", *result["gpus_per_engine"][0]["seconds"]], rows)
 
 
 def draw(result: dict, path: Path) -> None:

@@ -289,10 +289,11 @@ def engine_processes(config: Config, lm: PretrainedConfig, parameters: int, worl
     weights take to be read. Processes that share an engine read a part each, and then add up what
     they have over NVLink. `python -m bench.experiments.budget` predicts that this pays for 7 B
     parameters, with 3.8 GB a process, and not for 1.5 B, with 1.5 GB. The limit lies between. An
-    engine stays on one node."""
+    engine stays on one node. A run that is only planned is one of a single node."""
     if config.engine == "torch":
         return 1
-    node = math.gcd(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    planned = os.environ.get("WORLD_SIZE") != str(world)
+    node = world if planned else math.gcd(world, int(os.environ["LOCAL_WORLD_SIZE"]))
     for tp in (4, 2):
         divides = node % tp == lm.num_attention_heads % tp == lm.num_key_value_heads % tp == 0
         if divides and config_bytes(config) * parameters / tp >= SMALLEST_PART:
