@@ -41,12 +41,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from drgrpo import distributed, pack, parity
-from drgrpo.advantage import group_advantage, token_weight
+from drgrpo.advantage import group_advantage, mismatch_weight, token_weight
 from drgrpo.engine import make_engine, stop_token_ids
 from drgrpo.evaluation.evaluate import evaluate_sets
 from drgrpo.grade import Grade, Grader
-from drgrpo.lora import Adapter, WithoutAdapter, reference_model
-from drgrpo.model import Policy, load_policy, load_tokenizer, make_objective
+from drgrpo.lora import Adapter, reference_model
+from drgrpo.model import Policy, Reference, load_policy, load_tokenizer, make_objective
 from drgrpo.rollout import Sampler, longest_prompt, tokenize_sets, with_grades
 from drgrpo.run import checkpoint, provenance, report, summary
 from drgrpo.run.dry_run import dry_run
@@ -131,7 +131,9 @@ def main(config: Config) -> None:
 
                 # 3. A response is compared with its group. Then responses are dealt to optimizer
                 #    steps, processes and micro-batches.
-                advantage_PG = group_advantage(reward_PG, config.algo)
+                finished = [rollout.completion.finished for rollout in rollouts]
+                finished_PG = torch.tensor(finished).view_as(reward_PG)
+                advantage_PG = group_advantage(reward_PG, finished_PG, config.algo)
                 plan = plan_updates(config, rollouts, advantage_PG, step, device)
 
             # 4. The ratio divides by log-probs from before the first update.
@@ -189,7 +191,7 @@ def reward(rollout: Rollout, grade: Grade) -> float:
 
 def load_policies(
     config: Config, path: str, device: torch.device
-) -> tuple[Policy, Policy | WithoutAdapter | None, torch.optim.Optimizer]:
+) -> tuple[Policy, Reference, torch.optim.Optimizer]:
     """The policy, the reference model of a KL penalty if there is one, and the optimizer."""
     load = partial(
         load_policy,
@@ -211,8 +213,8 @@ def load_policies(
 
 def plan_updates(
     config: Config, rollouts: list[Rollout], advantage_PG: Tensor, step: int, device: torch.device
-) -> list[list[Batch]]:
-    """This process's packed micro-batches of every optimizer step: [minibatches][micro-batches].
+) -> pack.Plan:
+    """This process's packed micro-batches of every optimizer step.
 
     Responses without advantage are skipped once every response has its optimizer step. Their
     gradient is exactly zero, so that skipping them changes time and memory only."""
@@ -230,20 +232,17 @@ def plan_updates(
     return plan
 
 
-def add_logprobs(
-    config: Config,
-    policy: Policy,
-    reference: Policy | WithoutAdapter | None,
-    plan: list[list[Batch]],
-) -> None:
+def add_logprobs(config: Config, policy: Policy, reference: Reference, plan: pack.Plan) -> None:
     """The denominator of the ratio: the sampler's log-probs, or the policy's before this step's
     updates (the paper). Without one the ratio is 1, as it is in the first update anyway."""
     for i, batches in enumerate(plan):
         for batch in batches:
             if config.old_logprob == "sampler":
                 batch.old_logprob_N = batch.sampler_logprob_N
-            elif config.old_logprob == "recompute" and i > 0:
+            elif config.old_logprob == "recompute" and (i > 0 or config.masks_mismatch):
                 batch.old_logprob_N = policy.logprob(batch)
+            if config.masks_mismatch:
+                batch.advantage_N *= mismatch_weight(batch, config.algo, config.tis_cap)
             if reference:
                 batch.ref_logprob_N = reference.logprob(batch)
 

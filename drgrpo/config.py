@@ -34,8 +34,26 @@ LORA_LR_FACTOR = 10
 "LoRA Without Regret" (Thinking Machines, 2025) finds the factor at alpha 32, for every rank, in RL
 too. oat's LoRA example has 5e-5 at rank 1, where full training has 1e-6."""
 
-TOKENS_WEIGHED = ("grpo", "grpo_length", "dapo")
-"""Objectives whose tokens do not all weigh the same: see `drgrpo.advantage.token_weight`."""
+TOKENS_WEIGHED = ("grpo", "grpo_length", "dapo", "lite_ppo", "cispo")
+"""Objectives that do not divide by a constant: see `drgrpo.advantage.token_weight`."""
+
+MASKS = ("icepop", "sequence_mask")
+"""Objectives that leave out tokens by trainer and sampler's difference: `mismatch_weight`."""
+
+Algo = Literal[
+    "drgrpo",
+    "grpo",
+    "grpo_length",
+    "grpo_std",
+    "rloo",
+    "dapo",
+    "lite_ppo",
+    "maxrl",
+    "cispo",
+    "icepop",
+    "sequence_mask",
+    "overlong_mask",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +142,8 @@ class Config:
     distribution, and no faster unless texts repeat themselves"""
 
     # algorithm
-    algo: Literal["drgrpo", "grpo", "grpo_length", "grpo_std", "rloo", "dapo"] = "drgrpo"
-    """objective; grpo_length and grpo_std are Dr. GRPO with one of GRPO's two divisions put back"""
+    algo: Algo = "drgrpo"
+    """objective, see docs/objectives.md; grpo_length and grpo_std put one division of GRPO back"""
     minibatches: int = 8
     """optimizer steps per rollout phase"""
     clip_low: float = 0.2
@@ -135,7 +153,7 @@ class Config:
     old_logprob: Literal["sampler", "recompute", "none"] = "recompute"
     """denominator of the ratio: log-probs of sampler or trainer (the paper), or none (ratio 1)"""
     tis_cap: float = 0.0
-    """truncated importance sampling: every token weighs min(old / sampler, tis_cap); 0: off"""
+    """every token weighs min(old / sampler, tis_cap), 0: off; the bound of icepop, sequence_mask"""
     kl_coef: float = 0.0
     """weight of a KL penalty (k3) to the initial policy; the paper has none"""
     drop_zero_advantage: bool = True
@@ -229,11 +247,29 @@ class Config:
                 "that were carried over are from older weights, and only the sampler's log-probs "
                 "correct for that; add --old-logprob sampler, or leave --carry-over out"
             )
+        self._check_algo()
+
+    def _check_algo(self) -> None:
         if self.kl_coef and self.algo in TOKENS_WEIGHED:
             raise UserError(
                 f"--kl-coef {self.kl_coef} with --algo {self.algo}: the penalty is divided by "
                 "B x max_new_tokens and this objective divides its tokens otherwise, so that the "
                 "penalty's weight would differ from yours; use drgrpo, grpo_std or rloo"
+            )
+        if self.masks_mismatch and self.old_logprob != "recompute":
+            raise UserError(
+                f"--algo {self.algo} compares log-probs of trainer and sampler, and --old-logprob "
+                f"{self.old_logprob} leaves the trainer's out; use --old-logprob recompute"
+            )
+        if self.masks_mismatch and self.tis_cap <= 1:
+            raise UserError(
+                f"--algo {self.algo} keeps ratios from 1 / --tis-cap to --tis-cap, and --tis-cap "
+                f"is {self.tis_cap:g}; use a value above 1, such as 5"
+            )
+        if self.algo == "cispo" and self.tis_cap:
+            raise UserError(
+                f"--tis-cap {self.tis_cap:g} with --algo cispo, whose own weight is already "
+                "min(ratio, 1 + clip_high); leave --tis-cap out"
             )
 
     def _check_numbers(self) -> None:
@@ -277,6 +313,11 @@ class Config:
     def drops_zero_advantage(self) -> bool:
         """exact only while nothing but the advantage gives a response a gradient"""
         return self.drop_zero_advantage and not self.kl_coef
+
+    @property
+    def masks_mismatch(self) -> bool:
+        """whether tokens are left out where trainer and sampler differ"""
+        return self.algo in MASKS
 
     @property
     def folder(self) -> Path:

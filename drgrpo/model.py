@@ -28,7 +28,14 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from drgrpo.kernels.linear_drgrpo import LogitsDtype, linear_drgrpo_loss, linear_logprob
-from drgrpo.lora import NO_ADAPTER, Adapter, add_adapter, merged_weights, target_layers
+from drgrpo.lora import (
+    NO_ADAPTER,
+    Adapter,
+    WithoutAdapter,
+    add_adapter,
+    merged_weights,
+    target_layers,
+)
 from drgrpo.types import Batch, UserError
 
 if TYPE_CHECKING:  # drgrpo.config imports the rehearsal, which needs this file
@@ -127,14 +134,17 @@ class Objective:
     temperature: float = 1.0
     kl_coef: float = 0.0
     logits_dtype: LogitsDtype = torch.float32
+    detached: bool = False
+    """CISPO: the clipped ratio is a constant weight, so that clipped tokens keep their gradient"""
 
 
 def make_objective(config: "Config", device: torch.device) -> Objective:
     """The objective that `config` names, with its logits on this device."""
-    tis_cap, dtype = config.tis_cap or None, getattr(torch, config.dtype)
+    dtype, detached = getattr(torch, config.dtype), config.algo == "cispo"
     logits = resolve_logits(config.logits, dtype, device)
     clip = config.clip_low, config.clip_high
-    return Objective(*clip, tis_cap, config.temperature, config.kl_coef, logits)
+    cap = None if config.masks_mismatch else config.tis_cap or None  # a mask is in the advantage
+    return Objective(*clip, cap, config.temperature, config.kl_coef, logits, detached)
 
 
 def resolve_logits(name: str, dtype: torch.dtype, device: torch.device) -> LogitsDtype:
@@ -172,18 +182,21 @@ class Policy(nn.Module):
         Without `batch.old_logprob_N` the ratio is 1. Without `batch.ref_logprob_N` there is no KL
         penalty."""
         hidden_ND, weight_VD = self._head_inputs(batch)
-        objective = self.objective
+        objective, old_N, cap = self.objective, batch.old_logprob_N, self.objective.tis_cap
+        behavior_N = batch.sampler_logprob_N if cap else None
+        if objective.detached and old_N is not None:  # a ratio of 1 whose constant weight is theirs
+            old_N, behavior_N, cap = None, old_N, 1 + objective.clip_high
         return linear_drgrpo_loss(
             hidden_ND,
             weight_VD,
             batch.target_N,
             batch.advantage_N,
-            old_logprob=batch.old_logprob_N,
-            sampler_logprob=batch.sampler_logprob_N if objective.tis_cap else None,
+            old_logprob=old_N,
+            sampler_logprob=behavior_N,
             ref_logprob=batch.ref_logprob_N,
             clip_low=objective.clip_low,
             clip_high=objective.clip_high,
-            tis_cap=objective.tis_cap,
+            tis_cap=cap,
             kl_coef=0.0 if batch.ref_logprob_N is None else objective.kl_coef,
             temperature=objective.temperature,
             scale=scale,
@@ -226,6 +239,10 @@ class Policy(nn.Module):
         Under FSDP2 this is a collective, so all ranks have to iterate. A tied `lm_head.weight`
         comes under its own name too, because vLLM needs it."""
         return merged_weights(self.lm.state_dict(), self.adapter, dtype)
+
+
+Reference = Policy | WithoutAdapter | None
+"""The initial policy, for a KL penalty. None without one."""
 
 
 def load_policy(

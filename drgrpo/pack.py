@@ -12,6 +12,9 @@ import torch
 
 from drgrpo.types import Batch, Rollout
 
+Plan = list[list[Batch]]
+"""One process's micro-batches of a step: [minibatches][micro-batches]."""
+
 
 class Sequence(NamedTuple):
     """A prompt and its response, ready to be packed."""

@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 
 from conftest import ROOT
-from drgrpo.advantage import DIVIDE_BY_LENGTH
-from drgrpo.config import MAY_CHANGE_ON_RESUME, RECIPES, TOKENS_WEIGHED, Config, parse_args
+from drgrpo.advantage import DIVIDE_BY_LENGTH, DIVIDE_BY_TOKENS
+from drgrpo.config import MASKS, MAY_CHANGE_ON_RESUME, RECIPES, TOKENS_WEIGHED, Config, parse_args
 from drgrpo.run.cli import field_docs
 from drgrpo.types import UserError
 
@@ -118,7 +118,23 @@ def test_a_kl_penalty_keeps_every_response():
 
 
 def test_the_kl_refusal_names_every_objective_that_weighs_tokens():
-    assert set(DIVIDE_BY_LENGTH) | {"dapo"} == set(TOKENS_WEIGHED)
+    assert {*DIVIDE_BY_LENGTH, *DIVIDE_BY_TOKENS} == set(TOKENS_WEIGHED)
+
+
+@pytest.mark.parametrize("algo", MASKS)
+def test_a_mask_needs_the_trainer_s_log_probs_and_a_bound(algo):
+    command = ["--recipe", "tiny", "--algo", algo, "--tis-cap", "5", "--old-logprob"]
+    assert parse_args([*command, "recompute"]).masks_mismatch
+    with pytest.raises(UserError, match=rf"--algo {algo} .* --old-logprob sampler leaves .*; use"):
+        parse_args([*command, "sampler"])
+    with pytest.raises(UserError, match=r"--tis-cap is 1; use a value above 1, such as 5"):
+        parse_args([*command, "recompute", "--tis-cap", "1"])
+
+
+def test_cispo_has_a_weight_of_its_own():
+    assert not parse_args(["--recipe", "tiny", "--algo", "cispo"]).masks_mismatch
+    with pytest.raises(UserError, match=r"--tis-cap 2 with --algo cispo, .*; leave --tis-cap out"):
+        parse_args(["--recipe", "tiny", "--algo", "cispo", "--tis-cap", "2"])
 
 
 def test_evaluations_and_checkpoints_fall_on_multiples_and_on_the_last_step():

@@ -24,6 +24,7 @@ UPDATE = Update(
     gap_sum=0.3,
     gap_max=0.2,
     clipped=1,
+    masked=1,
     ratio_max=1.3,
     kl_sum=0.6,
     loss=0.5,
@@ -47,7 +48,7 @@ def row_of(
     seconds = {"rollout": 2.0, "train": 0.5, "total": 4.0}
     timer = SimpleNamespace(read=lambda: seconds, gb={"train": 1.23456})
     grader = SimpleNamespace(timeouts=1, errors=2)
-    config = replace(RECIPES["tiny"](), algo="rloo", **changes)
+    config = replace(RECIPES["tiny"](), **{"algo": "rloo", **changes})
     now = Progress(3, 0.25, pending)
     sampled = rollouts() if sampled is None else sampled
     return step_row(config, now, sampled, reward_PG, advantage_PG, updates, timer, grader)
@@ -133,6 +134,12 @@ def test_with_carry_over_a_step_counts_what_it_has_drawn_and_what_waits():
     assert not (counts.keys() - {"tokens"}) & row_of([UPDATE]).keys()
 
 
+def test_a_mask_s_row_says_what_share_of_the_trained_tokens_it_left_out():
+    masked = {"algo": "icepop", "old_logprob": "recompute", "tis_cap": 5.0}
+    assert row_of([UPDATE], **masked)["masked_frac"] == pytest.approx(1 / 3)
+    assert "masked_frac" not in row_of([UPDATE])
+
+
 def test_parity_is_that_of_the_fresh_tokens():
     assert row_of([UPDATE._replace(fresh=1)])["parity_mean"] == pytest.approx(0.3)
     row = row_of([UPDATE._replace(fresh=0, gap_sum=0)])
@@ -162,7 +169,9 @@ def test_a_tally_adds_up_micro_batches_and_takes_the_largest(group_of_one):
     tally = Tally()
     for logprobs, clipped in (([-1.0, -2.0], [1, 0]), ([-1.0], [-1]), ([], [])):
         n = len(logprobs)
+        # a token of the first batch is masked
         batch = pack([Sequence([1], [2] * n, [-1.5] * n, 1.0)] if n else [])
+        batch.advantage_N[1:] = 0
         stats = {
             "logprob": torch.tensor(logprobs),
             "clipped": torch.tensor(clipped, dtype=torch.int8),
@@ -176,6 +185,7 @@ def test_a_tally_adds_up_micro_batches_and_takes_the_largest(group_of_one):
             "fresh": 3,
             "gap_sum": 1.5,
             "clipped": 2,
+            "masked": 1,
             "loss": 0.75,
             "kl_sum": 3,
             "gap_max": 0.5,
@@ -196,4 +206,4 @@ def test_a_tally_over_two_processes_averages_their_losses_and_takes_the_largest(
     stats = {"logprob": logprob_N, "clipped": torch.tensor([1, 0]), "log_ratio": 0 * logprob_N}
     tally.add(pack([Sequence([1], [2, 2], [-1.5] * 2, 1.0)]), torch.tensor(0.5), stats)
     expected = {"tokens": 4, "fresh": 4, "gap_sum": 1.5, "clipped": 2, "loss": 0.5, "kl_sum": 0}
-    assert tally.reduce() == expected | {"gap_max": 0.5, "ratio_max": 1}
+    assert tally.reduce() == expected | {"masked": 0, "gap_max": 0.5, "ratio_max": 1}

@@ -30,8 +30,9 @@ class Tally:
         # Stale tokens do not count: the sampler drew them with other weights than it has now.
         gap_N = (stats["logprob"] - batch.sampler_logprob_N).abs() * batch.fresh_N
         count, clipped = loss.new_tensor(len(gap_N)), (stats["clipped"] != 0).sum()
+        masked = (batch.advantage_N == 0).sum()
         kl = stats["kl"].sum() if "kl" in stats else loss.new_zeros(())
-        sums = [count, batch.fresh_N.sum(), gap_N.sum(), clipped, loss, kl]
+        sums = [count, batch.fresh_N.sum(), gap_N.sum(), clipped, masked, loss, kl]
         self.sums.append(torch.stack(sums).double())
         peaks = loss.new_zeros(2, dtype=torch.float64)
         if len(gap_N):
@@ -44,7 +45,8 @@ class Tally:
         peaks = torch.stack(self.peaks).amax(0).cpu()
         dist.all_reduce(sums)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        names = ("tokens", "fresh", "gap_sum", "clipped", "loss", "kl_sum", "gap_max", "ratio_max")
+        summed = ("tokens", "fresh", "gap_sum", "clipped", "masked", "loss", "kl_sum")
+        names = (*summed, "gap_max", "ratio_max")
         return dict(zip(names, [*sums.tolist(), *peaks.tolist()], strict=True))
 
 
@@ -57,6 +59,7 @@ class Update(NamedTuple):
     fresh: float
     gap_sum: float
     clipped: float
+    masked: float
     loss: float
     kl_sum: float
     gap_max: float
@@ -134,6 +137,8 @@ def step_row(
     if config.dtype == "float16":
         row["loss_scale"] = updates[-1].loss_scale if updates else None
         row["overflowed_updates"] = len(updates) - len(applied) - sum(column(updates, "failed"))
+    if config.masks_mismatch:
+        row["masked_frac"] = ratio(sum(column(updates, "masked")), trained)
     if config.carry_over:
         row["responses"] = len(rollouts)
         row["carried"] = sum(rollout.completion.open for rollout in now.pending)
