@@ -35,6 +35,7 @@ from transformers.utils import import_utils
 
 from conftest import ROOT
 from drgrpo import model
+from drgrpo.config import RECIPES
 from drgrpo.kernels.linear_drgrpo import linear_logprob
 from drgrpo.model import (
     EXPENSIVE,
@@ -42,6 +43,7 @@ from drgrpo.model import (
     Policy,
     check_architecture,
     load_policy,
+    make_objective,
     max_positions,
     resolve_attention,
     resolve_logits,
@@ -212,6 +214,35 @@ def test_every_number_of_the_objective_reaches_the_loss(random_model):
         policy = load(random_model, replace(default, **{name: value}))
         assert (policy.loss(batch, 1.0)[0] - loss).abs() > 1e-3, name
         assert torch.equal(policy.logprob(batch), logprob_N) == (name != "temperature")
+
+
+def test_cispo_s_gradient_is_that_of_log_probs_with_a_capped_constant_weight(random_model):
+    """No token loses its gradient, and only the upper side is capped."""
+    policy, plain = load(random_model, Objective(clip_high=0.3, detached=True)), load(random_model)
+    batch = pack(sequences())
+    logprob_N = plain.logprob(batch)
+    batch.old_logprob_N = logprob_N + torch.linspace(-0.9, 0.9, len(logprob_N))
+    weight_N = (logprob_N - batch.old_logprob_N).exp().clamp(max=1.3)
+    assert (weight_N < 0.7).any() and (weight_N == 1.3).any()
+    policy.loss(batch, 0.5)[0].backward()
+    weighed = pack(sequences())  # without old log-probs: the policy gradient itself
+    weighed.advantage_N *= weight_N
+    plain.loss(weighed, 0.5)[0].backward()
+    torch.testing.assert_close(flat_gradient(policy), flat_gradient(plain), atol=1e-6, rtol=1e-4)
+
+
+def test_cispo_without_old_log_probs_is_dr_grpo_s_first_update(random_model):
+    policy, plain = load(random_model, Objective(detached=True)), load(random_model)
+    for one in (policy, plain):
+        one.loss(pack(sequences()), 0.5)[0].backward()
+    assert torch.equal(flat_gradient(policy), flat_gradient(plain))
+
+
+@pytest.mark.parametrize(("algo", "cap"), [("drgrpo", 5.0), ("icepop", None)])
+def test_a_mask_s_bound_is_no_cap_of_the_kernel(algo, cap):
+    config = replace(RECIPES["oat_zero_7b"](), algo=algo, tis_cap=5.0)
+    objective = make_objective(config, CPU)
+    assert (objective.tis_cap, objective.detached) == (cap, False)
 
 
 def test_shifted_logits_are_for_16_bits_on_a_gpu():

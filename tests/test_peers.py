@@ -16,9 +16,10 @@ import torch
 from bench.experiments import peer_losses as losses
 from bench.experiments import peers as bench
 from drgrpo import data
-from drgrpo.advantage import token_weight
+from drgrpo.advantage import group_advantage, token_weight
 from drgrpo.config import RECIPES
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss_ref
+from drgrpo.model import Policy, make_objective
 
 pytestmark = pytest.mark.slow
 
@@ -266,3 +267,43 @@ def test_trl_divides_by_the_std_unless_told_not_to(warm_model, tmp_path):
     told, default, grpo = losses.measure_advantages(warm_model, tmp_path)
     assert told["TRL"] < 1e-6 and default["TRL"] > 0.5 and 1e-5 < grpo["TRL"] < 1e-3
     assert max(row["ours"] for row in (told, default, grpo)) < 1e-6
+
+
+def policy_loss(case: losses.Case, algo: str, hidden: torch.Tensor, weight: torch.Tensor):
+    """`Policy.loss` on given hidden states, with the objective that --algo names."""
+    mask = case.mask_BL
+    weight_B = token_weight(mask.sum(1), algo, case.budget)
+    advantage_BL = (case.advantage_B * weight_B)[:, None].expand_as(mask)
+    batch = SimpleNamespace(
+        target_N=case.target_BL[mask],
+        advantage_N=advantage_BL[mask],
+        old_logprob_N=case.old_BL[mask],
+        ref_logprob_N=None,
+    )
+    objective = make_objective(replace(RECIPES["tiny"](), algo=algo), torch.device("cpu"))
+    policy = SimpleNamespace(objective=objective, kernel="torch")
+    policy._head_inputs = lambda batch: (hidden[mask], weight)
+    return Policy.loss(policy, batch, 1 / (len(mask) * case.budget))[0]
+
+
+def test_the_gradient_of_cispo_is_trl_s(warm_model, tmp_path):
+    """TRL's `epsilon_high` of this loss is the cap itself."""
+    pytest.importorskip("trl", reason="TRL is not installed: pip install --group peers")
+    case = replace(CASES["off-policy"], trl_kl={"epsilon_high": 1 + losses.CLIP})
+    ours = losses.differentiate(policy_loss, case, "cispo")
+    theirs = losses.differentiate(losses.trl_loss(warm_model, str(tmp_path)), case, "cispo")
+    for name in ("dhidden", "dweight"):
+        assert losses.relative_error(ours[name], theirs[name].double()) < losses.TOLERANCE
+
+
+def test_lite_ppo_s_advantages_are_trl_s_with_scale_rewards_batch(warm_model, tmp_path):
+    pytest.importorskip("trl", reason="TRL is not installed: pip install --group peers")
+    reward_PG = torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 1, 0]])
+    inputs = [{"prompt": "0", "answer": r} for r in reward_PG.flatten().tolist()]
+    options = dict(loss_type="dapo", scale_rewards="batch", num_generations=4)
+    trainer = losses.trl_trainer(warm_model, str(tmp_path), **options)
+    ids = [[1]] * 8
+    trainer._generate = lambda prompts: (ids, ids, None, ["0"] * 8, None, {}, None, None)
+    theirs_PG = trainer._generate_and_score_completions(inputs)["advantages"].view(2, 4)
+    ours_PG = group_advantage(reward_PG, torch.ones(2, 4, dtype=torch.bool), "lite_ppo")
+    torch.testing.assert_close(ours_PG, theirs_PG, rtol=5e-4, atol=0)  # TRL adds 1e-4 to the std

@@ -182,6 +182,17 @@ def test_the_ratio_divides_by_what_the_config_names(random_model, group_of_one):
     assert all(torch.equal(old_N, sampler_N) for old_N in old["sampler"])
 
 
+def test_a_mask_weighs_tokens_by_what_trainer_and_sampler_differ_by(random_model, group_of_one):
+    settings = {"algo": "icepop", "old_logprob": "recompute", "tis_cap": 1.05}  # 0.049 nats
+    config, policy, optimizer = load(random_model, **settings)
+    first, second = responses(policy, 1.0, gap=0.01), responses(policy, 1.0, gap=0.1)
+    train.add_logprobs(config, policy, None, [[first], [second]])
+    torch.testing.assert_close(first.advantage_N, torch.full_like(first.advantage_N, 0.01).exp())
+    assert not second.advantage_N.any()
+    masked = [train.train_minibatch(config, policy, optimizer, [b], 0.0) for b in (first, second)]
+    assert [update.masked for update in masked] == [0, len(second.advantage_N)]
+
+
 def test_the_learning_rate_rises_linearly_and_then_stays():
     config = replace(RECIPES["tiny"](), lr=0.5, warmup_steps=4)
     rates = [train.learning_rate(config, update) for update in range(6)]

@@ -152,7 +152,7 @@ def trl_trainer(model: str, folder: str, **arguments):
     size = dict(per_device_train_batch_size=8, num_generations=8)
     trainer = GRPOTrainer(
         model=model,
-        args=GRPOConfig(folder, **size, **QUIET, **arguments),
+        args=GRPOConfig(folder, **{**size, **QUIET, **arguments}),
         processing_class=byte_tokenizer(),
         reward_funcs=lambda answer, **_: answer,
         train_dataset=Dataset.from_dict({"prompt": ["0"] * 8, "answer": [0.0] * 8}),
