@@ -122,7 +122,7 @@ def test_the_others_keep_dr_grpo_s_constant(algo):
 
 def mismatched(*differences):
     """A batch of responses. `differences` holds trainer minus sampler, in nats, of their tokens."""
-    sequences = [pack.Sequence([5, 6], [7] * len(d), [-1.0] * len(d), 1.0) for d in differences]
+    sequences = [pack.Sequence([5], [7] * len(d), [-1.0] * len(d), 1.0) for d in differences]
     batch = pack.pack(sequences)
     batch.old_logprob_N = batch.sampler_logprob_N + torch.tensor([*chain(*differences)])
     return batch
