@@ -28,6 +28,7 @@ from drgrpo.config import Config, parse_args
 from drgrpo.engine import make_engine, stop_token_ids
 from drgrpo.model import load_tokenizer
 from drgrpo.rollout import Sampler, longest_prompt, tokenize
+from drgrpo.run.cli import user_errors
 from drgrpo.templates import get_template
 from drgrpo.types import Rollout, Sampling
 
@@ -161,4 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()
