@@ -1,7 +1,7 @@
 """Score a model on math benchmarks, with error bars, and say whether a difference is noise.
 
     python eval.py --model DIR|HUB_NAME --data-dir DIR             the paper's five benchmarks
-    python eval.py --model M --samples 16 --temperature 0.6        avg@16; pass@k and maj@k
+    python eval.py --model M --samples 32 --temperature 0.6        mean@32, pass@k and maj@k
     python eval.py --model M --templates qwen_math,r1,none         the paper's Table 1
     python eval.py --compare RUN paper                             a run next to the published rows
     python eval.py --compare RUN_A RUN_B                           two runs, paired by problem

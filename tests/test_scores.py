@@ -1,5 +1,5 @@
 """Every statistic against a closed form, a full enumeration or a simulation: pass@k, maj@k, the
-bootstrap, the tests of differences; and that problems, not samples, are what is resampled."""
+bootstrap in one stage and in two, the tests of differences."""
 
 import itertools
 import math
@@ -20,9 +20,11 @@ from drgrpo.evaluation.scores import (
     mcnemar,
     pass_at_k,
     powers_of_two,
+    samples_only,
     score,
     sign_flip,
     two_proportions,
+    two_stage,
 )
 from rows import response_row
 
@@ -137,6 +139,117 @@ def test_problems_are_resampled_and_not_samples():
     assert score(four)["interval"] == score(once)["interval"]
     low, high = score(once)["interval"]
     assert (high - low) / 3.92 == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 60), rel=0.1)
+
+
+# ---- problems and samples apart
+
+
+def textbook(scores: np.ndarray) -> tuple[float, float]:
+    """(V, S) of scores [n, k]: the variance of the mean of k samples between problems, and the part
+    of it that the samples bring, s^2 / k with the unbiased s^2 within a problem."""
+    within = scores.var(axis=1, ddof=1).mean() if scores.shape[1] > 1 else 0.0
+    return scores.mean(axis=1).var(), within / scores.shape[1]
+
+
+def graded(n: int, k: int, seed: int = 11) -> np.ndarray:
+    """Scores [n, k] of problems from impossible to easy."""
+    rng = np.random.default_rng(seed)
+    return rng.binomial(1, rng.beta(0.5, 1, size=(n, 1)), size=(n, k)).astype(float)
+
+
+SPREAD = 5 * math.sqrt(2 / scores.DRAWS)  # five standard errors of a variance over DRAWS
+
+
+def test_one_sample_each_is_the_plain_bootstrap():
+    """The textbook's binomial case: a standard error of sqrt(p (1 - p) / n)."""
+    single = [[1.0]] * 13 + [[0.0]] * 17
+    draws, p = two_stage(single), 13 / 30
+    assert draws == pytest.approx(bootstrap([1.0] * 13 + [0.0] * 17), abs=1e-12)
+    assert draws.var() == pytest.approx(p * (1 - p) / 30, rel=SPREAD)
+
+
+@pytest.mark.parametrize(("n", "k"), [(30, 2), (30, 32), (200, 4)])
+def test_the_noise_of_samples_counts_once(n, k):
+    """The variance of a two-stage sample is V / n. Samples drawn on top of problems, without the
+    rescaling, would make it (V + S (k - 1) / k) / n. Samples alone have S / n."""
+    scores_ = graded(n, k)
+    between, within = textbook(scores_)
+    assert two_stage(scores_.tolist()).var() == pytest.approx(between / n, rel=SPREAD)
+    assert samples_only(scores_.tolist()).var() == pytest.approx(within / n, rel=SPREAD)
+    assert two_stage(scores_.tolist()).mean() == pytest.approx(scores_.mean(), abs=2e-3)
+    assert samples_only(scores_.tolist()).mean() == pytest.approx(scores_.mean(), abs=2e-3)
+    assert within / between * (k - 1) / k > 2 * SPREAD or k == 32, "else the test sees nothing"
+
+
+@np.errstate(all="raise")
+def test_alike_problems_leave_the_noise_of_their_samples():
+    """Every problem has 2 of 4 right, so that resampled problems show no spread."""
+    alike = [[1.0, 1.0, 0.0, 0.0]] * 50
+    expected = 0.25 / 3 / 50
+    assert bootstrap([0.5] * 50).var() == 0
+    assert two_stage(alike).var() == pytest.approx(expected, rel=SPREAD)
+    assert samples_only(alike).var() == pytest.approx(expected, rel=SPREAD)
+
+
+def test_resampled_means_are_accuracies():
+    """Rescaled deviations of two samples may lead beyond 0 and 1."""
+    nearly = [[1.0, 1.0]] * 5 + [[1.0, 0.0]] * 2
+    for draws in (two_stage(nearly), samples_only(nearly)):
+        assert draws.min() >= 0 and draws.max() == 1.0
+
+
+def test_a_problem_without_a_response_has_no_noise():
+    """Training records one row of score 0 for it, however many samples the other problems have."""
+    some = [[1.0, 0.0, 1.0, 1.0]] * 20
+    assert samples_only([*some, [0.0]]).var() == pytest.approx(20 * 0.1875 / 3 / 21**2, rel=SPREAD)
+    variance = (20 * 0.1875 / 3 + 20 * 0.25) / 40**2
+    assert samples_only([*some, *[[1.0, 0.0]] * 20]).var() == pytest.approx(variance, rel=SPREAD)
+
+
+def test_two_samples_show_both_intervals_and_one_sample_one():
+    once = [row(p, p % 3 == 0) for p in range(60)]
+    scores_ = [[float(p % 3 > k) for k in range(2)] for p in range(60)]
+    twice = [row(p, scores_[p][k], k) for p in range(60) for k in range(2)]
+    assert "interval_samples" not in score(once)
+    assert "average_interval_samples" not in average({"a": once})
+    result, means = score(twice), average({"a": twice, "b": twice})
+    assert result["interval"] == interval(two_stage(scores_)) == columns(twice)["interval"]
+    assert result["interval_samples"] == interval(samples_only(scores_))
+    low, high = result["interval_samples"]
+    mean_low, mean_high = means["average_interval_samples"]
+    assert (mean_high - mean_low) / (high - low) == pytest.approx(math.sqrt(0.5), rel=0.1)
+
+
+def test_32_samples_have_pass_at_32():
+    rows = [row(p, (p + k) % 40 == 0, k) for p in range(30) for k in range(32)]
+    result = score(rows)
+    assert list(result["pass_at"]) == ["1", "2", "4", "8", "16", "32"]
+    solved = sum(any((p + k) % 40 == 0 for k in range(32)) for p in range(30))
+    assert result["pass_at"]["32"] == pytest.approx(solved / 30)
+    assert result["pass_at"]["1"] == pytest.approx(result["accuracy"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "k"), [(30, 1), (30, 2), (30, 32), (200, 4), (500, 1)])
+def test_coverage(n, k, capsys, monkeypatch):
+    """How often the intervals hold the truth, in 1000 benchmarks of n problems with k samples each
+    (standard error 0.7 points). The difficulty of a problem is Beta(0.5, 1). The truth of
+    `two_stage` is the mean of all such problems, 1/3, and that of `samples_only` is the mean
+    difficulty of the n. `pytest tests/test_scores.py -k coverage -s` prints the shares."""
+    monkeypatch.setattr(scores, "DRAWS", 2000)  # for time; it moves a bound by 1 % of the width
+    rng, held = np.random.default_rng(2026), np.zeros(2)
+    for _ in range(1000):
+        difficulty = rng.beta(0.5, 1, size=(n, 1))
+        drawn = rng.binomial(1, difficulty, size=(n, k)).astype(float).tolist()
+        low, high = interval(two_stage(drawn))
+        held[0] += low <= 1 / 3 <= high
+        if k > 1:
+            low, high = interval(samples_only(drawn))
+            held[1] += low <= difficulty.mean() <= high
+    with capsys.disabled():
+        samples = f"{held[1] / 10:.1f} %" if k > 1 else "-"
+        print(f"\nn {n}, k {k}: problems {held[0] / 10:.1f} %, samples {samples}")
+    assert 910 <= held[0] <= 975 and (k == 1 or 910 <= held[1] <= 975)
 
 
 def test_the_average_is_plain_and_its_interval_that_of_independent_benchmarks():

@@ -56,7 +56,7 @@ class EvalConfig:
     temperatures: str = ""
     """several temperatures, comma-separated, one after the other, instead of --temperature"""
     samples: int = 1
-    """answers per problem: accuracy is their mean (avg@k), with pass@k and maj@k beside it"""
+    """answers per problem: accuracy is their mean (mean@k), with pass@k and maj@k beside it"""
     max_new_tokens: int = 3000
     """generation budget; prompt and answer together also end at the model's positions"""
     seed: int = 0

@@ -92,27 +92,35 @@ def overview(parts: list[dict], settings: dict) -> Table:
 
 def detail(part: dict, settings: dict, counters: dict[str, int]) -> Table:
     benchmarks = part["benchmarks"]
-    k = str(min(max(map(int, r["pass_at"]), default=1) for r in benchmarks.values()))
-    several = {f"pass@{k} %": "pass_at", f"maj@{k} %": "maj_at"} if k != "1" else {}
     samples = min(r["samples"] for r in benchmarks.values())
+    k = str(min(max(map(int, r["pass_at"]), default=1) for r in benchmarks.values()))
+    several = {f"pass@{k} %": "pass_at", f"maj@{k} %": "maj_at"} if samples > 1 else {}
     how = f"mean of {samples} at T={part['temperature']:g}" if part["temperature"] else "greedy"
-    columns = ["benchmark", "accuracy %", "95% interval", *several, "n"]
-    columns += ["len right", "len wrong", "cut %", "no answer %"]
+    columns = ["benchmark", accuracy_name(samples), "95% interval"]
+    columns += ["same problems"] * (samples > 1)
+    columns += [*several, "n", "len right", "len wrong", "cut %", "no answer %"]
     rewarded = all("reward" in r for r in benchmarks.values())
     columns += ["reward"] * rewarded
     rows = []
     for benchmark, r in benchmarks.items():
         rows.append([benchmark, percent(r["accuracy"]), span(r["interval"])])
+        rows[-1] += [span(r["interval_samples"])] if samples > 1 else []
         rows[-1] += [percent(r[column][k]) for column in several.values()]
         rows[-1] += [str(r["n"]), number(r["len_correct"]), number(r["len_incorrect"])]
         rows[-1] += [percent(r["truncated_frac"]), percent(r["unparsed_frac"])]
         rows[-1] += [number(r["reward"], ".3f")] if rewarded else []
     mean = ["average", percent(part["average"]), span(part["average_interval"])]
+    mean += [span(part["average_interval_samples"])] if samples > 1 else []
     for column in several.values():
         mean.append(percent(fmean(r[column][k] for r in benchmarks.values())))
     mean.append(str(sum(r["n"] for r in benchmarks.values())))
     title = f"{name(settings)}, {part['template']!r}, {how}, grader {settings['grader']}"
     return make_table(title, columns, rows, [mean], caption=footer(part, counters))
+
+
+def accuracy_name(samples: int) -> str:
+    """The field's name of the mean score of `samples` answers."""
+    return f"mean@{samples} %" if samples > 1 else "accuracy %"
 
 
 def footer(part: dict, counters: dict[str, int]) -> str:
@@ -125,6 +133,10 @@ def footer(part: dict, counters: dict[str, int]) -> str:
         if r["dropped"]
     ]
     lines += [rewards(*item) for item in part["benchmarks"].items() if "reward" in item[1]]
+    if any("interval_samples" in r for r in part["benchmarks"].values()):
+        lines.append(
+            "95% interval: other problems of this kind. same problems: these, answered again."
+        )
     if any(r["interval"][0] == r["interval"][1] for r in part["benchmarks"].values()):
         lines.append(
             "Where all problems score the same, resampling them shows no spread. That interval is "

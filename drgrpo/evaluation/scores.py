@@ -1,13 +1,16 @@
 """Statistics of graded responses, each with its formula and its source. They need numpy only.
 
-A row is one line of `responses.jsonl` (`drgrpo/evaluation/responses.py`). Resampling and tests draw
-problems, never samples. The samples of one problem are alike, and drawing them would feign
-precision.
+A row is one line of `responses.jsonl` (`drgrpo/evaluation/responses.py`). The samples of one
+problem are alike. Resampling draws problems first and then samples within them, and tests draw
+problems only. Samples drawn as if each were a problem of its own would feign precision.
 """
+
+from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
@@ -15,6 +18,9 @@ import numpy as np
 LEVEL = 0.95  # of the intervals
 DRAWS = 10_000  # resamples and sign flips; the standard error of a p-value of 0.05 is 0.002
 SEED = 0
+
+Samples = Sequence[Sequence[float]]
+"""The scores, 0 or 1, of the samples of each problem."""
 
 
 # ---- from rows to columns
@@ -33,8 +39,13 @@ def values(rows: Iterable[dict], column: str) -> list:
 
 
 def problem_scores(rows: Iterable[dict]) -> dict[int, float]:
-    """Mean score of each problem's samples, which is avg@k of one problem."""
+    """Mean score of each problem's samples, which is mean@k of one problem."""
     return {id: fmean(values(group, "score")) for id, group in by_problem(rows).items()}
+
+
+def sample_scores(rows: Iterable[dict]) -> list[list[float]]:
+    """The scores of each problem's samples."""
+    return [values(group, "score") for group in by_problem(rows).values()]
 
 
 def columns(rows: list[dict]) -> dict:
@@ -48,7 +59,7 @@ def columns(rows: list[dict]) -> dict:
     scores = problem_scores(rows)
     return {
         "accuracy": fmean(scores.values()),
-        "interval": interval(bootstrap(list(scores.values()))),
+        "interval": interval(two_stage(sample_scores(rows))),
         "n": len(scores),
         "dropped": len(scores) - len(by_problem(answered)),
         "len_correct": mean(values(right, "tokens")),
@@ -72,14 +83,16 @@ def rewards(rows: list[dict]) -> dict:
 
 
 def score(rows: list[dict]) -> dict:
-    """The columns of one benchmark in `eval.json`: those of training, and pass@k and maj@k if there
-    are several samples."""
+    """The columns of one benchmark in `eval.json`: those of training. If there are several samples,
+    also pass@k, maj@k, and the interval of this benchmark again, which moves the samples only."""
     groups = list(by_problem(rows).values())
     samples = min(map(len, groups))
     ks = powers_of_two(samples) if samples > 1 else []
     result = columns(rows) | {"samples": samples}
     result["pass_at"] = {str(k): mean_pass_at_k(groups, k) for k in ks}
     result["maj_at"] = {str(k): mean_maj_at_k(groups, k) for k in ks}
+    if samples > 1:
+        result["interval_samples"] = interval(samples_only(sample_scores(rows)))
     return result
 
 
@@ -98,15 +111,19 @@ def mean_maj_at_k(groups: list[list[dict]], k: int) -> float:
 
 
 def average(benchmarks: dict[str, list[dict]]) -> dict:
-    """The plain mean of the benchmarks' accuracies, as in the paper, and its interval.
+    """The plain mean of the benchmarks' accuracies, as in the paper, and its intervals.
 
     Problems are resampled within each benchmark, since the benchmarks themselves are fixed."""
-    scores = [list(problem_scores(rows).values()) for rows in benchmarks.values()]
-    draws = [bootstrap(each, seed=(SEED, i)) for i, each in enumerate(scores)]
-    return {
-        "average": fmean(map(fmean, scores)),
+    scores = [sample_scores(rows) for rows in benchmarks.values()]
+    draws = [two_stage(each, seed=(SEED, i)) for i, each in enumerate(scores)]
+    result = {
+        "average": fmean(fmean(map(fmean, each)) for each in scores),
         "average_interval": interval(np.mean(draws, axis=0)),
     }
+    if min(len(samples) for each in scores for samples in each) > 1:
+        draws = [samples_only(each, seed=(SEED, i)) for i, each in enumerate(scores)]
+        result["average_interval_samples"] = interval(np.mean(draws, axis=0))
+    return result
 
 
 def mean(numbers: Iterable[float]) -> float | None:
@@ -165,6 +182,73 @@ def bootstrap(values: Sequence[float], seed: int | tuple[int, ...] = SEED) -> np
     distinct, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), size=DRAWS)
     return drawn @ distinct / len(values)
+
+
+def two_stage(scores: Samples, seed: int | tuple[int, ...] = SEED) -> np.ndarray:
+    """Means of DRAWS resamples of the problems and, within each problem, of its samples, [DRAWS].
+    They are between 0 and 1.
+
+    The means of the problems already scatter by the noise of their samples. To resample samples on
+    top would count that noise twice. So both stages are rescaled (Rao and Wu 1988): samples to the
+    unbiased variance of a problem's mean, and problems to what is left of the variance between
+    means. The sum is the variance of the plain bootstrap. With one sample of each problem it is the
+    plain bootstrap."""
+    kinds = Kinds.of(scores)
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(kinds.n, kinds.count / kinds.n, size=DRAWS)
+    mean = kinds.count @ kinds.mean / kinds.n
+    total = kinds.count @ (kinds.mean - mean) ** 2
+    within = kinds.count @ kinds.variance
+    between = math.sqrt(max(0.0, 1 - within / total)) if total else 0.0
+    draws = mean + between * (drawn @ kinds.mean / kinds.n - mean) + kinds.noise(drawn, rng)
+    return np.clip(draws, 0.0, 1.0)
+
+
+def samples_only(scores: Samples, seed: int | tuple[int, ...] = SEED) -> np.ndarray:
+    """Means of DRAWS resamples of the samples alone, [DRAWS]: the same problems, answered again.
+
+    Rescaled like the samples in `two_stage`. It needs two samples of each problem."""
+    kinds = Kinds.of(scores)
+    drawn = np.tile(kinds.count, (DRAWS, 1))
+    draws = kinds.count @ kinds.mean / kinds.n + kinds.noise(drawn, np.random.default_rng(seed))
+    return np.clip(draws, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The problems with equally many samples, equally many of them right, are of one kind [K].
+
+    count: problems of the kind. samples: their number of samples. mean: their mean score."""
+
+    count: np.ndarray
+    samples: np.ndarray
+    mean: np.ndarray
+
+    @classmethod
+    def of(cls, scores: Samples) -> Kinds:
+        pairs = [(fmean(samples), len(samples)) for samples in scores]
+        kinds, count = np.unique(pairs, axis=0, return_counts=True)
+        return cls(count, kinds[:, 1].astype(int), kinds[:, 0])
+
+    @property
+    def n(self) -> int:
+        return int(self.count.sum())
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Unbiased variance of a problem's mean over its samples, [K]: p (1 - p) / (k - 1). It is 0
+        for a single sample, where p is 0 or 1."""
+        return self.mean * (1 - self.mean) / np.maximum(self.samples - 1, 1)
+
+    def noise(self, drawn: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """By how much resampled samples move the mean of all problems, [DRAWS]. `drawn` [DRAWS, K]
+        is how many problems of each kind there are.
+
+        The right ones among the samples of `drawn` problems of one kind are binomial. A resample of
+        k has (k - 1) / k of the unbiased variance, hence the factor."""
+        right = rng.binomial(drawn * self.samples, self.mean)
+        factor = np.sqrt(self.samples / np.maximum(self.samples - 1, 1))
+        return (right / self.samples - drawn * self.mean) @ factor / self.n
 
 
 def interval(draws: np.ndarray) -> list[float]:
