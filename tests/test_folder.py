@@ -21,6 +21,20 @@ def test_a_new_or_empty_folder_is_free(config):
     folder.check(config)
 
 
+def test_a_run_that_was_killed_as_it_wrote_its_config_begins_again(config, monkeypatch):
+    def killed(path, value):
+        path.with_name(f"{path.name}.partial").write_text("{")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.open_run(config, 0, {})
+    folder.check(config)
+    (config.folder / "thesis.tex").write_text("the only copy")
+    with pytest.raises(UserError, match="holds no run"):
+        folder.check(config)
+
+
 def test_a_folder_with_something_else_in_it_is_refused(config):
     config.folder.mkdir()
     (config.folder / "thesis.tex").write_text("the only copy")

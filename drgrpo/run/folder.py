@@ -30,7 +30,8 @@ def check(config: Config) -> None:
     """UserError unless the folder is empty or holds a run of this config. Writes nothing."""
     out = config.folder
     check_writable(out)
-    if not out.exists() or not any(out.iterdir()):
+    held = {path.name for path in out.iterdir()} if out.exists() else set()
+    if held <= {"config.json.partial"}:  # a run was killed before it had a config
         return
     if not (out / "config.json").is_file():
         raise UserError(f"--out {out} is not empty and holds no run; choose another folder")
@@ -89,8 +90,9 @@ def open_run(config: Config, resumed_step: int, machine: dict) -> None:
     """Make the folder, write config.json, add this start to run.json, and cut the records back to
     the step that the run resumes from. For rank 0."""
     out = config.folder
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", asdict(config))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", asdict(config))  # first, because it makes the folder a run's
+    (out / "checkpoints").mkdir(exist_ok=True)
     starts = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else []
     write_json(out / "run.json", [*starts, {"resumed_step": resumed_step, **machine}])
     for name in RECORDS:
