@@ -12,7 +12,8 @@ last bit. Then the next such run begins. A kill hits all processes of the run at
 A start is a fork of this process, so that no start pays for the import of torch. Each start reads
 its command, its folder and its checkpoint as a new process would.
 
-    kills.json     kills, runs and differing runs of each case, and the steps that had been saved
+    kills.json     kills, runs and differing runs of each case, and the steps that had been saved.
+                   A case that is not run keeps its earlier row
 """
 
 import os
@@ -70,17 +71,18 @@ def main() -> None:
     add("--out", type=Path, default=RESULTS, help="where kills.json goes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    began, rows = time.monotonic(), {}
+    rows = {}
     whole = sum(CASES[name][2] for name in args.cases)
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         model = str(cached_tiny_model(Warmup(seed=0), Path(folder) / "warmup"))
         for name in args.cases:
             count = max(1, round(args.kills * CASES[name][2] / whole))
-            rows[name] = kill_case(name, model, Path(folder), count, random.Random(args.seed))
-            print(f"{name}: {rows[name]}", flush=True)
-    minutes = round((time.monotonic() - began) / 60, 1)
-    result = {"where": harness.provenance(), "seed": args.seed, "minutes": minutes, "cases": rows}
-    print(table(rows), harness.write_json(args.out / "kills.json", result), sep="\n\n")
+            row = kill_case(name, model, Path(folder), count, random.Random(args.seed))
+            rows[name] = row | {"seed": args.seed, "where": harness.provenance()}
+            print(f"{name}: {row}", flush=True)
+    earlier = harness.read_json(args.out / "kills.json") or {}
+    rows = {name: row for name, row in (earlier | rows).items() if name in CASES}
+    print(table(rows), harness.write_json(args.out / "kills.json", rows), sep="\n\n")
     if any(row["differing"] for row in rows.values()):
         raise SystemExit(1)
 
