@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 
 BENCHMARKS = ("aime24", "amc", "math500", "minerva", "olympiad_bench")
+"""The paper's."""
+
+EVAL_SETS = {name: name for name in (*BENCHMARKS, "aime25")} | {"gsm8k": "gsm8k_test"}
+"""Benchmark that `eval.py` knows by name -> its name in `HUB`."""
 
 ARITHMETIC = {"arithmetic": "train", "arithmetic_heldout": "heldout"}
 """Generated problems: source -> `split` of `drgrpo.tiny.arithmetic.problems`."""
@@ -101,10 +105,11 @@ HUB = {
     # 2 305 rows, of which the second keeps those that a formula solves.
     "asdiv": HubSet("EleutherAI/asdiv", "validation", _ASDIV),
     "asdiv_formulas": HubSet("EleutherAI/asdiv", "validation", replace(_ASDIV, keep=_is_formula)),
-    # 30, 83, 500, 272 and 674 rows. aime24 pads its answers with zeros ("025"). amc is AMC 12 of
-    # 2022 and 2023, with floats as answers. The answers of olympiad_bench are lists, and the
+    # 30, 30, 83, 500, 272 and 674 rows. aime24 pads its answers with zeros ("025"). amc is AMC 12
+    # of 2022 and 2023, with floats as answers. The answers of olympiad_bench are lists, and the
     # paper's copy has 675 rows.
     "aime24": HubSet("HuggingFaceH4/aime_2024", "train"),
+    "aime25": HubSet("math-ai/aime25", "test"),
     "amc": HubSet("AI-MO/aimo-validation-amc", "train"),
     "math500": HubSet("HuggingFaceH4/MATH-500", "test"),
     "minerva": HubSet("math-ai/minervamath", "test", Columns(("question",))),
@@ -256,9 +261,9 @@ def overlap(train: Iterable[Problem], evaluation: Iterable[Problem]) -> list[tup
 
 def benchmark_source(name: str, data_dir: str | None) -> str:
     """The source of a benchmark: DATA_DIR/NAME.jsonl, or the hub if there is no `data_dir`."""
-    check_name("benchmark", name, BENCHMARKS)
+    check_name("benchmark", name, EVAL_SETS)
     if data_dir is None:
-        return name
+        return EVAL_SETS[name]
     path = Path(data_dir) / f"{name}.jsonl"
     if not path.is_file():
         raise UserError(f"no {path.name} in {data_dir}; {_listing(path.parent)}")

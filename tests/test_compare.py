@@ -96,12 +96,40 @@ def test_departures_from_the_protocol_are_named():
     assert "average" not in result["ours"], "not of one benchmark"
 
 
+def test_re_evaluations_stand_beside_the_papers_rows():
+    """AIME25 is compared where a source has it. It is no part of the average."""
+    sets = solved(OAT_ZERO_7B) | {"aime25": benchmark("aime25", [1] * 3 + [0] * 27)}
+    result = next_to_paper(sets, PAPER, "qwen_math", 0.0)
+    assert result["departures"] == []
+    assert result["ours"]["average"] == pytest.approx(
+        sum(OAT_ZERO_7B[name] / N[name] for name in BENCHMARKS) / 5
+    )
+    assert "aime25" not in result["published"][0]["scores"]
+    assert [r["same_model"] for r in result["reevaluated"]] == [True] * 4 + [False] * 3
+    by_name = {r["name"]: r for r in result["reevaluated"]}
+    sober = by_name["Oat-Zero-7B, Sober Look"]
+    assert sober["scores"]["aime25"]["difference"] == pytest.approx(0.1 - 0.088)
+    assert sober["scores"]["amc"]["p"] == two_proportions([(52 / 83, 83, 0.662, 40)])
+    assert sober["sd"]["aime24"] == 3.1 and "2504.07086" in sober["source"]
+    assert sober["scores"]["average"]["published"] == pytest.approx(0.5036)
+    issue = by_name["Oat-Zero-7B, mean@32"]
+    assert issue["scores"]["aime24"]["published"] == 0.257
+    assert list(issue["scores"]) == ["aime24"] and "vLLM 0.9.0" in issue["protocol"]
+
+
+def test_aime25_alone_is_not_the_papers():
+    with pytest.raises(UserError, match="no scores on aime25"):
+        next_to_paper({"aime25": benchmark("aime25", [1])}, {}, "none", 0.0)
+
+
 def test_paper_on_the_terminal_and_as_json(tmp_path, capsys):
     run = write(tmp_path / "run", solved(OAT_ZERO_7B), PAPER)
     compare(["paper", run], str(tmp_path / "out"))
     shown = capsys.readouterr().out
     assert "this model: Oat-Zero-7B" in shown and "43.3  +0.0 " in shown and "80.0  +0.0 " in shown
     assert "50.6 +29.4*" in shown and "beyond noise" in shown and "20.0 +23.3 " in shown
+    words = " ".join(shown.split())
+    assert "28.0 +15.3 " in shown and "- │" in shown and "arXiv 2504.02546, the table" in words
     report = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert report["evaluations"][0]["ours"]["aime24"] == pytest.approx(13 / 30)
 

@@ -15,6 +15,7 @@ from drgrpo import data
 from drgrpo.config import RECIPES, Config
 from drgrpo.data import (
     BENCHMARKS,
+    EVAL_SETS,
     HUB,
     Columns,
     Share,
@@ -165,7 +166,8 @@ def test_named_sets(hub, name, problems):
 
 def test_every_name_is_tested():
     others = {"math_12k", "math_lvl3to5", "gsm8k", "gsm8k_test", "asdiv", "asdiv_formulas"}
-    assert set(HUB) == {*BENCHMARKS, *others}
+    assert set(HUB) == {*BENCHMARKS, "aime25", *others}
+    assert set(EVAL_SETS.values()) <= set(HUB)
 
 
 def test_hub_name_with_split(hub):
@@ -429,10 +431,17 @@ def test_benchmark_source(tmp_path):
         benchmark_source("aime_24", None)
 
 
+def test_the_benchmark_gsm8k_is_the_test_split():
+    """The training data of the same name is the other split."""
+    source = benchmark_source("gsm8k", None)
+    assert HUB[source].split == "test" and HUB["gsm8k"].split == "train"
+    assert benchmark_source("aime25", None) == "aime25"
+
+
 @pytest.mark.parametrize(
-    ("name", "rows"), list(zip(BENCHMARKS, (30, 83, 500, 272, 675), strict=True))
+    ("name", "rows"), list(zip(EVAL_SETS, (30, 83, 500, 272, 675, 30, 1319), strict=True))
 )
-def test_the_five_benchmarks(name, rows):
+def test_the_benchmarks(name, rows):
     if not (SHARED / "eval").exists():
         pytest.skip(f"no {SHARED}")
     problems = load_problems(benchmark_source(name, str(SHARED / "eval")))

@@ -35,7 +35,7 @@ from drgrpo.answers import (
     too_complex,
     truths_of,
 )
-from drgrpo.data import BENCHMARKS
+from drgrpo.data import EVAL_SETS
 from drgrpo.grade import Grade, Grader
 from drgrpo.types import UserError
 from drgrpo.workers import Worker
@@ -283,7 +283,7 @@ def test_a_grade_says_whether_there_was_an_answer():
 
 
 @pytest.mark.parametrize("mode", ["correct", "paper"])
-@pytest.mark.parametrize("name", [*(f"eval/{name}" for name in BENCHMARKS), "train/math_12k"])
+@pytest.mark.parametrize("name", [*(f"eval/{name}" for name in EVAL_SETS), "train/math_12k"])
 def test_truths_score_one(graders, name, mode):
     path = DATA / f"{name}.jsonl"
     if not path.exists():

@@ -9,7 +9,16 @@ from rich.table import Table
 
 from drgrpo.data import BENCHMARKS
 from drgrpo.evaluation import responses
-from drgrpo.evaluation.published import PROTOCOL, PUBLISHED, N, Published, same_model
+from drgrpo.evaluation.published import (
+    PROTOCOL,
+    PUBLISHED,
+    REEVALUATED,
+    SOBER_SETS,
+    N,
+    Published,
+    Reevaluation,
+    same_model,
+)
 from drgrpo.evaluation.scores import (
     SEED,
     bootstrap,
@@ -59,40 +68,51 @@ def next_to_paper(
     benchmarks: dict[str, list[dict]], settings: dict, template: str, temperature: float
 ) -> dict:
     """By benchmark, and on average where all five were run: the published score, ours minus it, the
-    p-value of a two-proportion test, and whether that makes it noise. Rows about this model and
-    template come first."""
-    scores = {name: problem_scores(rows) for name, rows in benchmarks.items() if name in BENCHMARKS}
-    if not scores:
+    p-value of a two-proportion test, and whether that makes it noise. The paper's rows and the
+    re-evaluations, each with those about this model first."""
+    if not benchmarks.keys() & set(BENCHMARKS):
         raise UserError(
             f"the paper has no scores on {', '.join(benchmarks)}; it has {', '.join(BENCHMARKS)}"
         )
+    scores = {name: problem_scores(rows) for name, rows in benchmarks.items() if name in SOBER_SETS}
     counts = {name: len(by_id) for name, by_id in scores.items()}
     ours = {name: fmean(by_id.values()) for name, by_id in scores.items()}
-    complete, rows = len(ours) == len(BENCHMARKS), []
-    for published in PUBLISHED:
-        same = same_model(published, settings.get("model", ""), template)
-        row = {"name": published.name, "table": published.table, "same_model": same}
-        rows.append(row | {"scores": cells(published, ours, counts, complete)})
-    rows.sort(key=lambda row: not row["same_model"])
+    papers = [name for name in ours if name in BENCHMARKS]
+    complete = len(papers) == len(BENCHMARKS)
+
+    def compared(row: Published | Reevaluation) -> dict:
+        same = same_model(row, settings.get("model", ""), template)
+        return {"name": row.name, "same_model": same, "scores": cells(row, ours, counts)}
+
+    published = [compared(row) | {"table": row.table} for row in PUBLISHED]
+    others = [
+        compared(row) | {"source": row.source, "protocol": row.protocol, "sd": row.sd}
+        for row in REEVALUATED
+    ]
     return {
         "template": template,
         "temperature": temperature,
-        "ours": ours | ({"average": fmean(ours.values())} if complete else {}),
-        "published": rows,
+        "ours": ours | ({"average": fmean(ours[name] for name in papers)} if complete else {}),
+        "published": sorted(published, key=lambda row: not row["same_model"]),
+        "reevaluated": sorted(others, key=lambda row: not row["same_model"]),
         "departures": departures(settings | {"temperature": temperature}, counts),
     }
 
 
 def cells(
-    published: Published, ours: dict[str, float], counts: dict[str, int], complete: bool
+    row: Published | Reevaluation, ours: dict[str, float], counts: dict[str, int]
 ) -> dict[str, dict]:
-    """The comparison with one published row, by benchmark and, if all five were run, on average."""
+    """The comparison with a row by each benchmark that both have, and on average if both have the
+    paper's five."""
     pairs = {
-        name: (score, counts[name], published.score(name) / 100, published.n(name))
-        for name, score in ours.items()
+        name: (ours[name], counts[name], published / 100, row.n(name))
+        for name, published in row.by_benchmark.items()
+        if name in ours
     }
-    average = {"average": cell(list(pairs.values()))} if complete else {}
-    return {name: cell([pair]) for name, pair in pairs.items()} | average
+    result = {name: cell([pair]) for name, pair in pairs.items()}
+    if pairs.keys() >= set(BENCHMARKS):
+        result["average"] = cell([pairs[name] for name in BENCHMARKS])
+    return result
 
 
 def cell(pairs: list[tuple[float, int, float, int]]) -> dict:
@@ -110,7 +130,7 @@ def departures(settings: dict, counts: dict[str, int]) -> list[str]:
         if settings.get(name) != value:
             found.append(f"{name} is {settings.get(name, 'not recorded')}, the paper's is {value}")
     for name, n in counts.items():
-        if n != N[name]:
+        if n != N.get(name, n):
             found.append(f"{name} has {n} problems here, the paper's has {N[name]}")
     return found
 
@@ -118,22 +138,29 @@ def departures(settings: dict, counts: dict[str, int]) -> list[str]:
 def paper_table(result: dict, model: str) -> Table:
     names = list(result["ours"])
     ours = ["ours", *(f"{100 * result['ours'][name]:.1f}      " for name in names)]
-    same: list[list[str]] = []
-    others: list[list[str]] = []
+    groups: list[list[list[str]]] = [[], [], []]
     for row in result["published"]:
-        label = f"this model: {row['name']}" if row["same_model"] else row["name"]
-        shown = [label, *(show_cell(row["scores"][name]) for name in names)]
-        (same if row["same_model"] else others).append(shown)
+        groups[not row["same_model"]].append(shown(row, names))
+    groups[2] = [shown(row, names) for row in result["reevaluated"]]
     caption = [
         f"* beyond noise: p < {NOISE} in a two-proportion test; without it, within noise. "
-        "4-shot AMC is of 40 problems."
+        "4-shot AMC and Sober Look's are of 40 problems."
     ]
     caption += [f"Not the paper's protocol: {text}." for text in result["departures"]]
+    caption.append("Below the paper's rows is what others measured on the released models.")
+    caption += dict.fromkeys(f"{r['source']}: {r['protocol']}." for r in result["reevaluated"])
     title = (
         f"{model}, {result['template']!r}, next to the paper's Tables 1 and 4: published %, and "
         "ours minus it"
     )
-    return make_table(title, ["", *names], [ours], same, others, caption="\n".join(caption))
+    return make_table(title, ["", *names], [ours], *groups, caption="\n".join(caption))
+
+
+def shown(row: dict, names: list[str]) -> list[str]:
+    """The cells of a published row. A benchmark that it lacks is a dash."""
+    label = f"this model: {row['name']}" if row["same_model"] else row["name"]
+    found = [row["scores"].get(name) for name in names]
+    return [label, *(show_cell(c) if c else "-      " for c in found)]
 
 
 def show_cell(c: dict) -> str:

@@ -34,9 +34,9 @@ class EvalConfig:
     model: str = ""
     """Hugging Face folder or hub name; --compare, --regrade and --analyze can do without"""
     benchmarks: str = "aime24,amc,math500,minerva,olympiad_bench"
-    """comma-separated: the five names, or any source that train.py --train-data takes"""
+    """comma-separated: these, aime25, gsm8k (its test split), or a source as for --train-data"""
     data_dir: str = ""
-    """folder with NAME.jsonl for each of the five; empty: the hub"""
+    """folder with NAME.jsonl for each of these names; empty: the hub"""
     template: str = "qwen_math"
     """question -> prompt: a name in drgrpo/templates.py, a file, or a text with {q}"""
     templates: str = ""
@@ -198,7 +198,7 @@ def evaluation(config: EvalConfig, against: list[str]) -> Command:
     reward.check(config.reward)
     names = comma_list(config.benchmarks)
     if not names:
-        raise UserError("--benchmarks is empty; name one of " + ", ".join(data.BENCHMARKS))
+        raise UserError("--benchmarks is empty; name one of " + ", ".join(data.EVAL_SETS))
     if against == ["paper"] and not set(names) & set(data.BENCHMARKS):
         raise UserError(
             f"--compare paper: the paper has no scores on {config.benchmarks}; it has "
@@ -207,7 +207,7 @@ def evaluation(config: EvalConfig, against: list[str]) -> Command:
     notices: list[str] = []
     sets = {}
     for name in names:
-        named = name in data.BENCHMARKS
+        named = name in data.EVAL_SETS
         source = data.benchmark_source(name, config.data_dir or None) if named else name
         sets[name] = data.load_problems(source, log=notices.append)
     return Command(mode="evaluate", config=config, paths=against, sets=sets, notices=notices)

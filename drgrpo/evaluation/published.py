@@ -1,5 +1,5 @@
-"""The scores that the paper prints (arXiv 2503.20783, Tables 1 and 4). They are greedy, with 3000
-new tokens unless the name says 8k.
+"""The scores that the paper prints (arXiv 2503.20783, Tables 1 and 4), and what others measured on
+the models that it released. The paper's are greedy, with 3000 new tokens unless the name says 8k.
 
 Two slips of the paper are mended here. Qwen2.5-Math-7B without a template is printed with 0.2 on
 AIME24. 0.2 % is no multiple of 1/30, and the printed average of 38.2 needs 20.0. The AMC scores of
@@ -7,7 +7,7 @@ the 4-shot rows are n/40: they come from the 40 problems of AMC23, and not from 
 rows. These scores and their averages are no match for a score on the 83.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from drgrpo.data import BENCHMARKS
 
@@ -34,8 +34,29 @@ class Published:
     def n(self, benchmark: str) -> int:
         return self.amc_n if benchmark == "amc" else N[benchmark]
 
-    def score(self, benchmark: str) -> float:
-        return self.scores[BENCHMARKS.index(benchmark)]
+    @property
+    def by_benchmark(self) -> dict[str, float]:
+        return dict(zip(BENCHMARKS, self.scores, strict=True))
+
+
+@dataclass(frozen=True)
+class Reevaluation:
+    """What others measured on a released model: accuracies in per cent by benchmark.
+
+    sd: their standard deviation over seeds, where the source has one. protocol: how they sampled.
+    hub: the model. amc_n: the problems behind the AMC score."""
+
+    name: str
+    source: str
+    protocol: str
+    by_benchmark: dict[str, float]
+    hub: str
+    sd: dict[str, float] = field(default_factory=dict)
+    amc_n: int = 83
+    template: str = ""
+
+    def n(self, benchmark: str) -> int:
+        return self.amc_n if benchmark == "amc" else (N | {"aime25": 30})[benchmark]
 
 
 Q15, Q7 = "Qwen/Qwen2.5-Math-1.5B", "Qwen/Qwen2.5-Math-7B"
@@ -74,8 +95,71 @@ PUBLISHED = (
 )
 
 
-def same_model(row: Published, model: str, template: str) -> bool:
-    """Whether a published row is about this model (a hub name, or a folder of that name) under this
-    template."""
+SOBER_SETS = ("aime24", "aime25", "amc", "math500", "minerva", "olympiad_bench")
+
+
+def sober_look(
+    name: str, hub: str, scores: tuple[float, ...], sd: tuple[float, ...]
+) -> Reevaluation:
+    """A row of Table 3 of "A Sober Look at Progress in Language Model Reasoning"."""
+    return Reevaluation(
+        name=f"{name}, Sober Look",
+        source="arXiv 2504.07086v2, Table 3",
+        protocol="mean of 10 seeds (3 on MATH500, Minerva and OlympiadBench), at most 4096 new "
+        "tokens, temperature and top_p tuned for each model, LightEval 0.8.1 on vLLM, one A100",
+        by_benchmark=dict(zip(SOBER_SETS, scores, strict=True)),
+        hub=hub,
+        sd=dict(zip(SOBER_SETS, sd, strict=True)),
+        amc_n=40,
+    )
+
+
+ISSUE_35 = "github.com/sail-sg/understand-r1-zero issue 35 (September 2025)"
+
+REEVALUATED = (
+    sober_look(
+        "Oat-Zero-7B", OAT7, (28.0, 8.8, 66.2, 79.4, 34.4, 43.8), (3.1, 2.5, 3.6, 0.3, 1.4, 1.1)
+    ),
+    sober_look(
+        "Qwen2.5-Math-7B", Q7, (20.7, 8.7, 56.2, 64.3, 17.3, 29.0), (3.8, 3.9, 5.7, 0.5, 1.9, 0.5)
+    ),
+    sober_look(
+        "Oat-Zero-1.5B", OAT15, (16.0, 6.7, 52.5, 73.5, 26.3, 37.2), (3.2, 3.4, 2.9, 1.7, 0.8, 1.3)
+    ),
+    sober_look(
+        "Qwen2.5-Math-1.5B",
+        Q15,
+        (11.3, 5.7, 44.0, 51.7, 11.3, 26.0),
+        (3.6, 2.7, 4.9, 5.5, 2.2, 0.6),
+    ),
+    Reevaluation(
+        "Oat-Zero-7B, GPG",
+        "arXiv 2504.02546, the table of 7B models",
+        "one answer each, with the released code",
+        dict(zip(BENCHMARKS, (30.0, 55.4, 80.6, 29.0, 44.0), strict=True)),
+        OAT7,
+    ),
+    Reevaluation(
+        "Oat-Zero-7B, mean@32",
+        ISSUE_35,
+        "a user's mean of 32 samples at temperature 1 and top_p 1, vLLM 0.9.0 (pass@32 is 56.7, "
+        "maj@32 is 26.7)",
+        {"aime24": 25.7},
+        OAT7,
+    ),
+    Reevaluation(
+        "Oat-Zero-7B, greedy",
+        ISSUE_35,
+        "a user's greedy runs, 26.7 at first and 30.0 with the released script, vLLM 0.9.0; the "
+        "authors trained with vLLM 0.7.2",
+        {"aime24": 30.0},
+        OAT7,
+    ),
+)
+
+
+def same_model(row: Published | Reevaluation, model: str, template: str) -> bool:
+    """Whether a row is about this model (a hub name, or a folder of that name) under this template.
+    Others' prompts are not ours, so that a re-evaluation is about the model under any template."""
     name = model.rstrip("/").split("/")[-1]
-    return bool(row.hub) and row.hub.split("/")[1] == name and row.template == template
+    return bool(row.hub) and row.hub.split("/")[1] == name and row.template in ("", template)
