@@ -71,18 +71,17 @@ def main() -> None:
     add("--out", type=Path, default=RESULTS, help="where kills.json goes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = {}
+    path = args.out / "kills.json"
     whole = sum(CASES[name][2] for name in args.cases)
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         model = str(cached_tiny_model(Warmup(seed=0), Path(folder) / "warmup"))
         for name in args.cases:
             count = max(1, round(args.kills * CASES[name][2] / whole))
             row = kill_case(name, model, Path(folder), count, random.Random(args.seed))
-            rows[name] = row | {"seed": args.seed, "where": harness.provenance()}
-            print(f"{name}: {row}", flush=True)
-    earlier = harness.read_json(args.out / "kills.json") or {}
-    rows = {name: row for name, row in (earlier | rows).items() if name in CASES}
-    print(table(rows), harness.write_json(args.out / "kills.json", rows), sep="\n\n")
+            row |= {"seed": args.seed, "where": harness.provenance()}
+            rows = (harness.read_json(path) or {}) | {name: row}
+            print(f"{name}: {harness.write_json(path, rows)}", flush=True)
+    print(table(rows))
     if any(row["differing"] for row in rows.values()):
         raise SystemExit(1)
 
