@@ -2,6 +2,7 @@
 
     python eval.py --model DIR|HUB_NAME --data-dir DIR             the paper's five benchmarks
     python eval.py --model M --samples 32 --temperature 0.6        mean@32, pass@k and maj@k
+    python eval.py --model M --seeds 10 --temperature 0.6          mean and sd over 10 seeds
     python eval.py --model M --templates qwen_math,r1,none         the paper's Table 1
     python eval.py --compare RUN paper                             a run next to the published rows
     python eval.py --compare RUN_A RUN_B                           two runs, paired by problem
@@ -53,33 +54,40 @@ def main(command: Command) -> None:
     tokenizer, positions = load_tokenizer(config.model), max_positions(config.model)
     parts = make_parts(config, command.sets, tokenizer, positions)
 
-    # 3. what an interrupted call has answered already
+    # 3. seed by seed, what an interrupted call has not answered already. The first seed that needs
+    #    the engine starts it.
     dtype = resolve_dtype(config.dtype, device)
     engine_name = resolve_engine(config.engine, device)
     resolved = {"engine": engine_name, "dtype": dtype, "positions": positions}
-    record = Record(log, command, resolved, device) if rank == 0 else None
-    todo = unanswered(parts, record, log)
-
-    # 4. answer the rest, and write as answers arrive
     engine = None
-    if todo:
-        longest = max(len(p.prompt_ids) for part in parts for p in part.problems)
-        settings = replace(config, dtype=dtype)
-        max_tokens = min(positions, longest + config.max_new_tokens)
-        cache = config.kv_cache_gb
-        engine = make_engine(settings, config.model, tokenizer, device, max_tokens, cache)
-        sampler = Sampler(engine, tokenizer, config.seed, config.tp)
-        log.say(
-            f"{config.model}: engine {engine.name}, {dtype}, answers of up to "
-            f"{config.max_new_tokens} tokens, {positions} with the prompt"
-        )
-        answer_parts(config, todo, sampler, log, record)
+    for call in command.by_seed():
+        log = Log(call.config.folder, active=rank == 0)
+        log.out.mkdir(parents=True, exist_ok=True)
+        record = Record(log, call, resolved, device) if rank == 0 else None
+        todo = unanswered(parts, record, log)
+        if todo and not engine:
+            longest = max(len(p.prompt_ids) for part in parts for p in part.problems)
+            settings = replace(config, dtype=dtype)
+            max_tokens = min(positions, longest + config.max_new_tokens)
+            cache = config.kv_cache_gb
+            engine = make_engine(settings, config.model, tokenizer, device, max_tokens, cache)
+            log.say(
+                f"{config.model}: engine {engine.name}, {dtype}, answers of up to "
+                f"{config.max_new_tokens} tokens, {positions} with the prompt"
+            )
 
-    # 5. scores
-    if record:
-        report.write(log, record.report, record.rows)
-        for run in command.paths:
-            compare.compare([run, str(log.out)], str(log.out))
+        # 4. answer it, and write as answers arrive
+        if engine and todo:
+            sampler = Sampler(engine, tokenizer, call.config.seed, config.tp)
+            answer_parts(config, todo, sampler, log, record)
+
+        # 5. scores
+        if record:
+            report.write(log, record.report, record.rows)
+            for run in command.paths:
+                compare.compare([run, str(log.out)], str(log.out))
+    if rank == 0 and config.seeds > 1:
+        report.write_seeds(config.folder, [call.config.folder for call in command.by_seed()])
     dist.barrier()
     if engine:
         engine.close()

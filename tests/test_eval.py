@@ -92,7 +92,10 @@ def test_it_scores_what_training_scores(warm_model, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--samples 4", "greedy answers would all be the same"),
+        ("--samples 4", "--samples 4 greedy answers would all be the same"),
+        ("--seeds 4", "--seeds 4 greedy answers would all be the same"),
+        ("--seeds 0", "--seeds 0 must be at least 1"),
+        ("--seeds 2 --temperature 1 --compare paper --out o --seed 3", "--compare o/seed-3 paper"),
         ("--template qwen", "qwen_math"),
         ("--templates chat,r1 --system hi", "--system goes with --template chat"),
         ("--answer last", "unknown --answer 'last'"),
@@ -326,6 +329,7 @@ def test_an_interrupted_evaluation_continues(uninterrupted, tmp_path, monkeypatc
     assert report["counters"]["grader_timeouts"] == 0 < report["seconds"]
     report["counters"]["grader_timeouts"] = 2  # of the part before the interruption
     report["seconds"] = 1000.0
+    del report["settings"]["seeds"]  # as before there was --seeds
     (halves / "eval.json").write_text(json.dumps(report))
     capsys.readouterr()
     run(f"{flags} --out {halves}")
@@ -384,6 +388,37 @@ def test_two_processes_answer_what_one_does(uninterrupted, tmp_path):
     assert scores_of(tmp_path / "two") == scores_of(tmp_path / "whole")
 
 
+# ---- several seeds
+
+
+def test_several_seeds_are_several_evaluations(uninterrupted, tmp_path, capsys, monkeypatch):
+    """Each seed's folder is the one that --seed makes. The engine starts once."""
+    flags, expected = uninterrupted
+    started, make_engine = [], eval_py.make_engine
+
+    def make(*args):
+        started.append(args)
+        return make_engine(*args)
+
+    monkeypatch.setattr(eval_py, "make_engine", make)
+    out = tmp_path / "seeds"
+    run(f"{flags} --seeds 2 --out {out}")
+    assert len(started) == 1
+    assert (out / "seed-0" / "responses.jsonl").read_bytes() == expected
+    distributed.stop()
+    run(f"{flags} --seed 1 --out {tmp_path / 'one'}")
+    one = (tmp_path / "one" / "responses.jsonl").read_bytes()
+    assert (out / "seed-1" / "responses.jsonl").read_bytes() == one != expected
+    shown = capsys.readouterr().out
+    assert "over 2 seeds" in shown and "seeds.json" in shown
+    found = json.loads((out / "seeds.json").read_text())
+    assert found["seeds"] == [0, 1] and len(found["evaluations"]) == 1
+    distributed.stop()
+    run(f"{flags} --seeds 3 --out {out}")
+    assert len(started) == 3, "one for --seed 1, one for the third seed"
+    assert capsys.readouterr().out.count("5 problems are answered, 0 are left") == 2
+
+
 # ---- several templates and temperatures
 
 
@@ -403,7 +438,9 @@ def test_one_model_under_several_templates_and_temperatures(
     rows = read_jsonl(out / "responses.jsonl")
     which = itemgetter("template", "temperature", "benchmark", "id", "sample")
     assert len(rows) == len(set(map(which, rows))) == 6 * 5 * 2
-    assert "pass@2" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "pass@2 %" in shown and "mean@2 %" in shown and "accuracy %" in shown
+    assert "same problems: these, answered again" in shown
     run(f"--analyze {out / 'responses.jsonl'}")
     assert len(json.loads((out / "analysis.json").read_text())["evaluations"]) == 6
     assert (out / "analysis.png").exists()

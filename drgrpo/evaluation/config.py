@@ -5,7 +5,7 @@ This file imports no torch, so that a mistake on the command line is answered at
 
 import math
 from argparse import SUPPRESS
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from drgrpo.templates import AnswerRule, Template, get_template
 from drgrpo.types import Problem, UserError, check_divides, comma_list, world_size
 from drgrpo.vllm_options import parse_vllm_options
 
-MAY_CHANGE_ON_RESUME = {"out", "data_dir", "sampler_batch", "kv_cache_gb", "write_every"}
+MAY_CHANGE_ON_RESUME = {"out", "data_dir", "sampler_batch", "kv_cache_gb", "write_every", "seeds"}
 """An interrupted evaluation may continue with other values of these fields."""
 
 FLAGS_OF_MODE = {"compare": {"out"}, "regrade": {"grader", "answer", "out"}, "analyze": {"out"}}
@@ -61,6 +61,8 @@ class EvalConfig:
     """generation budget; prompt and answer together also end at the model's positions"""
     seed: int = 0
     """seed of the samples"""
+    seeds: int = 1
+    """repeat with this many seeds, from --seed on, in OUT/seed-S; OUT/seeds.json has mean and sd"""
 
     # machine
     engine: Literal["auto", "torch", "vllm"] = "auto"
@@ -88,7 +90,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("samples", "max_new_tokens", "sampler_batch", "write_every", "tp"):
+        for name in ("samples", "max_new_tokens", "sampler_batch", "write_every", "tp", "seeds"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be at least 1")
         for temperature in self.all_temperatures:
@@ -96,11 +98,12 @@ class EvalConfig:
                 raise UserError(
                     f"temperature {temperature} must be 0, which is greedy, or a positive number"
                 )
-            if temperature == 0 and self.samples > 1:
-                raise UserError(
-                    f"--samples {self.samples} greedy answers would all be the same; "
-                    "add --temperature 1"
-                )
+            for name in ("samples", "seeds"):
+                if temperature == 0 and getattr(self, name) > 1:
+                    raise UserError(
+                        f"--{name} {getattr(self, name)} greedy answers would all be the same; "
+                        "add --temperature 1"
+                    )
         self.load_templates()
         parse_vllm_options(self.vllm)
 
@@ -142,6 +145,17 @@ class Command:
     paths: list[str]
     sets: dict[str, list[Problem]] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+
+    def by_seed(self) -> list["Command"]:
+        """A call for each of --seeds, as if it were made with --seed S --out OUT/seed-S."""
+        config = self.config
+        if config.seeds == 1:
+            return [self]
+        calls = []
+        for seed in range(config.seed, config.seed + config.seeds):
+            out = str(config.folder / f"seed-{seed}")
+            calls.append(replace(self, config=replace(config, seed=seed, seeds=1, out=out)))
+        return calls
 
 
 def parse_args(argv: list[str] | None = None) -> Command:
@@ -191,6 +205,11 @@ def evaluation(config: EvalConfig, against: list[str]) -> Command:
     if len(against) > 1:
         raise UserError(
             f"--compare {' '.join(against)} with --model takes one name: its own run is the other"
+        )
+    if against and config.seeds > 1:
+        raise UserError(
+            f"--compare takes one evaluation, and --seeds {config.seeds} makes several; compare "
+            f"one afterwards: --compare {config.folder}/seed-{config.seed} {against[0]}"
         )
     if against not in ([], ["paper"]):
         responses.read(*against)  # complete? It is needed when the scores are there, hours later.

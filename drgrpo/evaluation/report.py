@@ -2,12 +2,12 @@
 
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from rich.table import Table
 
 from drgrpo.answers import RULES, equal_as_strings, extract, truths_of
-from drgrpo.evaluation.responses import evaluations
+from drgrpo.evaluation.responses import evaluations, recorded
 from drgrpo.evaluation.scores import average, score
 from drgrpo.evaluation.tables import make_table, percent, span
 from drgrpo.run.files import write_json
@@ -25,6 +25,51 @@ def write(log: Log, about: dict, rows: list[dict]) -> None:
     for line in no_answer(rows, log.out):
         log.say(line)
     log.say(f"wrote {log.out}/eval.json and {log.out}/responses.jsonl")
+
+
+def write_seeds(out: Path, folders: list[Path]) -> None:
+    """Print mean and standard deviation over the evaluations in `folders`, which differ in the seed
+    only. Write them to OUT/seeds.json."""
+    log = Log(out, active=True)
+    reports = [recorded(folder) for folder in folders]
+    seeds = [report["settings"]["seed"] for report in reports]
+    found = over_seeds(reports)
+    for part in found:
+        title = f"{name(reports[0]['settings'])}, {part['template']!r}, T={part['temperature']:g}"
+        log.console.print(seeds_table(f"{title}, over {len(seeds)} seeds", part))
+    write_json(log.out / "seeds.json", {"seeds": seeds, "evaluations": found})
+    log.say(f"wrote {log.out}/seeds.json")
+
+
+def over_seeds(reports: list[dict]) -> list[dict]:
+    """For each template and temperature, the spread of each benchmark's accuracy and of the
+    average."""
+    found = []
+    for same in zip(*(report.get("evaluations", [report]) for report in reports), strict=True):
+        benchmarks = {}
+        for benchmark in same[0]["benchmarks"]:
+            benchmarks[benchmark] = spread(
+                [part["benchmarks"][benchmark]["accuracy"] for part in same]
+            )
+        about = {"template": same[0]["template"], "temperature": same[0]["temperature"]}
+        averages = spread([part["average"] for part in same])
+        found.append(about | {"benchmarks": benchmarks, "average": averages})
+    return found
+
+
+def spread(accuracies: list[float]) -> dict:
+    """`sd` is the sample standard deviation, with n - 1. All seeds have the same problems, and so
+    it shows the noise of sampling only."""
+    return {"mean": fmean(accuracies), "sd": stdev(accuracies), "by_seed": accuracies}
+
+
+def seeds_table(title: str, part: dict) -> Table:
+    rows = []
+    for benchmark, s in [*part["benchmarks"].items(), ("average", part["average"])]:
+        shares = (s["mean"], s["sd"], min(s["by_seed"]), max(s["by_seed"]))
+        rows.append([benchmark, *map(percent, shares)])
+    columns = ["benchmark", "mean %", "sd", "lowest %", "highest %"]
+    return make_table(title, columns, rows[:-1], rows[-1:])
 
 
 def no_answer(rows: list[dict], out: Path) -> list[str]:
