@@ -15,9 +15,10 @@ from typing import Literal
 
 from drgrpo import reward
 from drgrpo.run.cards import parse_machine
-from drgrpo.run.cli import Parser, check_choices, flag
+from drgrpo.run.cli import Parser, check_choices, check_texts, flag
+from drgrpo.run.files import read_object
 from drgrpo.templates import AnswerRule, get_template
-from drgrpo.types import UserError, check_divides, check_name, world_size
+from drgrpo.types import UserError, check_divides, check_name, check_path, world_size
 from drgrpo.vllm_options import check_rounding
 
 MAY_CHANGE_ON_RESUME = (
@@ -209,6 +210,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_texts(self)
         self._check_numbers()
         self._check_ranges()
         get_template(self.template, self.answer, self.system)
@@ -349,11 +351,12 @@ class Config:
 
 
 def nearest_divisors(n: int, k: int) -> list[str]:
-    """The divisors of n just below and just above k."""
-    divisors = [d for d in range(1, n + 1) if n % d == 0]
-    below = [str(d) for d in divisors if d < k]
-    above = [str(d) for d in divisors if d > k]
-    return below[-1:] + above[:1]
+    """The divisors of n just below and just above k, which is none. Of numbers that are too large
+    to search, 1 and n."""
+    far = 100_000
+    below = next((d for d in range(min(k, n), max(k - far, 0), -1) if n % d == 0), 1)
+    above = next((d for d in range(k, min(k + far, n)) if n % d == 0), n)
+    return [str(d) for d in sorted({below, above})]
 
 
 # ---- recipes. Every value of the paper's has its source. "table 6" is the paper's own table (v2,
@@ -566,6 +569,7 @@ TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.js
 
 def check_model(name: str) -> None:
     """UserError for a path without a model. Whether the hub has a name shows when it is loaded."""
+    check_path("--model", name)
     folder = Path(name)
     if name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not folder.exists():
         return
@@ -574,6 +578,7 @@ def check_model(name: str) -> None:
             f"--model {name} holds no config.json; name a Hugging Face folder, as OUT/hf, or a hub "
             "name"
         )
+    read_object(folder / "config.json")
     # transformers makes an empty tokenizer where there is none
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         raise UserError(

@@ -9,9 +9,8 @@ may end in `:split`. Any source may end in a share, as in `data.jsonl[:80%]` to 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,16 @@ import numpy as np
 
 from drgrpo.answers import formula_value
 from drgrpo.tiny import arithmetic
-from drgrpo.types import Answer, Problem, UserError, check_name, comma_list, nearest
+from drgrpo.types import (
+    Answer,
+    Problem,
+    UserError,
+    check_name,
+    check_path,
+    comma_list,
+    nearest,
+    parse_json,
+)
 
 if TYPE_CHECKING:
     from drgrpo.config import Config
@@ -57,7 +65,7 @@ class Columns:
         """None for a row without question or answer."""
         question = " ".join(str(row.get(field) or "") for field in self.problem)
         answer = _answer(row.get(self.answer), self.read)
-        if not question.strip() or answer is None:
+        if not question.strip() or not is_text(question) or answer is None:
             return None
         others = {k: cell for k, cell in row.items() if k not in (*self.problem, self.answer)}
         return Problem(id, question, answer, columns=others)
@@ -69,6 +77,11 @@ class HubSet:
     split: str
     columns: Columns = Columns()
     config: str | None = None
+
+
+def is_text(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can hold and no tokenizer reads."""
+    return text == text.encode(errors="ignore").decode()
 
 
 def _level(row: dict[str, Any]) -> int:
@@ -283,7 +296,7 @@ def _answer(cell: Any, read: Callable[[Any], Any]) -> Answer | None:
     if isinstance(cell, str):
         return read(cell) if read(cell).strip() else None
     is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
-    return cell if is_number and math.isfinite(cell) else None
+    return cell if is_number and abs(cell) <= sys.float_info.max else None
 
 
 def _check_fields(source: str, row: dict[str, Any], fields: Iterable[str]) -> None:
@@ -299,6 +312,7 @@ def _reader(source: str) -> partial[Rows]:
     """The call that reads a source. UserError if there is no such source."""
     if source in HUB:
         return partial(_hub_rows, HUB[source].repo, HUB[source].split, HUB[source].config)
+    check_path("data:", source)
     name, split = source, None
     if ":" in source and not Path(source).exists():
         name, _, split = source.rpartition(":")
@@ -348,7 +362,7 @@ def _json_rows(path: Path) -> Rows:
 def _parse(path: Path, text: bytes, line: int) -> Any:
     """The JSON value in `text`, which starts at line `line` of the file."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:  # broken JSON or broken UTF-8
         number = line + getattr(error, "lineno", 1) - 1
         raise UserError(f"{path}:{number}: broken JSON: {error}") from error
@@ -361,16 +375,23 @@ def _parquet_rows(path: Path) -> Rows:
         raise UserError(
             f"reading {path} needs pyarrow: pip install datasets (or convert it to .jsonl)"
         ) from error
-    return read_table(path).to_pylist()
+    try:
+        return read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise UserError(f"{path} is broken or no Parquet file: {error}") from error
 
 
 def _folder_rows(path: Path, split: str | None) -> Rows:
+    datasets = _datasets(str(path))
     try:
-        data = _datasets(str(path)).load_from_disk(str(path))
+        data = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is not a folder that datasets.save_to_disk wrote; {_listing(path)}"
         ) from error
+    except Exception as error:  # `datasets` passes on what the readers of its files raise
+        name = type(error).__name__
+        raise UserError(f"{path} is a broken folder of datasets: {name}: {error}") from error
     return _split_rows(str(path), data, split)
 
 

@@ -85,7 +85,10 @@ def get_template(name: str, answer: str = "auto", system: str = "") -> Template:
 def template_text(name: str) -> str:
     """The text of a template that is not built in. The newline that ends a file is left out."""
     if os.path.isfile(name):
-        text = Path(name).read_text(encoding="utf-8").removesuffix("\n")
+        try:
+            text = Path(name).read_text(encoding="utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"the template {name} is not UTF-8: {error}; save it so") from error
         if "{q}" not in text:
             raise UserError(f"the template {name} lacks {{q}}; write {{q}} where the question goes")
         return text

@@ -15,9 +15,12 @@ Shape suffixes, the same in every file:
 from __future__ import annotations
 
 import difflib
+import errno
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a mistake on the command line is answered before torch is imported
@@ -51,6 +54,29 @@ def check_name(what: str, name: str, names: Iterable[str]) -> None:
     if name not in names:
         hint = nearest(name, names)
         raise UserError(f"unknown {what} {name!r}; {hint}there are {', '.join(names)}")
+
+
+def check_path(what: str, path: str | Path) -> None:
+    """UserError if no file can have this name. There need not be one."""
+    try:
+        os.lstat(path)
+    except ValueError as error:  # a NUL byte, or half of a surrogate pair
+        raise UserError(f"{what} {str(path)!r} is no name of a file: {error}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            name = str(path)
+            raise UserError(
+                f"{what} {name[:60]}... is too long for the name of a file, with {len(name)} "
+                "characters; choose a shorter one"
+            ) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in a JSON text. ValueError if it is broken or nests too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it nests too deeply") from error
 
 
 def world_size() -> int:

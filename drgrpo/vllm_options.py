@@ -7,10 +7,9 @@ This file imports neither vLLM nor torch, so that a mistake is answered at once.
 values itself.
 """
 
-import json
 from typing import Any
 
-from drgrpo.types import UserError
+from drgrpo.types import UserError, parse_json
 
 SET_BY_A_FLAG = {
     "model": "--model",
@@ -51,8 +50,8 @@ ROUNDING = ("kv_cache_dtype", "quantization")
 def parse_vllm_options(text: str) -> dict[str, Any]:
     """The arguments. UserError unless `text` is a JSON object of arguments that may be given."""
     try:
-        options = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+        options = parse_json(text or "{}")
+    except ValueError as error:
         raise UserError(
             f"--vllm {text} is not JSON ({error}); write it as --vllm '{{\"enforce_eager\": true}}'"
         ) from error

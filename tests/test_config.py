@@ -7,8 +7,18 @@ from dataclasses import fields
 import pytest
 
 from conftest import ROOT
+from drgrpo import data
 from drgrpo.advantage import DIVIDE_BY_LENGTH, DIVIDE_BY_TOKENS
-from drgrpo.config import MASKS, MAY_CHANGE_ON_RESUME, RECIPES, TOKENS_WEIGHED, Config, parse_args
+from drgrpo.config import (
+    MASKS,
+    MAY_CHANGE_ON_RESUME,
+    RECIPES,
+    TOKENS_WEIGHED,
+    Config,
+    nearest_divisors,
+    parse_args,
+)
+from drgrpo.run import folder
 from drgrpo.run.cli import field_docs
 from drgrpo.types import UserError
 
@@ -200,3 +210,32 @@ PLAIN = (
 def test_what_answers_a_mistake_imports_no_torch(name):
     code = f"import sys, drgrpo.{name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("option", ["out", "model", "train-data", "eval-data"])
+def test_a_name_that_no_file_can_have_is_refused(option):
+    for name, message in (("a" * 5000, "is too long"), ("a\0b", "is no name of a file")):
+        with pytest.raises(UserError, match=message):
+            config = parse_args(["--recipe", "tiny", f"--{option}", name])
+            folder.check(config)
+            data.check_sources(config)
+
+
+@pytest.mark.parametrize("option", ["out", "template", "wandb"])
+def test_a_text_that_is_not_utf_8_is_refused(option):
+    with pytest.raises(UserError, match=rf"--{option} .*udc80' is not UTF-8"):
+        parse_args(["--recipe", "tiny", f"--{option}", "{q}\udc80"])
+
+
+def test_the_nearest_divisors_of_a_huge_number_take_no_time():
+    assert nearest_divisors(256, 7) == ["4", "8"] and nearest_divisors(256, 300) == ["256"]
+    assert nearest_divisors(256, 3) == ["2", "4"] and nearest_divisors(7, 3) == ["1", "7"]
+    assert nearest_divisors(10**18, 7) == ["5", "8"]
+    assert nearest_divisors(10**18 + 9, 10**9) == ["1", str(10**18 + 9)]
+
+
+def test_a_model_whose_config_is_broken_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config.json is not readable as JSON"):
+        parse_args(["--recipe", "tiny", "--model", str(tmp_path)])

@@ -454,3 +454,33 @@ def test_rows_without_an_answer_in_a_real_file():
         pytest.skip(f"no {path}")
     assert len(load_problems(str(path), log=log.append)) == 11995
     assert "5 of 12000 rows" in log[0] and "row 5342, 5344, 6628, 7302, 10671" in log[0]
+
+
+@pytest.mark.parametrize("name", ["deep.jsonl", "deep.json"])
+def test_json_that_nests_too_deeply_is_one_line(tmp_path, name):
+    (tmp_path / name).write_text("[" * 5000)
+    with pytest.raises(UserError, match=rf"{name}:1: broken JSON: it nests too deeply"):
+        load_problems(str(tmp_path / name))
+
+
+def test_a_broken_parquet_file_is_one_line(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1" * 5)
+    with pytest.raises(UserError, match=r"rows.parquet is broken or no Parquet file: "):
+        load_problems(str(tmp_path / "rows.parquet"))
+
+
+def test_a_broken_folder_is_one_line(tmp_path):
+    (tmp_path / "state.json").write_text("")
+    (tmp_path / "dataset_info.json").write_text("")
+    with pytest.raises(UserError, match="is a broken folder of datasets: JSONDecodeError: "):
+        load_problems(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("problem", "answer"), [("\ud800", "1"), ("q", 10**400), ("q", float("nan"))]
+)
+def test_a_cell_that_is_no_text_or_no_number_is_counted_as_missing(tmp_path, problem, answer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"problem": problem, "answer": answer}) + "\n")
+    with pytest.raises(UserError, match="1 of 1 rows have no question"):
+        load_problems(str(path))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from drgrpo.run.files import append_jsonl, read_jsonl, write_atomically, write_json
+from drgrpo.run.files import append_jsonl, read_jsonl, read_object, write_atomically, write_json
+from drgrpo.types import UserError
 
 
 def test_rows_come_back_in_order_and_nan_is_refused(tmp_path):
@@ -46,3 +47,24 @@ def test_files_that_differ_in_their_ending_do_not_share_a_partial(tmp_path):
     (tmp_path / "eval.json.partial").write_text("another writer's")
     write_atomically(tmp_path / "eval.jsonl", "rows")
     assert (tmp_path / "eval.json.partial").read_text() == "another writer's"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not readable as JSON: Expecting property name"),
+        ("[" * 5000, "not readable as JSON: it nests too deeply"),
+        (b"\xff{}", "not readable as JSON"),
+        ("[1]", "must hold a JSON object, not a list"),
+    ],
+    ids=["broken", "deep", "no text", "no object"],
+)
+def test_what_holds_no_object_is_one_line(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    write_atomically(path, '{"a": 1}')
+    assert read_object(path) == {"a": 1}
+    write_atomically(path, content)
+    with pytest.raises(UserError, match=message):
+        read_object(path)
+    with pytest.raises(UserError, match="Is a directory"):
+        read_object(tmp_path)

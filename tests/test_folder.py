@@ -112,3 +112,11 @@ def test_the_config_is_written_as_it_is_used_and_every_start_is_recorded(config)
     assert json.loads((config.folder / "config.json").read_text()) == asdict(config)
     starts = json.loads((config.folder / "run.json").read_text())
     assert [(s["resumed_step"], s["commit"]) for s in starts] == [(0, "abc"), (7, "def-dirty")]
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_config_is_named(config, content):
+    folder.open_run(config, 0, {})
+    (config.folder / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config.json (is not readable as|must hold a) JSON"):
+        folder.check(config)

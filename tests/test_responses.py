@@ -112,3 +112,19 @@ def test_grouping():
         [("none", 1.0, "c", 0)] * 2,
         [("r1", 1.0, "b", 0)] * 2,
     ]
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", []), ("id", "0"), ("tokens", None)])
+def test_a_value_of_another_type_is_refused(tmp_path, name, value):
+    write(tmp_path, [row | {name: value} for row in rows_of([0])])
+    with pytest.raises(UserError, match=rf"jsonl:1 has .* for {name}; this takes files"):
+        read(tmp_path)
+
+
+def test_a_damaged_report_is_named(tmp_path):
+    write(tmp_path, rows_of([0]))
+    (tmp_path / "eval.json").write_text("[]")
+    with pytest.raises(UserError, match=r"eval.json must hold a JSON object"):
+        recorded(tmp_path)
+    with pytest.raises(UserError, match=r"eval.json must hold a JSON object"):
+        resume_rows(tmp_path, {"settings": {}, "versions": {}}, set())

@@ -157,3 +157,9 @@ def test_answer_and_stop_are_where_the_prompt_asks_for_them():
         "chat": ("boxed", ()),
         "arithmetic": ("hash", ()),
     }
+
+
+def test_a_template_file_that_is_not_utf_8_is_one_line(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9 {q}")
+    with pytest.raises(UserError, match=r"prompt.txt is not UTF-8: .* save it so"):
+        get_template(str(tmp_path / "prompt.txt"))

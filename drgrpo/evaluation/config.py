@@ -12,7 +12,7 @@ from typing import Literal
 from drgrpo import data, reward
 from drgrpo.config import check_model
 from drgrpo.evaluation import responses
-from drgrpo.run.cli import Parser, check_choices, flag
+from drgrpo.run.cli import Parser, check_choices, check_texts, flag
 from drgrpo.run.folder import check_writable
 from drgrpo.templates import AnswerRule, Template, get_template
 from drgrpo.types import Problem, UserError, check_divides, comma_list, world_size
@@ -90,6 +90,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        check_texts(self)
         for name in ("samples", "max_new_tokens", "sampler_batch", "write_every", "tp", "seeds"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{flag(name)} {getattr(self, name)} must be at least 1")

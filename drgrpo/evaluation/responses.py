@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from drgrpo.evaluation.scores import by_problem
-from drgrpo.run.files import write_atomically
-from drgrpo.types import Problem, UserError
+from drgrpo.run.files import read_object, write_atomically
+from drgrpo.types import Problem, UserError, parse_json
 
-COLUMNS = (
-    *("benchmark", "template", "temperature", "id", "sample", "problem", "answer", "response"),
-    *("score", "parsed", "vote", "tokens", "finished"),
-)
+NUMBER = int | float
+COLUMNS: dict[str, Any] = {
+    **{"benchmark": str, "template": str, "temperature": NUMBER, "id": int, "sample": int},
+    **{"problem": str, "answer": object, "response": str | None, "score": NUMBER},
+    **{"parsed": bool, "vote": object, "tokens": int, "finished": bool},
+}
 
 
 def too_long(problem: Problem, samples: int) -> list[dict]:
@@ -58,7 +60,7 @@ def resume_rows(out: Path, report: dict, may_change: set[str]) -> tuple[list[dic
             f"{out} holds responses.jsonl without the eval.json that tells their settings; "
             "choose another --out"
         )
-    saved = json.loads(report_path.read_text())
+    saved = read_object(report_path)
     changed = changes(saved.get("settings", {}), report["settings"], may_change)
     changed += changes(saved.get("versions", {}), report["versions"], may_change)
     if changed:
@@ -111,7 +113,7 @@ def read(path: str | Path) -> list[dict]:
     path, rows = find(path), []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(
                 f"{path}:{number}: broken JSON: {error}; if eval.py was interrupted, the same call "
@@ -122,6 +124,12 @@ def read(path: str | Path) -> list[dict]:
             raise UserError(
                 f"{path}:{number} lacks {', '.join(missing)}; this takes files that eval.py wrote"
             )
+        wrong = [name for name, kind in COLUMNS.items() if not isinstance(row[name], kind)]
+        if wrong:
+            raise UserError(
+                f"{path}:{number} has {shorten(row[wrong[0]])} for {wrong[0]}; this takes files "
+                "that eval.py wrote"
+            )
         rows.append(row)
     if not rows:
         raise UserError(f"{path} is empty: no response to read")
@@ -131,7 +139,7 @@ def read(path: str | Path) -> list[dict]:
 def recorded(path: str | Path) -> dict:
     """The `eval.json` beside these responses; empty if there is none."""
     file = find(path).parent / "eval.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_object(file) if file.is_file() else {}
 
 
 def evaluations(rows: list[dict]) -> dict[tuple[str, float], dict[str, list[dict]]]:

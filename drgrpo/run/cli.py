@@ -69,6 +69,14 @@ def check_choices(settings: Any) -> None:
             check_name(f"--{flag(name)}", getattr(settings, name), get_args(kind))
 
 
+def check_texts(settings: Any) -> None:
+    """UserError if a text field of a dataclass instance holds what UTF-8 cannot."""
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, str) and value != value.encode(errors="ignore").decode():
+            raise UserError(f"--{flag(field.name)} {value!r} is not UTF-8; write it in UTF-8")
+
+
 def parse_bool(text: str) -> bool:
     if text.lower() in ("true", "1", "yes", "on"):
         return True

@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from drgrpo.types import UserError, parse_json
+
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, so that a kill leaves the old content or the new."""
@@ -17,6 +19,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """One indented JSON value, in one step. ValueError for NaN and infinity."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file. UserError if it holds something else."""
+    try:
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable as JSON: {error}; restore the file") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
 
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:

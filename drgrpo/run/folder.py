@@ -20,8 +20,8 @@ from pathlib import Path
 
 from drgrpo.config import MAY_CHANGE_ON_RESUME, RECIPES, Config
 from drgrpo.run.cli import flag
-from drgrpo.run.files import write_atomically, write_json
-from drgrpo.types import UserError
+from drgrpo.run.files import read_object, write_atomically, write_json
+from drgrpo.types import UserError, check_path
 
 RECORDS = ("metrics.jsonl", "samples.jsonl", "eval.jsonl")
 
@@ -37,7 +37,7 @@ def check(config: Config) -> None:
         raise UserError(f"--out {out} is not empty and holds no run; choose another folder")
     defaults = {field.name: field.default for field in fields(Config)}
     # A field that did not exist when the run began had no effect, as its default has none.
-    saved = defaults | json.loads((out / "config.json").read_text())
+    saved = defaults | read_object(out / "config.json")
     current = asdict(config)
     changed = [
         name
@@ -69,6 +69,7 @@ def changed_settings(settings: dict) -> dict:
 
 def check_writable(out: Path) -> None:
     """UserError unless files can be written into `out`, which may not exist yet."""
+    check_path("--out", out)
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"--out {out}: {existing} is no folder to write to; choose another --out")
