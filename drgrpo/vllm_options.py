@@ -49,14 +49,15 @@ ROUNDING = ("kv_cache_dtype", "quantization")
 
 def parse_vllm_options(text: str) -> dict[str, Any]:
     """The arguments. UserError unless `text` is a JSON object of arguments that may be given."""
+    shown = text[:200]
     try:
         options = parse_json(text or "{}")
     except ValueError as error:
         raise UserError(
-            f"--vllm {text} is not JSON ({error}); write it as --vllm '{{\"enforce_eager\": true}}'"
+            f"--vllm {shown} is not JSON ({error}); write --vllm '{{\"enforce_eager\": true}}'"
         ) from error
     if not isinstance(options, dict):
-        raise UserError(f"--vllm {text} must be a JSON object, as '{{\"enforce_eager\": true}}'")
+        raise UserError(f"--vllm {shown} must be a JSON object, as '{{\"enforce_eager\": true}}'")
     for name in options:
         if name in SET_BY_A_FLAG:
             raise UserError(f"--vllm: {name} is set by {SET_BY_A_FLAG[name]}; use that")
