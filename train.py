@@ -133,7 +133,7 @@ def main(config: Config) -> None:
                 #    steps, processes and micro-batches.
                 finished = [rollout.completion.finished for rollout in rollouts]
                 finished_PG = torch.tensor(finished).view_as(reward_PG)
-                advantage_PG = group_advantage(reward_PG, finished_PG, config.algo)
+                advantage_PG = group_advantage(reward_PG, config.algo, finished_PG)
                 plan = plan_updates(config, rollouts, advantage_PG, step, device)
 
             # 4. The ratio divides by log-probs from before the first update.

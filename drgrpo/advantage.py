@@ -16,11 +16,11 @@ DIVIDE_BY_TOKENS = ("dapo", "lite_ppo", "cispo")
 EPS = 1e-8  # a group of equal rewards has no advantage, and not 0 / 0
 
 
-def group_advantage(reward_PG: Tensor, finished_PG: Tensor, algo: str) -> Tensor:
+def group_advantage(reward_PG: Tensor, algo: str, finished_PG: Tensor | None = None) -> Tensor:
     """The advantage of each response, [P, G], from its group's rewards (paper, Fig. 1, App. A).
 
-    `finished_PG`: False for a response that was cut off. UserError if `algo` is maxrl and a reward
-    is negative."""
+    `finished_PG`: False for a response that was cut off, which only overlong_mask asks for.
+    UserError if `algo` is maxrl and a reward is negative."""
     # Dr. GRPO (1/2): no division by the group's std
     advantage_PG = reward_PG - reward_PG.mean(dim=1, keepdim=True)
     if algo in DIVIDE_BY_STD:  # the unbiased std, as in the paper's code
@@ -34,6 +34,7 @@ def group_advantage(reward_PG: Tensor, finished_PG: Tensor, algo: str) -> Tensor
         group = reward_PG.shape[1]
         advantage_PG = advantage_PG * (group / (group - 1))
     if algo == "overlong_mask":  # a response that was cut off is compared with, and not trained on
+        assert finished_PG is not None, "overlong_mask has to know what was cut off"
         advantage_PG = advantage_PG * finished_PG
     return advantage_PG
 

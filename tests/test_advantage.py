@@ -7,18 +7,14 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from drgrpo import advantage, pack
-from drgrpo.advantage import mismatch_weight, token_weight
+from drgrpo import pack
+from drgrpo.advantage import group_advantage, mismatch_weight, token_weight
 from drgrpo.config import MASKS, Config
 from drgrpo.types import UserError
 
 ALGORITHMS = get_args(get_type_hints(Config)["algo"])
 REWARD_PG = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
 FINISHED_PG = torch.ones(3, 4, dtype=torch.bool)
-
-
-def group_advantage(reward_PG, algo, finished_PG=FINISHED_PG):
-    return advantage.group_advantage(reward_PG, finished_PG, algo)
 
 
 def test_drgrpo_is_reward_minus_group_mean():
@@ -79,7 +75,8 @@ def test_the_overlong_mask_compares_with_a_truncated_response_and_does_not_train
 @pytest.mark.parametrize("algo", sorted(set(ALGORITHMS) - {"maxrl"}))
 def test_adding_a_constant_to_all_rewards_changes_nothing(algo):
     torch.testing.assert_close(
-        group_advantage(REWARD_PG + 3, algo), group_advantage(REWARD_PG, algo)
+        group_advantage(REWARD_PG + 3, algo, FINISHED_PG),
+        group_advantage(REWARD_PG, algo, FINISHED_PG),
     )
 
 
@@ -151,5 +148,5 @@ def test_a_mask_of_an_empty_micro_batch_is_empty(algo):
 def test_inputs_are_not_changed():
     before = REWARD_PG.clone()
     for algo in ALGORITHMS:
-        group_advantage(REWARD_PG, algo)
+        group_advantage(REWARD_PG, algo, FINISHED_PG)
     assert torch.equal(before, REWARD_PG)

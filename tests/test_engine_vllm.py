@@ -591,7 +591,7 @@ vllm.LLM.reset_prefix_cache = lambda self: True
 }
 MOVE = """
 import torch, train
-train.group_advantage = lambda reward_PG, finished_PG, algo: torch.randn(reward_PG.shape)
+train.group_advantage = lambda reward_PG, algo, finished_PG: torch.randn(reward_PG.shape)
 """
 
 

@@ -129,7 +129,7 @@ def test_the_reward_for_form_accepts_what_was_demonstrated_right_or_wrong():
 def test_the_constant_reward_gives_no_response_an_advantage(algo):
     reward = controls.constant_reward("anything", problem="q", answer="1", finished=True)
     finished_PG = torch.ones(3, 4, dtype=torch.bool)
-    assert not group_advantage(torch.full((3, 4), reward), finished_PG, algo).any()
+    assert not group_advantage(torch.full((3, 4), reward), algo, finished_PG).any()
 
 
 @pytest.mark.slow
