@@ -28,6 +28,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Numba's and vLLM's threads change torch's number of them for all tests that follow, and with
+    it the rounding of sums."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     from drgrpo.tiny.tokenizer import byte_tokenizer
