@@ -29,6 +29,7 @@ from drgrpo.types import (
     check_name,
     check_path,
     comma_list,
+    is_utf8,
     nearest,
     parse_json,
 )
@@ -65,7 +66,7 @@ class Columns:
         """None for a row without question or answer."""
         question = " ".join(str(row.get(field) or "") for field in self.problem)
         answer = _answer(row.get(self.answer), self.read)
-        if not question.strip() or not is_text(question) or answer is None:
+        if not question.strip() or not is_utf8(question) or answer is None:
             return None
         others = {k: cell for k, cell in row.items() if k not in (*self.problem, self.answer)}
         return Problem(id, question, answer, columns=others)
@@ -77,11 +78,6 @@ class HubSet:
     split: str
     columns: Columns = Columns()
     config: str | None = None
-
-
-def is_text(text: str) -> bool:
-    """False for half of a surrogate pair, which JSON can hold and no tokenizer reads."""
-    return text == text.encode(errors="ignore").decode()
 
 
 def _level(row: dict[str, Any]) -> int:

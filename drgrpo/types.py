@@ -71,6 +71,12 @@ def check_path(what: str, path: str | Path) -> None:
             ) from error
 
 
+def is_utf8(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON and a command line can hold and no file or
+    tokenizer takes."""
+    return text == text.encode(errors="ignore").decode()
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value in a JSON text. ValueError if it is broken or nests too deeply to be read."""
     try:

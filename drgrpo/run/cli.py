@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from drgrpo.types import UserError, check_name, world_size
+from drgrpo.types import UserError, check_name, is_utf8, world_size
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +73,7 @@ def check_texts(settings: Any) -> None:
     """UserError if a text field of a dataclass instance holds what UTF-8 cannot."""
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if isinstance(value, str) and value != value.encode(errors="ignore").decode():
+        if isinstance(value, str) and not is_utf8(value):
             raise UserError(f"--{flag(field.name)} {value!r} is not UTF-8; write it in UTF-8")
 
 
