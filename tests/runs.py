@@ -16,10 +16,9 @@ from drgrpo import distributed
 from drgrpo.config import RECIPES, Config
 from drgrpo.run.cli import flag
 from drgrpo.run.files import read_jsonl
+from drgrpo.run.metrics import TIMES
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMES = ("seconds", "gb", "tflops", "hours_used")
-TIMES += ("tokens_per_s", "rollout_tokens_per_s", "train_tokens_per_s")
 
 
 START = """

@@ -42,6 +42,7 @@ from drgrpo.config import RECIPES, Config
 from drgrpo.run.cli import hard_exit
 from drgrpo.run.files import read_jsonl
 from drgrpo.run.folder import list_checkpoints
+from drgrpo.run.metrics import TIMES
 from drgrpo.tiny.warmup import Warmup, cached_tiny_model
 
 CARRY = {"carry_over": 0.25, "carry_steps": 2}
@@ -57,8 +58,6 @@ CASES = {  # name: (what it changes, processes, share of the kills)
     "vLLM, two processes, carry-over": (VLLM | CARRY, 2, 0.02),
 }
 """A start of vLLM takes ten seconds or more, so that it gets fewer kills."""
-TIMES = ("seconds", "gb", "tflops", "hours_used", "tokens_per_s")
-TIMES += ("rollout_tokens_per_s", "train_tokens_per_s")
 TICK = os.sysconf("SC_CLK_TCK")
 
 

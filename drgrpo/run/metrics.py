@@ -16,6 +16,12 @@ from drgrpo.run.guard import MIN_LOSS_SCALE
 from drgrpo.run.log import Stopwatch
 from drgrpo.types import Batch, Grade, Rollout
 
+TIMES = (
+    *("seconds", "gb", "tflops", "hours_used"),
+    *("tokens_per_s", "rollout_tokens_per_s", "train_tokens_per_s"),
+)
+"""Columns in which a run that is repeated differs. On a CPU nothing else does."""
+
 
 class Tally:
     """Statistics of one optimizer step, kept on the device until all micro-batches are done."""
