@@ -27,10 +27,8 @@ cost is compared with Dr. GRPO's of the same seed, and the mean of the ratios is
 import json
 import os
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise, product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 
@@ -49,10 +47,11 @@ from bench.experiments.study import (
     equivalence,
     signed,
     train_one,
+    warm_models,
 )
 from bench.harness import RESULTS, ROOT, markdown, new_figure, save_figure
 from drgrpo.run.files import read_jsonl
-from drgrpo.tiny.warmup import Warmup, cached_tiny_model
+from drgrpo.tiny.warmup import Warmup
 
 OBJECTIVES = {
     "drgrpo": "Dr. GRPO",
@@ -70,18 +69,6 @@ OBJECTIVES = {
 CONTROLS = {"random_reward": "random", "constant_reward": "constant", "form_reward": "form only"}
 TARGETS = (0.5, 0.6, 0.7)
 COSTS = {"tokens": "sampled", "tokens_trained": "trained on", "seconds": "seconds"}
-
-PREDICTIONS = """
-1. Wrong answers end 40 tokens longer or more where a response is divided by its own length (GRPO,
-   length term only). With every other objective they end within 10 tokens of Dr. GRPO's.
-2. All objectives end within 5 points of Dr. GRPO's accuracy.
-3. To reach an accuracy of 0.7, GRPO and the length term need 30 to 60 % more sampled tokens.
-4. The random reward leaves the accuracy within 3 points of where it was.
-5. The constant reward changes no weight at all.
-6. The reward for form alone leaves the accuracy within 3 points of where it was.
-"""
-"""Made before a first set of these runs, of which the files were lost. They were written down again
-from notes before the runs of objectives.json, when the first results were known."""
 
 
 def main() -> None:
@@ -107,8 +94,7 @@ def main() -> None:
 def train_all(args: Namespace) -> None:
     """The supervised phases, then the runs that are not there yet, seed by seed."""
     warmups = [Warmup(seed=seed) for seed in range(args.seeds)]
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        models = list(pool.map(partial(cached_tiny_model, folder=args.runs / "warmup"), warmups))
+    models = warm_models(warmups, args.runs, args.jobs)
 
     def train(run: tuple[int, str]) -> None:
         seed, arm = run

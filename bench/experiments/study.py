@@ -121,8 +121,7 @@ def main() -> None:
 def train_all(name: str, setting: Setting, runs: Path, jobs: int) -> None:
     """The warm-ups of a set-up, then those of its runs that are not there yet, `jobs` at a time."""
     warmups = [Warmup(seed=seed, **setting.warmup) for seed in range(setting.seeds)]
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        models = list(pool.map(partial(cached_tiny_model, folder=runs / "warmup"), warmups))
+    models = warm_models(warmups, runs, jobs)
 
     def train(arm: tuple[str, int]) -> None:
         algo, seed = arm
@@ -132,6 +131,12 @@ def train_all(name: str, setting: Setting, runs: Path, jobs: int) -> None:
     arms = product(setting.algos, range(setting.seeds))
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(train, arms))  # the first failure surfaces here
+
+
+def warm_models(warmups: list[Warmup], runs: Path, jobs: int) -> list[Path]:
+    """The models after their supervised phases, `jobs` of them at a time."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        return list(pool.map(partial(cached_tiny_model, folder=runs / "warmup"), warmups))
 
 
 def folder(runs: Path, name: str, algo: str, seed: int) -> Path:
