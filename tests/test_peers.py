@@ -289,7 +289,7 @@ def policy_loss(case: losses.Case, algo: str, hidden: torch.Tensor, weight: torc
 def test_the_gradient_of_cispo_is_trl_s(warm_model, tmp_path):
     """TRL's `epsilon_high` of this loss is the cap itself."""
     pytest.importorskip("trl", reason="TRL is not installed: pip install --group peers")
-    case = replace(CASES["off-policy"], trl_kl={"epsilon_high": 1 + losses.CLIP})
+    case = replace(CASES["off-policy"], trl_options={"epsilon_high": 1 + losses.CLIP})
     ours = losses.differentiate(policy_loss, case, "cispo")
     theirs = losses.differentiate(losses.trl_loss(warm_model, str(tmp_path)), case, "cispo")
     for name in ("dhidden", "dweight"):

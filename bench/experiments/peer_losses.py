@@ -37,7 +37,7 @@ class Case:
     ref_BL: Tensor | None = None
     temperature: float = 1.0
     kl_coef: float = 0.0
-    trl_kl: dict = field(default_factory=dict)  # TRL's options of the KL term
+    trl_options: dict = field(default_factory=dict)  # further ones of TRL
     budget: int = 32  # C, the constant that Dr. GRPO divides by
     parts: int = 1  # micro-batches that one optimizer step is split into
 
@@ -81,7 +81,7 @@ def make_cases(B: int = 8, L: int = 24, D: int = 64, V: int = 260) -> dict[str, 
         "on-policy": base,
         "off-policy": off,
         "off-policy, temperature 0.7": replace(warm, old_BL=drifted(warm, 0.3)),
-        "off-policy, KL": replace(kl, trl_kl={"use_bias_correction_kl": False}),
+        "off-policy, KL": replace(kl, trl_options={"use_bias_correction_kl": False}),
         "off-policy, KL, TRL's default": kl,
         "off-policy, two micro-batches": replace(off, parts=2),
     }
@@ -167,7 +167,7 @@ def trl_loss(model: str, folder: str):
     def loss(case: Case, loss_type: str, hidden: Tensor, weight: Tensor) -> Tensor:
         how = dict(temperature=case.temperature, beta=case.kl_coef, epsilon=CLIP)
         how |= dict(loss_type=loss_type, gradient_accumulation_steps=case.parts)
-        how |= dict(max_completion_length=case.budget, **case.trl_kl)
+        how |= dict(max_completion_length=case.budget, **case.trl_options)
         trainer = trl_trainer(model, folder, **how)
         trainer.current_gradient_accumulation_steps = case.parts  # its training loop sets it
         backbone, lm = Given(), trainer.model
