@@ -49,7 +49,7 @@ ROUNDING = ("kv_cache_dtype", "quantization")
 
 def parse_vllm_options(text: str) -> dict[str, Any]:
     """The arguments. UserError unless `text` is a JSON object of arguments that may be given."""
-    shown = text[:200]
+    shown = " ".join(text[:200].split())
     try:
         options = parse_json(text or "{}")
     except ValueError as error:
