@@ -30,9 +30,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Numba's and vLLM's threads change torch's number of them for all tests that follow, and with
-    it the rounding of sums."""
-    torch.set_num_threads(1)
+    """Two threads round sums differently than one, and a fork of a process with two crashes. The
+    number cannot be put back: vLLM makes `torch.set_num_threads` do nothing."""
+    yield
+    assert torch.get_num_threads() == 1, "a test or a library has changed the number of threads"
 
 
 @pytest.fixture(scope="session")

@@ -213,7 +213,8 @@ def test_what_answers_a_mistake_imports_no_torch(name):
 
 
 @pytest.mark.parametrize("option", ["out", "model", "train-data", "eval-data"])
-def test_a_name_that_no_file_can_have_is_refused(option):
+def test_a_name_that_no_file_can_have_is_refused(option, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no run in runs/tiny
     for name, message in (("a" * 5000, "is too long"), ("a\0b", "is no name of a file")):
         with pytest.raises(UserError, match=message):
             config = parse_args(["--recipe", "tiny", f"--{option}", name])

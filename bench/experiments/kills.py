@@ -201,7 +201,6 @@ def fork(run: Callable[[], None], group: int) -> int:
 def one_process(config: Config, environment: dict[str, str]) -> None:
     """What `train.py` does when it is the main program. Ends the process."""
     os.environ.update(environment)
-    torch.set_num_threads(1)  # a fork has none of its parent's OpenMP threads
     status = 0
     with open(log_of(config), "a") as log:
         for descriptor in (1, 2):  # for the processes that this one starts
