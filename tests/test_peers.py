@@ -15,8 +15,8 @@ import torch
 
 from bench.experiments import peer_losses as losses
 from bench.experiments import peers as bench
-from drgrpo import data
-from drgrpo.advantage import group_advantage, token_weight
+from drgrpo import data, pack
+from drgrpo.advantage import group_advantage, mismatch_weight, token_weight
 from drgrpo.config import RECIPES
 from drgrpo.kernels.linear_drgrpo import linear_drgrpo_loss_ref
 from drgrpo.model import Policy, make_objective
@@ -307,3 +307,30 @@ def test_lite_ppo_s_advantages_are_trl_s_with_scale_rewards_batch(warm_model, tm
     theirs_PG = trainer._generate_and_score_completions(inputs)["advantages"].view(2, 4)
     ours_PG = group_advantage(reward_PG, "lite_ppo")
     torch.testing.assert_close(ours_PG, theirs_PG, rtol=5e-4, atol=0)  # TRL adds 1e-4 to the std
+
+
+@pytest.mark.parametrize(
+    ("algo", "mode"), [("icepop", "token_mask"), ("sequence_mask", "sequence_mask")]
+)
+def test_the_masks_are_trl_s(warm_model, tmp_path, algo, mode):
+    pytest.importorskip("trl", reason="TRL is not installed: pip install --group peers")
+    mask_BL, old_BL = CASES["off-policy"].mask_BL, CASES["off-policy"].old_BL
+    rng = torch.Generator().manual_seed(0)
+    sampler_BL = old_BL + 0.2 * torch.randn(old_BL.shape, generator=rng)
+    options = {"mode": mode, "clip_min": 0.8, "clip_max": 1.25}
+    options = {f"vllm_importance_sampling_{name}": value for name, value in options.items()}
+    trainer = losses.trl_trainer(warm_model, str(tmp_path), **options)
+    trainer.use_vllm = True
+    ids, responses = [[1]] * 8, [[1] * length for length in mask_BL.sum(1)]
+    sampled = [row[mask].tolist() for row, mask in zip(sampler_BL, mask_BL, strict=True)]
+    trainer._generate = lambda prompts: (ids, responses, None, ["0"] * 8, sampled, {}, None, None)
+    trainer._get_per_token_logps_and_entropies = lambda *inputs, **options: (old_BL, None, None)
+    output = trainer._generate_and_score_completions([{"prompt": "0", "answer": 0.0}] * 8)
+    theirs_N = output["importance_sampling_ratio"].expand_as(mask_BL)[mask_BL]
+
+    sequences = map(pack.Sequence, ids, responses, sampled, [1.0] * 8)
+    batch = pack.pack(list(sequences))
+    batch.old_logprob_N = old_BL[mask_BL]
+    ours_N = mismatch_weight(batch, algo, 1.25)
+    assert 0 < (ours_N == 0).sum() < len(ours_N)
+    torch.testing.assert_close(ours_N, theirs_N)
