@@ -3,7 +3,10 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -62,25 +65,36 @@ def test_the_table_adds_up():
     assert kills.table(rows).endswith("| b | 4 | 2 | 1 |\n| all | 7 | 3 | 1 |")
 
 
+def in_new_process(function: Callable, *arguments):
+    """The script forks. A fork of this process would inherit what other tests leave in torch, such
+    as threads and the state of `torch.distributed`."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "torch, two processes, carry-over"])
 def test_killed_runs_end_as_the_uninterrupted_one(warm_model, tmp_path, name):
-    row = kill_case(name, warm_model, tmp_path, 3, random.Random(0))
+    row = in_new_process(kill_case, name, warm_model, tmp_path, 3, random.Random(0))
     assert row["kills"] >= 3 and row["runs"] >= 1 and row["differing"] == 0
     assert sum(row["after_saving"].values()) == row["kills"]
     assert list(tmp_path.glob("*/")) == [], "run folders are removed"
 
 
-@pytest.mark.slow
-def test_a_run_that_ends_differently_is_counted_and_kept(warm_model, tmp_path, monkeypatch):
+def kill_case_at_another_rate(*arguments):
     def other_rate(config, environment):
         if config.folder.name == "killed":
             config = replace(config, lr=2 * config.lr)
         one_process(config, environment)
 
-    one_process = kills.one_process
-    monkeypatch.setattr(kills, "one_process", other_rate)
-    row = kill_case("torch", warm_model, tmp_path, 1, random.Random(0))
+    one_process, kills.one_process = kills.one_process, other_rate
+    return kill_case(*arguments)
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_differently_is_counted_and_kept(warm_model, tmp_path):
+    arguments = ("torch", warm_model, tmp_path, 1, random.Random(0))
+    row = in_new_process(kill_case_at_another_rate, *arguments)
     assert row["differing"] == row["runs"]
     kept = Path(row["kept"][0]["kept"])
     assert "model.safetensors" in row["kept"][0]["files"]
@@ -88,15 +102,20 @@ def test_a_run_that_ends_differently_is_counted_and_kept(warm_model, tmp_path, m
     shutil.rmtree(kept)
 
 
-@pytest.mark.slow
-def test_a_start_that_fails_by_itself_ends_the_script(warm_model, tmp_path, monkeypatch):
+def kill_case_that_is_broken(*arguments):
     def broken(config):
         raise ValueError("broken")
 
-    monkeypatch.setattr(kills.train, "main", broken)
+    kills.train.main = broken
+    return kill_case(*arguments)
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_by_itself_ends_the_script(warm_model, tmp_path):
     (tmp_path / "straight").mkdir()
+    arguments = ("torch", warm_model, tmp_path, 1, random.Random(0))
     with pytest.raises(RuntimeError, match="torch fails without a kill: see ") as error:
-        kill_case("torch", warm_model, tmp_path, 1, random.Random(0))
+        in_new_process(kill_case_that_is_broken, *arguments)
     kept = Path(str(error.value).rpartition(" ")[2])
     assert "ValueError: broken" in (kept / "output.txt").read_text()
     shutil.rmtree(kept)
