@@ -193,16 +193,14 @@ class VLLMEngine:
 
 
 def prepare_environment(on_gpu: bool, dtype: torch.dtype, batch_invariant: bool = False) -> None:
-    """Set what vLLM, Numba and Triton read from the environment, before one of them is imported. A
-    variable that the user has set is kept. Only `batch_invariant` overrides one."""
+    """Set what vLLM and Triton read from the environment, before either is imported. A variable
+    that the user has set is kept. Only `batch_invariant` overrides one."""
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: tensors go by reference
         "VLLM_NO_USAGE_STATS": "1",
         # On a GPU its warnings tell of weights that were not loaded and of slow fallbacks. On a
         # CPU they advise on preloading libraries.
         "VLLM_LOGGING_LEVEL": "WARNING" if on_gpu else "ERROR",
-        # Numba, which searches the drafts, gives the whole process as many OpenMP threads as this.
-        "NUMBA_NUM_THREADS": str(torch.get_num_threads()),
     }
     if not on_gpu:
         # else all engines of a machine bind to the same cores

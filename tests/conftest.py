@@ -5,6 +5,7 @@ import signal
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["NUMBA_NUM_THREADS"] = "1"  # Numba gives all of the process as many OpenMP threads
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
