@@ -54,6 +54,7 @@ def one_line(call, *args, **kwargs):
         except UserError as error:
             message = str(error)
             assert message and "\n" not in message, message
+            assert len(message) < 2000 + 3 * len(LONG), message
 
 
 def flags(cls):
