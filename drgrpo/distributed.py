@@ -59,8 +59,9 @@ def shard(items: list, tp: int = 1) -> list:
 
 
 def gather(items: list, tp: int = 1) -> list:
-    """The inverse of `shard`, on every process."""
-    shards = gather_lists(items)[::tp]
+    """The inverse of `shard`, on every process. The first process of a group sends its shard."""
+    sends = dist.get_rank() % tp == 0
+    shards = gather_lists(items if sends else [])[::tp]
     gathered: list[Any] = [None] * sum(map(len, shards))
     for group, part in enumerate(shards):
         gathered[group :: len(shards)] = part

@@ -5,6 +5,7 @@ import runpy
 import socket
 import subprocess
 import sys
+from itertools import chain
 from textwrap import indent
 
 import pytest
@@ -112,8 +113,12 @@ def test_samplers_share_the_items_and_gather_them_in_order(monkeypatch, tp):
     for rank, expected in enumerate(SHARDS[tp]):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         assert shard(list("abcde"), tp) == expected
-    monkeypatch.setattr(distributed, "gather_lists", lambda items: SHARDS[tp])
-    assert gather(["c"], tp) == list("abcde")
+    sent = []
+    monkeypatch.setattr(distributed, "gather_lists", lambda items: sent.append(items) or SHARDS[tp])
+    for rank, items in enumerate(SHARDS[tp]):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        assert gather(items, tp) == list("abcde")
+    assert list(chain(*sent)) == list(chain(*SHARDS[tp][::tp])), "an item is sent once"
 
 
 def test_a_flag_of_one_process_is_a_flag_of_all(monkeypatch):
