@@ -6,17 +6,20 @@ The figures go into the first run's plots/ folder:
     time.png    seconds of a step by phase
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from drgrpo.run.cli import user_errors
 from drgrpo.run.files import read_jsonl
 from drgrpo.types import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PHASES = ("rollout", "grade", "pack", "old", "train", "sync", "eval", "save")
 
@@ -35,8 +38,15 @@ def plot(runs: Sequence[str | Path]) -> list[Path]:
     return list(figures)
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure  # a tenth of train.py's imports, and one process draws
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def curves(runs: list[Path]) -> Figure:
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    figure = new_figure(13, 3.6)
     reward, accuracy, length = figure.subplots(1, 3)
     for i, run in enumerate(runs):
         color, rows = f"C{i}", read_jsonl(run / "metrics.jsonl")
@@ -80,7 +90,7 @@ def columns(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[Any]
 
 
 def step_time(run: Path) -> Figure:
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    figure = new_figure(9, 3.2)
     axis, rows = figure.subplots(), read_jsonl(run / "metrics.jsonl")
     shown: dict[str, list[float]] = {}
     steps, seconds = columns(rows, "seconds")
