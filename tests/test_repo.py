@@ -121,14 +121,15 @@ def test_the_librarys_page_lists_exactly_the_files_that_exist():
 
 
 def test_the_benchmarks_page_names_exactly_the_files_that_exist():
-    """As `python -m bench.module` or `make target` if it is a command, otherwise as `module.py`."""
+    """As `python -m bench.module`, with torchrun or as `make target` if it is a command, otherwise
+    as `module.py`."""
     text = (ROOT / "bench" / "README.md").read_text()
     recipes = re.findall(
         r"^([\w-]+):.*\n\t.*-m (bench[\w.]+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE
     )
     files = [p for p in (ROOT / "bench").rglob("*.py") if p.name != "__init__.py"]
     modules = {module_of(path): path for path in files}
-    commands = set(re.findall(r"python -m (bench[\w.]+)", text))
+    commands = set(re.findall(r"`(?:python|torchrun [^`]*) -m (bench[\w.]+)", text))
     commands |= {module for target, module in recipes if f"`make {target}`" in text}
     mentioned = commands | {m for m, p in modules.items() if m in text or f"{p.name}`" in text}
     assert mentioned == modules.keys()
