@@ -12,6 +12,7 @@ import platform
 import signal
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -170,6 +171,17 @@ def run_limited(command: list[str], seconds: float) -> str | None:
     finally:
         process.kill()
         process.wait()
+
+
+def run_on_one_thread(command: list[str], log: str) -> None:
+    """Runs a script of the repository, with its output in the file `log`. RuntimeError if it
+    fails."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    python = [sys.executable, *command]
+    with open(log, "w") as shown:
+        done = subprocess.run(python, cwd=ROOT, stdout=shown, stderr=shown, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} ended with status {done.returncode}: see {log}")
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options):

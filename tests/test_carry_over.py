@@ -44,7 +44,7 @@ def test_shares_are_compared_by_seed_after_equal_responses_and_equal_seconds(tmp
     against = arms["0.15"]["against_0"]
     assert against["step_s"]["mean"] == pytest.approx(-0.99) and against["step_s"]["seeds"] == 3
     assert against["accuracy"]["mean"] == pytest.approx(0.15)
-    shown = table(arms)
+    shown = table(arms, carry_over.COLUMNS)
     assert "| 0.3 |" in shown and "-0.990 (" in shown and "+0.250 (" in shown
 
 

@@ -132,11 +132,11 @@ def test_a_finished_run_is_not_run_again_and_a_failed_one_is_named(tmp_path, mon
         calls.append(command)
         return subprocess.CompletedProcess(command, 3)
 
-    monkeypatch.setattr(study.subprocess, "run", fail)
+    monkeypatch.setattr(subprocess, "run", fail)
     made_up_run(tmp_path / "done", 30.0)
     train_one(Setting(steps=STEPS), tmp_path, tmp_path / "done", "grpo", 0)
     assert not calls
-    with pytest.raises(RuntimeError, match=r"new ended with status 3: see .*new\.log"):
+    with pytest.raises(RuntimeError, match=r"train.py ended with status 3: see .*new\.log"):
         train_one(Setting(steps=STEPS, train={"lr": 1e-4}), tmp_path, tmp_path / "new", "grpo", 5)
     assert " --lr 0.0001" in " ".join(calls[0]) and " --seed 5 " in " ".join(calls[0])
 

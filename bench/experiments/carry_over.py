@@ -54,7 +54,7 @@ def main() -> None:
     arms = compare(args.runs, args.seeds)
     result = {"where": harness.provenance(), "steps": args.steps, "arms": arms}
     line = harness.write_json(args.out / "carry_over.json", result)
-    print(table(arms), line, sep="\n\n")
+    print(table(arms, COLUMNS), line, sep="\n\n")
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -82,14 +82,18 @@ def compare(runs: Path, seeds: int) -> dict[str, dict]:
     """Of each share: the values of its runs by seed, and their differences from share 0."""
     paths = {s: [folder(runs, name(s), "drgrpo", seed) for seed in range(seeds)] for s in SHARES}
     limits = [min(map(training_seconds, of_seed)) for of_seed in zip(*paths.values(), strict=True)]
+    return against_0({share: list(map(ends, folders, limits)) for share, folders in paths.items()})
+
+
+def against_0(rows: dict[float, list[dict[str, float]]]) -> dict[str, dict]:
+    """The columns of every share's runs, and their differences from share 0, paired by seed."""
     arms: dict[str, dict] = {}
-    for share, folders in paths.items():
-        rows = [ends(run, limit) for run, limit in zip(folders, limits, strict=True)]
-        values = {column: [row[column] for row in rows] for column in COLUMNS}
+    for share, of_share in rows.items():
+        values = {column: [row[column] for row in of_share] for column in of_share[0]}
         arms[f"{share:g}"] = {"runs": values}
-        if share and seeds > 1:
+        if share and len(of_share) > 1:
             baseline = arms["0"]["runs"]
-            against = {c: difference(values[c], baseline[c]) for c in COLUMNS if c != "stale"}
+            against = {c: difference(values[c], baseline[c]) for c in values if c != "stale"}
             arms[f"{share:g}"]["against_0"] = against
     return arms
 
@@ -128,15 +132,16 @@ def of_responses(rows: list[dict], column: str) -> float:
     return sum(value * n for value, n in values) / count if values else 0.0
 
 
-def table(arms: dict[str, dict]) -> str:
-    """Markdown: a line per share with means and ranges over seeds, then the differences."""
-    heads = ["`--carry-over`", *(heading for _, heading in COLUMNS.values())]
+def table(arms: dict[str, dict], columns: dict[str, tuple[str, str]]) -> str:
+    """Markdown: a line per share with means and ranges over seeds, then the differences. `columns`:
+    format and heading of each."""
+    heads = ["`--carry-over`", *(heading for _, heading in columns.values())]
     rows = []
     for share, arm in arms.items():
-        rows.append([share, *(spread(arm["runs"][c], form) for c, (form, _) in COLUMNS.items())])
+        rows.append([share, *(spread(arm["runs"][c], form) for c, (form, _) in columns.items())])
         if "against_0" in arm:
-            tests = [arm["against_0"].get(column) for column in COLUMNS]
-            forms = [form for form, _ in COLUMNS.values()]
+            tests = [arm["against_0"].get(column) for column in columns]
+            forms = [form for form, _ in columns.values()]
             rows.append(["minus 0 (95 %)", *map(signed, tests, forms)])
     return markdown(heads, rows)
 

@@ -32,8 +32,6 @@ difference lies within +-5 points (two one-sided tests at 5 %). Curves are means
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -151,15 +149,11 @@ def train_one(setting: Setting, model: Path, out: Path, algo: str, seed: int) ->
         return
     fields = dict(recipe="tiny", model=model, engine="torch", algo=algo, seed=seed, out=out)
     fields |= dict(steps=setting.steps, eval_every=EVAL_EVERY, save_every=0, **setting.train)
-    command = [sys.executable, "train.py"]
+    command = ["train.py"]
     for name, value in fields.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    with open(f"{out}.log", "w") as log:
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=env)
-    if done.returncode:
-        raise RuntimeError(f"{out} ended with status {done.returncode}: see {out}.log")
+    harness.run_on_one_thread(command, f"{out}.log")
 
 
 # ---- what came of them
