@@ -4,6 +4,7 @@ The LM head is fused with the loss. FSDP2 shards the weights over the processes.
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -184,9 +185,9 @@ class Policy(nn.Module):
         hidden_ND, weight_VD = self._head_inputs(batch)
         objective, old_N, cap = self.objective, batch.old_logprob_N, self.objective.tis_cap
         behavior_N = batch.sampler_logprob_N if cap else None
-        if objective.detached and old_N is not None:  # a ratio of 1 whose constant weight is theirs
+        if objective.detached and old_N is not None:  # a ratio of 1, weighed by theirs
             old_N, behavior_N, cap = None, old_N, 1 + objective.clip_high
-        return linear_drgrpo_loss(
+        loss, stats = linear_drgrpo_loss(
             hidden_ND,
             weight_VD,
             batch.target_N,
@@ -203,6 +204,11 @@ class Policy(nn.Module):
             logits_dtype=objective.logits_dtype,
             backend=self.kernel,
         )
+        if objective.detached and batch.old_logprob_N is not None:
+            log_ratio_N = stats["logprob"] - batch.old_logprob_N
+            capped_N = (log_ratio_N > math.log1p(objective.clip_high)) & (batch.advantage_N != 0)
+            stats |= {"log_ratio": log_ratio_N, "clipped": capped_N}
+        return loss, stats
 
     @torch.no_grad()
     def logprob(self, batch: Batch) -> Tensor:

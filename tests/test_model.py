@@ -223,10 +223,14 @@ def test_cispo_s_gradient_is_that_of_log_probs_with_a_capped_constant_weight(ran
     logprob_N = plain.logprob(batch)
     batch.old_logprob_N = logprob_N + torch.linspace(-0.9, 0.9, len(logprob_N))
     weight_N = (logprob_N - batch.old_logprob_N).exp().clamp(max=1.3)
-    assert (weight_N < 0.7).any() and (weight_N == 1.3).any()
-    policy.loss(batch, 0.5)[0].backward()
+    batch.advantage_N[-1] = 0.0
+    assert (weight_N < 0.7).any() and (weight_N == 1.3).sum() > 1
+    loss, stats = policy.loss(batch, 0.5)
+    loss.backward()
+    torch.testing.assert_close(stats["log_ratio"], logprob_N - batch.old_logprob_N)
+    assert torch.equal(stats["clipped"], (weight_N == 1.3) & (batch.advantage_N != 0))
     weighed = pack(sequences())  # without old log-probs: the policy gradient itself
-    weighed.advantage_N *= weight_N
+    weighed.advantage_N = weight_N * batch.advantage_N
     plain.loss(weighed, 0.5)[0].backward()
     torch.testing.assert_close(flat_gradient(policy), flat_gradient(plain), atol=1e-6, rtol=1e-4)
 
