@@ -98,15 +98,19 @@ NEXT = (  # name, changes of the setup or of the rates, price
     ("one step off, 4 + 4 GPUs", dict(engines=4, asynchronous=True), "off-policy by a step"),
     ("8-bit weights in rollouts", dict(eight_bit=True), "another sampler; int8 on an A100"),
 )
-TAIL_HELP = dict(prompt_once=True, speculate=True)
+EXACT = dict(prompt_once=True, speculate=True, train_in_tail=True, nvlink_share=1e9, tensor_ms=0.0)
+RECOMPUTED = dict(forwards=1 - 1 / Setup.minibatches)
+"""The log-probs from before an update, for every optimizer step of a rollout but the first."""
 STACKS = (
     ("oat_zero_7b_fast", {}),
     ("+ 15 % carried over", dict(carry=0.15)),
     ("+ 30 % carried over", dict(carry=0.3)),
-    ("+ prompts once, speculation in the tail", TAIL_HELP),
-    ("+ all of it, 15 % carried over", TAIL_HELP | dict(carry=0.15)),
-    ("+ all of it, 30 % carried over", TAIL_HELP | dict(carry=0.3)),
+    ("+ everything exact", EXACT),
+    ("+ everything exact, 15 % carried over", EXACT | dict(carry=0.15)),
+    ("+ everything exact, 30 % carried over", EXACT | dict(carry=0.3)),
+    ("+ everything exact, log-probs recomputed", EXACT | RECOMPUTED),
 )
+"""Exact are prompts once, speculation, no second gather, gradients in the tail, one bulk sync."""
 EAGER_HALF, EAGER_TWICE = dict(eager_hidden=50, eager_mlp=5), dict(eager_hidden=200, eager_mlp=20)
 SENSITIVITIES = (  # name, low end, high end
     ("mean length 500 / 1200", dict(mean=500), dict(mean=1200)),
@@ -118,7 +122,7 @@ SENSITIVITIES = (  # name, low end, high end
     ("all-reduce 15 / 60 us", {}, dict(tp_us=60.0)),
     ("engine overhead 1 / 6 ms", dict(engine_ms=1.0), dict(engine_ms=6.0)),
     ("eager bytes half / double", EAGER_HALF, EAGER_TWICE),
-    ("Python per response 0.5 / 5 ms", dict(sample_ms=0.5), dict(sample_ms=5.0)),
+    ("Python per response 0.2 / 1.5 ms", dict(sample_ms=0.2), dict(sample_ms=1.5)),
     ("prompts per step 64 / 256", dict(prompts=64), dict(prompts=256)),
 )
 MACHINES = (  # recipe, GPU, GPUs, nodes
