@@ -5,10 +5,10 @@
     python -m bench.experiments.budget --measured runs/gpu    # with what `make gpu` measured
     python -m bench.experiments.budget --lengths FILE         # with the response lengths of a run
 
-Result: the simulator predicts 8.1 hours for `oat_zero_7b`, 6.7 for `oat_zero_7b_fast`, and 28 for a
+Result: the simulator predicts 7.9 hours for `oat_zero_7b`, 6.6 for `oat_zero_7b_fast`, and 28 for a
 naive implementation. An engine of four GPUs saves time with 7 B parameters and costs time with
-1.5 B. Eight published step times are 1.24 times what it predicts for them (0.81 to
-1.91), which makes 10.0 hours of the 8.1. Three of the eight are of one system, NeMo-RL.
+1.5 B. Eight published step times are 1.27 times what it predicts for them (0.82 to
+1.97), which makes 10.1 hours of the 7.9. Three of the eight are of one system, NeMo-RL.
 
 bench/results/budget.json and budget.png come from two cores of an AMD EPYC.
 `bench.experiments.simulator` simulates the steps. No constant was fitted to the published step
