@@ -165,8 +165,9 @@ def check(command: str) -> None:
         if targets == ["train"]:
             flags = shlex.split(variables.get("ARGS", ""))
             parse(config.parse_args, ["--recipe", "tiny", *flags])
-    elif words[:2] == ["python", "-m"]:
-        assert module_file(words[2]).exists(), f"no such module: {command}"
+    elif words[0] in ("python", "torchrun") and "-m" in words:
+        module = words[words.index("-m") + 1]
+        assert module_file(module).exists(), f"no such module: {command}"
     else:
         assert command in NEEDS_A_NETWORK, f"nothing checks this command: {command}"
 
