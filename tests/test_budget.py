@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from bench.experiments import budget, simulator
-from bench.experiments.simulator import Decode, Setup, decode_cost, drain, plan, recipe, shape
+from bench.experiments.simulator import (
+    Decode,
+    Queued,
+    Setup,
+    decode_cost,
+    drain,
+    plan,
+    recipe,
+    shape,
+)
 from bench.harness import ROOT
 from drgrpo import pack
 from drgrpo.config import RECIPES
@@ -35,7 +44,7 @@ def simulate(s: Setup, draws: int = 2, m: simulator.Machine = M, **how) -> simul
 
 
 def test_a_sequence_alone_reads_all_weights_for_every_token_and_its_cache():
-    seconds, tail, unfinished = drain([(100, 20)], 8, COST)
+    seconds, tail, unfinished = drain([Queued(100, 20)], 8, COST)
     assert seconds == pytest.approx(100 * (1.0 + 0.2 + 0.01) + 1e-3 * (100 * 20 + 100 * 99 / 2))
     assert tail == seconds and unfinished == []
     without_input_embedding = 7_615_616_512 - 152064 * 3584
@@ -46,7 +55,7 @@ def test_a_sequence_alone_reads_all_weights_for_every_token_and_its_cache():
 
 
 def test_two_lengths_drain_in_two_stretches():
-    seconds = drain([(10, 5)] * 3 + [(25, 5)], 8, COST)[0]
+    seconds = drain([Queued(10, 5)] * 3 + [Queued(25, 5)], 8, COST)[0]
     together = 10 * (1.0 + 0.2 + 4 * 0.01) + 1e-3 * (4 * 5 * 10 + 4 * 10 * 9 / 2)
     alone = 15 * (1.0 + 0.2 + 0.01) + 1e-3 * (15 * 15 + 15 * 14 / 2)
     assert seconds == pytest.approx(together + alone)
@@ -56,7 +65,7 @@ def token_by_token(queue, slots, cost):
     waiting, running, seconds = list(queue), [], 0.0
     while waiting or running:
         while waiting and len(running) < slots:
-            running.append(list(waiting.pop(0)))
+            running.append(waiting.pop(0)[:2])
         n, kv = len(running), sum(context for _, context in running)
         step = max(cost.weights, cost.per_sequence * n) + cost.per_kv_token * kv
         step += cost.overhead + cost.overhead_per_sequence * n
@@ -68,15 +77,15 @@ def token_by_token(queue, slots, cost):
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(1, 50), st.floats(1, 2))
 def test_draining_is_what_stepping_token_by_token_gives(lengths, slots, gain):
-    cost, queue = replace(COST, tail_gain=gain), [(n, 7) for n in lengths]
+    cost, queue = replace(COST, tail_gain=gain), [Queued(n, 7) for n in lengths]
     assert drain(queue, slots, cost)[0] == pytest.approx(token_by_token(queue, slots, cost))
 
 
 @settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(0, 39), st.integers(1, 200), st.floats(0.1, 1))
 def test_longer_is_never_faster_and_more_bandwidth_never_slower(lengths, i, more, share):
-    queue = [(n, 7) for n in lengths]
-    longer = [(n + more * (j == i % len(lengths)), 7) for j, n in enumerate(lengths)]
+    queue = [Queued(n, 7) for n in lengths]
+    longer = [Queued(n + more * (j == i % len(lengths)), 7) for j, n in enumerate(lengths)]
     before = drain(queue, 64, COST)[0]
     assert drain(longer, 64, COST)[0] > before
     quick = replace(COST, weights=share * COST.weights, per_kv_token=share * COST.per_kv_token)
@@ -84,10 +93,28 @@ def test_longer_is_never_faster_and_more_bandwidth_never_slower(lengths, i, more
 
 
 def test_what_is_left_over_goes_on_where_it_stopped():
-    queue = [(10, 5), (40, 5), (60, 5)]
+    queue = [Queued(10, 5), Queued(40, 5), Queued(60, 5)]
     first, _, unfinished = drain(queue, 8, COST, unfinished=2)
-    assert unfinished == [(30, 15), (50, 15)]
+    assert unfinished == [Queued(30, 15, 1), Queued(50, 15, 1)]
     assert first + drain(unfinished, 8, COST)[0] == pytest.approx(drain(queue, 8, COST)[0])
+
+
+def test_a_sequence_that_was_left_often_enough_is_waited_for():
+    queue = [Queued(10, 5), Queued(40, 5, 2), Queued(60, 5, 1)]
+    assert drain(queue, 8, COST, unfinished=2, most=3)[2] == [Queued(30, 15, 3), Queued(50, 15, 2)]
+    seconds, _, unfinished = drain(queue, 8, COST, unfinished=2, most=2)
+    assert unfinished == [Queued(20, 45, 2)]
+    assert seconds == drain(queue, 8, COST, unfinished=1)[0]
+
+
+def test_what_is_carried_is_read_again(monkeypatch):
+    s = recipe("oat_zero_7b", carry=0.3)
+    length_PG = np.full((s.prompts, s.group), 100)
+    nothing, old = [[]] * s.samplers, [[Queued(1, 1000)] * 10] * s.samplers
+    monkeypatch.setattr(simulator, "drain", lambda *args: (0.0, 0.0, []))
+    before, after = (simulator.sample(s, M, length_PG, left)[0] for left in (nothing, old))
+    prompts = s.prompt * s.prompts / s.samplers
+    assert after / before == pytest.approx((prompts + 10 * 1000) / prompts)
 
 
 def test_tp_has_to_divide_the_heads():
@@ -273,10 +300,13 @@ def test_what_a_step_leaves_unfinished_the_next_one_continues(monkeypatch):
         simulator, "drain", lambda queue, *rest: started.append(len(queue)) or drain(queue, *rest)
     )
     s = replace(recipe("oat_zero_7b"), eval_every=0, tp=1)
-    carried = simulate(replace(s, carry=0.2), 3)
+    carried = simulate(replace(s, carry=0.2, carry_steps=100), 3)
     # 32 of 160 are a fifth; 4 steps come before those that count
     assert started == [128] * 8 + [160] * 6 * 8
     assert carried.phases["rollout"] < simulate(s, 3).phases["rollout"]
+    started.clear()
+    simulate(replace(s, carry=0.2, carry_steps=1), 3)
+    assert max(started) == 160 and min(started[8:]) < 160, "who waits longer leaves fewer"
 
 
 def test_one_evaluation_call_has_one_tail():

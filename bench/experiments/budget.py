@@ -32,6 +32,7 @@ from bench.experiments.simulator import (
     PHASES,
     RECIPE_MODELS,
     Machine,
+    Queued,
     Result,
     Setup,
     decode_cost,
@@ -373,7 +374,7 @@ def step_ratio(m: Machine, gpu: str, row: dict) -> float:
 def rollout_ratio(m: Machine, gpu: str, row: dict) -> float:
     """What is not bandwidth is overhead."""
     s, sequences = Setup(model=row["model"], gpu=gpu, gpus=1), row["sequences"]
-    queue = [(row["length"], row["prompt"])] * sequences
+    queue = [Queued(row["length"], row["prompt"])] * sequences
     seconds = drain(queue, sequences, decode_cost(s, m))[0]
     return sequences * row["length"] / row["tokens_per_s"] / seconds
 

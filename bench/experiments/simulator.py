@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import itemgetter
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +36,6 @@ TAIL = 16
 
 Plan = list[list[list[list[int]]]]
 """Response lengths by [optimizer step][micro-batch][rank]."""
-Queue = list[tuple[int, int]]
-"""Sequences as (tokens to come, tokens of context)."""
 
 
 # ---- constants
@@ -234,6 +233,7 @@ class Setup:
     one_eval: bool = True  # all evaluation sets in one call
     fused_blocks: bool = False  # --compile
     carry: float = 0.0  # --carry-over: share of responses that a step leaves to the next one
+    carry_steps: int = 2  # --carry-steps: how often a response is left at most
     # not in train.py: what might come next
     asynchronous: bool = False  # sampling overlaps with everything else
     train_in_tail: bool = False  # the first optimizer step's gradients come from the tail
@@ -349,29 +349,44 @@ def decode_cost(s: Setup, m: Machine) -> Decode:
     )
 
 
+class Queued(NamedTuple):
+    """A sequence that has not ended. carried: how often a step has left it to the next one."""
+
+    tokens: int  # to draw
+    context: int  # tokens so far
+    carried: int = 0
+
+
+Queue = list[Queued]
+
+
 def drain(
-    queue: Queue, slots: int, cost: Decode, unfinished: int = 0
+    queue: Queue, slots: int, cost: Decode, unfinished: int = 0, most: float = math.inf
 ) -> tuple[float, float, Queue]:
-    """Samples `queue` in order until all but `unfinished` sequences have ended.
+    """Samples `queue` in order until all but `unfinished` sequences have ended, and with them all
+    that were carried `most` times.
 
     Returns (seconds, seconds in the tail, the sequences that have not ended). The batch is constant
     between two ends, so its steps are summed in closed form."""
     waiting, running = deque(queue), []
     kv, tick, seconds, tail = 0, 0, 0.0, 0.0
-    while len(waiting) + len(running) > unfinished:
+    due = sum(item.carried >= most for item in queue)
+    while due or len(waiting) + len(running) > unfinished:
         while waiting and len(running) < slots:
-            tokens, context = waiting.popleft()
-            heapq.heappush(running, (tick + tokens, context + tokens))
+            tokens, context, carried = waiting.popleft()
+            heapq.heappush(running, (tick + tokens, context + tokens, carried))
             kv += context
-        end, context = heapq.heappop(running)
+        end, context, carried = heapq.heappop(running)
+        due -= carried >= most
         count, ticks = len(running) + 1, end - tick
         span = cost.span(count, kv, ticks)
         seconds += span
         tail += span * (count < TAIL)
         kv += count * ticks - context
         tick = end
-    stopped = [(end - tick, context - (end - tick)) for end, context in running]
-    return seconds, tail, stopped + list(waiting)
+    stopped = [Queued(end - tick, context - (end - tick), n) for end, context, n in running]
+    rest = [item._replace(carried=item.carried + 1) for item in [*stopped, *waiting]]
+    return seconds, tail, rest
 
 
 def draw(s: Setup, rng: np.random.Generator, size: tuple[int, int], cap_share: float, file):
@@ -395,13 +410,16 @@ def sample(
     cost = decode_cost(s, m)
     slots = max(1, min(s.slots, int(cache_tokens(s, m) / (s.prompt + length_PG.mean()))))
     prefill_rate = m.rates.prefill_share * m.gpus[s.gpu].gemm * 1e12 * s.tp
-    prefill_flops = shape(s.model).linear / 3 * s.prompt / length_PG.shape[1]  # a prompt is cached
+    flops = shape(s.model).linear / 3  # a token's
     seconds, tails, unfinished = [], [], []
     for engine, lengths in enumerate(deal(s, length_PG)):
-        queue = (carried[engine] if carried else []) + [(int(n), s.prompt) for n in lengths]
+        going_on = carried[engine] if carried else []
+        queue = going_on + [Queued(int(n), s.prompt) for n in lengths]
         stop = round(s.carry * len(lengths) / (1 - s.carry))
-        decode, tail, rest = drain(queue, slots, cost, stop)
-        seconds.append(prefill_flops * len(lengths) / prefill_rate + decode)
+        decode, tail, rest = drain(queue, slots, cost, stop, s.carry_steps)
+        prefilled = s.prompt * len(lengths) / length_PG.shape[1]  # a group's prompt is cached
+        prefilled += sum(item.context for item in going_on)  # the weights have changed since
+        seconds.append(flops * prefilled / prefill_rate + decode)
         tails.append(tail)
         unfinished.append(rest)
     return max(seconds), max(tails), unfinished
