@@ -76,12 +76,13 @@ def test_rewards_are_gathered_in_groups(tokenizer, group_of_one):
 def test_processes_that_share_an_engine_sample_the_same_and_count_it_once(tokenizer, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(distributed, "gather_lists", lambda items: [items, items])
     problems = [Problem(0, "", "1", [65]), Problem(1, "", "2", [66])]
     sampler = Sampler(Echo(), tokenizer, seed=0, tp=2)
     sampling = Sampling(max_new_tokens=9, stop_token_ids=(256,))
     rollouts, _ = sampler.rollout(problems, 2, sampling, 1)
     assert [r.problem.id for r in rollouts] == [0, 0, 1, 1]
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)  # the one that sends
+    monkeypatch.setattr(distributed, "gather_lists", lambda items: [items, []])
     gathered, reward_PG = sampler.gather(rollouts, [0.0, 1.0, 2.0, 3.0], group_size=2)
     assert gathered == rollouts and reward_PG.tolist() == [[0, 1], [2, 3]]
 
