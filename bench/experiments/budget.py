@@ -41,6 +41,7 @@ from bench.experiments.simulator import (
     ledger,
     pass_seconds,
     recipe,
+    recomputed,
     shape,
     simulate,
 )
@@ -100,8 +101,6 @@ NEXT = (  # name, changes of the setup or of the rates, price
     ("8-bit weights in rollouts", dict(eight_bit=True), "another sampler; int8 on an A100"),
 )
 EXACT = dict(prompt_once=True, speculate=True, train_in_tail=True, nvlink_share=1e9, tensor_ms=0.0)
-RECOMPUTED = dict(forwards=1 - 1 / Setup.minibatches)
-"""The log-probs from before an update, for every optimizer step of a rollout but the first."""
 STACKS = (
     ("oat_zero_7b_fast", {}),
     ("+ 10 % carried over", dict(carry=0.1)),
@@ -109,7 +108,10 @@ STACKS = (
     ("+ everything exact", EXACT),
     ("+ everything exact, 10 % carried over", EXACT | dict(carry=0.1)),
     ("+ everything exact, 30 % carried over", EXACT | dict(carry=0.3)),
-    ("+ everything exact, log-probs recomputed", EXACT | RECOMPUTED),
+    (
+        "+ everything exact, log-probs recomputed",
+        EXACT | dict(forwards=recomputed(Setup.minibatches)),
+    ),
 )
 """Exact are prompts once, speculation, no second gather, gradients in the tail, one bulk sync."""
 EAGER_HALF, EAGER_TWICE = dict(eager_hidden=50, eager_mlp=5), dict(eager_hidden=200, eager_mlp=20)

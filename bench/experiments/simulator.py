@@ -262,6 +262,11 @@ class Setup:
 RECIPE_MODELS = {"oat_zero_7b": "Qwen2.5-7B", "oat_zero_1_5b": "Qwen2.5-1.5B"}
 
 
+def recomputed(minibatches: int) -> float:
+    """Forward passes for old log-probs. The first update of a step needs none."""
+    return 1 - 1 / minibatches
+
+
 def recipe(name: str, **changes) -> Setup:
     """train.py's setup of a recipe."""
     c, lm = RECIPES[name](), shape(RECIPE_MODELS[name])
@@ -271,9 +276,8 @@ def recipe(name: str, **changes) -> Setup:
     job |= dict(model=RECIPE_MODELS[name], prompts=c.prompts_per_step, group=c.group_size)
     job |= dict(cap=c.max_new_tokens, microbatch=c.tokens_per_microbatch)
     job |= dict(tp=tp, slots=c.sampler_batch * tp)
-    # The first update of a step needs no old log-probs.
-    recomputed = 1 - 1 / c.minibatches if c.old_logprob == "recompute" else 0
-    job |= dict(forwards=recomputed, drop=c.drops_zero_advantage)
+    passes = recomputed(c.minibatches) if c.old_logprob == "recompute" else 0
+    job |= dict(forwards=passes, drop=c.drops_zero_advantage)
     return Setup(**job | changes)
 
 
